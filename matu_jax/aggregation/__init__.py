@@ -1,0 +1,41 @@
+"""MaTU's aggregator: unified task vectors, direction similarity, and the server's round.
+
+Source: Tsouvalas, Ozcelebi, Meratnia, "Many-Task Federated Fine-Tuning via Unified Task Vectors"
+(arXiv 2502.06376). Folding a client's task vectors into one vector with masks and scales is
+EMR-Merging (Huang et al. 2024, arXiv 2405.17461; eqs. 1 to 4 below). The server's equations 5 to 9
+are this project's reading of the paper, so every choice in them is a field of `AggregationConfig`.
+
+Notation: slot s = one (client, task) pair with task vector tau_s of d parameters; S(n) the present
+slots of client n, S(t) those of task t, with weights w_s > 0; sgn(0) = 0.
+
+    1  elect       sigma_n = sgn(sum_{S(n)} tau_s)
+    2  magnitude   mu_n = max (or mean) over S(n) of |tau_s| where sgn(tau_s) = sigma_n
+                   u_n = sigma_n * mu_n
+    3  mask        m_s = [tau_s * u_n > 0]
+    4  rescale     lambda_s = sum |tau_s| / sum |m_s * u_n|;   modulate: lambda_s * m_s * u_n
+    5  agreement   alpha_t = |mean_{S(t)} sgn(tau_s)|;  gate g_t = 1 if alpha_t >= rho else alpha_t
+    6  same task   tau_t = g_t * sum_{S(t)} w_s tau_s / sum w
+    7  similarity  A_tt' = (1 + (1/d) sum sgn(tau_t) sgn(tau_t')) / 2
+    8  cross task  the kappa most similar other tasks with A >= epsilon enter tau_t
+    9  unified     U = unify over all tasks; downloads: per client, unify over its tasks
+
+Every function is pure and may be called under `jit`, `vmap` and `shard_map`; slots are visited by
+`lax.scan`, so that no second array of slots x parameters is ever made.
+"""
+
+from matu_jax.aggregation.directions import direction_similarity
+from matu_jax.aggregation.fold import modulate, unify
+from matu_jax.aggregation.server import aggregate, nonfinite
+from matu_jax.aggregation.types import Aggregated, AggregationConfig, Slots, Unified
+
+__all__ = [
+    "Aggregated",
+    "AggregationConfig",
+    "Slots",
+    "Unified",
+    "aggregate",
+    "direction_similarity",
+    "modulate",
+    "nonfinite",
+    "unify",
+]

@@ -1,0 +1,216 @@
+"""The server's round, eqs. 5 to 9."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matu_jax.aggregation.directions import gram, same_client_gram
+from matu_jax.aggregation.fold import clip_to, flat_leaf, fold, modulate_jit, modulated
+from matu_jax.aggregation.types import (
+    Aggregated,
+    AggregationConfig,
+    Slots,
+    Unified,
+    check_slots,
+    check_unified,
+)
+from matu_jax.trees import check_like, leaf_items
+
+
+def _lending(similarity: jax.Array, lenders: jax.Array, config: AggregationConfig) -> jax.Array:
+    """Eq. 8's weights `[tasks, tasks]`: A_tt' for the lenders t' in Z(t), else 0."""
+    tasks = similarity.shape[0]
+    allowed = ~jnp.eye(tasks, dtype=jnp.bool_) & lenders[None, :]
+    ranked = jnp.where(allowed, similarity, -1.0)
+    values, index = jax.lax.top_k(ranked, min(config.top_k, tasks))
+    values = jnp.where(values >= max(config.min_similarity, 0.0), values, 0.0)
+    return jnp.zeros_like(similarity).at[jnp.arange(tasks)[:, None], index].set(values)
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _aggregate(
+    uploads: Unified, slots: Slots, config: AggregationConfig, previous: Unified | None
+) -> Aggregated:
+    leaves, treedef = jax.tree.flatten(uploads.vector)
+    vector, masks = [flat_leaf(leaf) for leaf in leaves], jax.tree.leaves(uploads.masks)
+    tasks, count = slots.num_tasks, slots.client.shape[0]
+
+    finite = jnp.stack([jnp.isfinite(leaf).all(axis=1) for leaf in vector]).all(axis=0)
+    scale_ok = jnp.isfinite(uploads.scales) & (uploads.scales >= 0)
+    accepted = (slots.weight > 0) & scale_ok & finite[slots.client]
+
+    # Eqs. 5 and 6: one visit to each slot adds its weighted vector and its signs to its task.
+    weight = jnp.where(accepted, slots.weight, 0.0)
+    weight = weight / jnp.maximum(weight.max(), jnp.finfo(jnp.float32).tiny)
+    weight_sum = jnp.zeros(tasks, jnp.float32).at[slots.task].add(weight)
+    holders = jnp.zeros(tasks, jnp.int32).at[slots.task].add(accepted.astype(jnp.int32))
+    share = weight / jnp.where(weight_sum > 0, weight_sum, 1.0)[slots.task]
+    sign_dtype = jnp.int8 if count < 128 else jnp.int16 if count < 32768 else jnp.int32
+
+    def add_slot(carry, slot):
+        means, signs = carry
+        client, task, ok, part, scale, packed = slot
+        scale = jnp.where(ok, scale, 0.0)
+        for i, leaf in enumerate(vector):
+            x = jnp.where(ok, modulated(leaf[client], packed[i], scale), 0.0)
+            means[i] = means[i].at[task].add(part * x)
+            signs[i] = signs[i].at[task].add(jnp.sign(x).astype(sign_dtype))
+        return (means, signs), None
+
+    zeros = [jnp.zeros((tasks, leaf.shape[1]), jnp.float32) for leaf in vector]
+    no_signs = [z.astype(sign_dtype) for z in zeros]
+    (means, signs), _ = jax.lax.scan(
+        add_slot,
+        (zeros, no_signs),
+        (slots.client, slots.task, accepted, share, uploads.scales, masks),
+    )
+    reported = (holders > 0)[:, None]
+    kept = (
+        [None] * len(vector) if previous is None else jax.tree.leaves(modulate_jit(previous, None))
+    )
+
+    def same_task(mean, sign, leaf, old):
+        agreement = jnp.abs(sign).astype(jnp.float32) / jnp.maximum(holders, 1)[:, None].astype(
+            jnp.float32
+        )
+        gate = jnp.where(agreement >= config.agreement_threshold, 1.0, agreement)
+        old = jnp.zeros_like(mean) if old is None else flat_leaf(old).astype(jnp.float32)
+        return clip_to(jnp.where(reported, gate * mean, old), leaf.dtype)
+
+    own = [same_task(*args) for args in zip(means, signs, vector, kept, strict=True)]
+
+    # Eq. 7.
+    if config.similarity == "aggregated":
+        similarity = jnp.clip((1 + gram(own, signs=True)) / 2, 0.0, 1.0)
+    else:
+        present = jnp.zeros((slots.num_clients, tasks), jnp.float32)
+        present = present.at[slots.client, slots.task].add(accepted.astype(jnp.float32))
+        held = holders.astype(jnp.float32)
+        pairs = held[:, None] * held[None, :] - present.T @ present
+        products = gram(signs, signs=False) - same_client_gram(
+            vector, masks, uploads.scales, slots, accepted
+        )
+        mean_product = jnp.where(pairs > 0, products / jnp.maximum(pairs, 1.0), 0.0)
+        similarity = jnp.clip((1 + mean_product) / 2, 0.0, 1.0)
+        similarity = jnp.where(jnp.eye(tasks, dtype=jnp.bool_), 1.0, similarity)
+
+    # Eq. 8.
+    mixed = own
+    if config.transfer != "none" and config.top_k > 0 and tasks > 1:
+        lenders = jnp.stack([(leaf != 0).any(axis=1) for leaf in own]).any(axis=0)
+        mixing = jnp.eye(tasks, dtype=jnp.float32) + _lending(similarity, lenders, config)
+        if config.transfer == "mean":
+            mixing = mixing / mixing.sum(axis=1, keepdims=True)
+        mixed = [
+            clip_to(
+                jnp.matmul(mixing, leaf.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST),
+                leaf.dtype,
+            )
+            for leaf in own
+        ]
+
+    # Eq. 9.
+    everything = jnp.arange(tasks, dtype=jnp.int32)
+    one_vector, all_masks, all_scales = fold(
+        mixed,
+        everything,
+        jnp.zeros_like(everything),
+        jnp.ones(tasks, jnp.bool_),
+        1,
+        config.magnitude,
+    )
+    down_vector, down_masks, down_scales = fold(
+        mixed,
+        slots.task,
+        slots.client,
+        jnp.ones(count, jnp.bool_),
+        slots.num_clients,
+        config.magnitude,
+    )
+
+    def shaped(flat, lead):
+        return treedef.unflatten(
+            [x.reshape(*lead, *leaf.shape[1:]) for x, leaf in zip(flat, leaves, strict=True)]
+        )
+
+    return Aggregated(
+        task_vectors=shaped(mixed, (tasks,)),
+        similarity=similarity,
+        unified=Unified(shaped(one_vector, ()), treedef.unflatten(all_masks), all_scales),
+        downloads=Unified(
+            shaped(down_vector, (slots.num_clients,)), treedef.unflatten(down_masks), down_scales
+        ),
+        accepted=accepted,
+    )
+
+
+_DEFAULT_CONFIG = AggregationConfig()
+
+
+def aggregate(
+    uploads: Unified,
+    slots: Slots,
+    config: AggregationConfig = _DEFAULT_CONFIG,
+    previous: Unified | None = None,
+) -> Aggregated:
+    """One round of MaTU's stateless server (eqs. 5 to 9), from the uploads alone.
+
+    Args:
+      uploads: `unify(vectors, slots)`: vector leaves `[clients, ...]`, masks `[slots, bytes]`,
+        scales `[slots]`. An upload that holds a NaN or an infinity takes no part (see `accepted`
+        in the result, and `nonfinite` for its name).
+      slots: which client and task each slot is, and its weight (0 = absent).
+      config: the choices in eqs. 5 to 9.
+      previous: `.unified` of the round before: what a task keeps that nobody reported. None: such
+        a task keeps a zero vector.
+
+    Returns:
+      `Aggregated`: task vectors `[tasks, ...]`, similarity `[tasks, tasks]`, the unified vector of
+      all tasks, the clients' downloads, and which slots were accepted.
+
+    Raises:
+      ValueError: if the uploads, the slots and `previous` do not fit each other, naming the leaf.
+    """
+    slots = check_slots(slots, "aggregate")
+    rows = slots.client.shape[0]
+    uploads = check_unified(uploads, "aggregate: uploads", rows=rows, groups=slots.num_clients)
+    if previous is not None:
+        previous = check_unified(previous, "aggregate: previous", rows=slots.num_tasks, groups=None)
+        check_like(
+            uploads.vector, previous.vector, "aggregate: uploads.vector against previous", leading=1
+        )
+    return _aggregate(uploads, slots, config, previous)
+
+
+def nonfinite(uploads: Unified, slots: Slots) -> list[str]:
+    """Names every upload with a NaN or an infinity: client, task and leaf. Runs on the host.
+
+    Args:
+      uploads: vector leaves `[clients, ...]`, scales `[slots]`.
+      slots: the slots; absent ones (weight 0) are passed over.
+
+    Returns:
+      One line per offender, empty if every present upload is finite.
+    """
+    slots = check_slots(slots, "nonfinite")
+    client, task = np.asarray(slots.client), np.asarray(slots.task)
+    present = np.asarray(slots.weight) > 0
+    scales = np.asarray(uploads.scales)
+    lines = [
+        f"client {client[s]}, task {task[s]}: scale is {scales[s]}"
+        for s in np.flatnonzero(present & ~np.isfinite(scales))
+    ]
+    for path, leaf in leaf_items(uploads.vector):
+        flat = jnp.asarray(leaf).reshape(slots.num_clients, -1)
+        bad = np.asarray((~jnp.isfinite(flat)).sum(axis=1))
+        for c in np.flatnonzero(bad):
+            held = sorted(task[(client == c) & present].tolist())
+            if held:
+                lines.append(
+                    f"client {c}, task{'s' if len(held) > 1 else ''} "
+                    f"{', '.join(map(str, held))}: leaf {path}: {bad[c]} of {flat.shape[1]} "
+                    "numbers are not finite"
+                )
+    return lines

@@ -1,0 +1,168 @@
+"""The contract of a federated algorithm, and the weighted mean that most of them share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matu_jax.aggregation import Slots
+from matu_jax.trees import PyTree
+
+
+class LocalRule(NamedTuple):
+    """How a slot trains on its client.
+
+    Attributes:
+      penalty: `(vector, download) -> scalar` added to the loss, both one slot's task vectors,
+        leaves `[...]`; None for no penalty.
+    """
+
+    penalty: Callable[[PyTree, PyTree], jax.Array] | None = None
+
+
+class Message(NamedTuple):
+    """What crosses the network in one direction in one round, as trees of arrays or None.
+
+    Attributes:
+      per_client: leaves `[clients, ...]`, one row for every client that takes part.
+      per_slot: leaves `[slots, ...]`, one row for every slot of such a client.
+      per_shared_slot: the same, but left out for a client with a single slot, for which it says
+        nothing (a unified of one slot has a trivial mask and the scale 1).
+    """
+
+    per_client: PyTree = None
+    per_slot: PyTree = None
+    per_shared_slot: PyTree = None
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm: pure functions, state first in and out; all of them jit.
+
+    Task vectors are stacked over slots (leaves `[slots, ...]`); absent slots have weight 0, and
+    what their rows hold must change nothing.
+
+    Attributes:
+      init: `(base, slots) -> state`; base leaves `[...]`.
+      download: `(state, slots) -> vectors [slots, ...]`, where each slot starts its round, and what
+        is evaluated.
+      upload: `(vectors [slots, ...], slots) -> uploads`, the client's side.
+      aggregate: `(state, uploads, slots) -> (state, metrics)`, the server's side. Metrics is a dict
+        of arrays; "similarity" `[tasks, tasks]` where the algorithm measures one.
+      sent: `(state, uploads) -> (uplink, downlink)`: the parts of uploads and state that cross the
+        network, as `Message`s, from which traffic is counted.
+      local: how slots train.
+      shares_heads: whether trained heads are averaged among the holders of a task.
+    """
+
+    init: Callable[[PyTree, Slots], Any]
+    download: Callable[[Any, Slots], PyTree]
+    upload: Callable[[PyTree, Slots], Any]
+    aggregate: Callable[[Any, Any, Slots], tuple[Any, dict[str, jax.Array]]]
+    sent: Callable[[Any, Any], tuple[Message, Message]]
+    local: LocalRule = LocalRule()
+    shares_heads: bool = True
+
+
+def weighted_mean(
+    vectors: PyTree, weight: jax.Array, group: jax.Array, num_groups: int
+) -> tuple[PyTree, jax.Array]:
+    """Weighted mean of rows per group, in float32.
+
+    Args:
+      vectors: leaves `[rows, ...]`.
+      weight: float32 `[rows]`; rows of weight 0 do not count, whatever they hold.
+      group: int32 `[rows]`.
+      num_groups: number of groups.
+
+    Returns:
+      Means, leaves `[groups, ...]` in the storage dtype (0 for a group without weight), and the
+      total weight `[groups]`.
+    """
+    total = jax.ops.segment_sum(weight, group, num_groups)
+    share = weight / jnp.where(total > 0, total, 1.0)[group]
+
+    def mean(leaf):
+        def add(carry, row):
+            x, part, where = row
+            return carry.at[where].add(jnp.where(part > 0, part * x.astype(jnp.float32), 0.0)), None
+
+        zero = jnp.zeros((num_groups, *leaf.shape[1:]), jnp.float32)
+        return jax.lax.scan(add, zero, (leaf, share, group))[0].astype(leaf.dtype)
+
+    return jax.tree.map(mean, vectors), total
+
+
+def keep_where_absent(new: PyTree, old: PyTree, present: jax.Array) -> PyTree:
+    """Takes rows of `new` where present and of `old` elsewhere; leaves `[rows, ...]`."""
+
+    def choose(n, o):
+        return jnp.where(present.reshape(-1, *([1] * (n.ndim - 1))), n, o)
+
+    return jax.tree.map(choose, new, old)
+
+
+def zeros(base: PyTree, *rows: int) -> PyTree:
+    """Zero task vectors, leaves `[*rows, ...]` in the base's dtypes."""
+    return jax.tree.map(lambda leaf: jnp.zeros((*rows, *leaf.shape), leaf.dtype), base)
+
+
+def message_bits(message: Message, slots: Slots) -> np.ndarray:
+    """Bits that each client sends or receives: int64 `[clients]`; 0 for those absent.
+
+    Counted from the shapes and dtypes of the message's arrays. Example counts, exchanged once when
+    a client registers, are not part of it.
+    """
+
+    def row_bits(tree: PyTree) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(8 * leaf.size * leaf.dtype.itemsize // leaf.shape[0] for leaf in leaves)
+
+    present = np.asarray(slots.weight) > 0
+    held = np.bincount(np.asarray(slots.client)[present], minlength=slots.num_clients)
+    return (
+        (held > 0) * row_bits(message.per_client)
+        + held * row_bits(message.per_slot)
+        + held * (held > 1) * row_bits(message.per_shared_slot)
+    ).astype(np.int64)
+
+
+def with_heads(inner: Algorithm) -> Algorithm:
+    """Extends an algorithm to trees `{"shared": ..., "head": ...}`.
+
+    The inner algorithm sees "shared" alone. Heads belong to tasks: they are averaged among a task's
+    holders, or stay with their slot where the algorithm shares nothing.
+    """
+
+    def init(base, slots):
+        rows = slots.num_tasks if inner.shares_heads else slots.client.shape[0]
+        return inner.init(base["shared"], slots), zeros(base["head"], rows)
+
+    def download(state, slots):
+        head = jax.tree.map(lambda x: x[slots.task], state[1]) if inner.shares_heads else state[1]
+        return {"shared": inner.download(state[0], slots), "head": head}
+
+    def upload(vectors, slots):
+        return inner.upload(vectors["shared"], slots), vectors["head"]
+
+    def aggregate(state, uploads, slots):
+        shared, metrics = inner.aggregate(state[0], uploads[0], slots)
+        head, present = uploads[1], slots.weight > 0
+        if inner.shares_heads:
+            head, total = weighted_mean(head, slots.weight, slots.task, slots.num_tasks)
+            present = total > 0
+        return (shared, keep_where_absent(head, state[1], present)), metrics
+
+    def sent(state, uploads):
+        up, down = inner.sent(state[0], uploads[0])
+        if not inner.shares_heads:
+            return up, down
+        return (
+            up._replace(per_slot=(up.per_slot, uploads[1])),
+            down._replace(per_slot=(down.per_slot, uploads[1])),
+        )
+
+    return inner._replace(
+        init=init, download=download, upload=upload, aggregate=aggregate, sent=sent
+    )

@@ -1,0 +1,21 @@
+"""FedProx (Li et al. 2020, arXiv 1812.06127): FedAvg with a proximal term in the local loss.
+
+The local loss gains (mu / 2) ||w - w_download||^2; task vectors differ as parameters do.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from matu_jax.algorithms.base import Algorithm, LocalRule
+from matu_jax.algorithms.fedavg import fedavg
+from matu_jax.config import Config
+
+
+def fedprox(config: Config) -> Algorithm:
+    """FedAvg with `LocalRule.penalty` = (mu / 2) squared distance from the download."""
+
+    def penalty(vector, download):
+        squares = jax.tree.map(lambda v, d: jnp.sum(jnp.square(v - d)), vector, download)
+        return config.fedprox_mu / 2 * sum(jax.tree.leaves(squares))
+
+    return fedavg(config)._replace(local=LocalRule(penalty=penalty))

@@ -1,0 +1,20 @@
+"""Every slot trains alone and nothing is sent: the reference that federation must beat."""
+
+from matu_jax.algorithms.base import Algorithm, Message, keep_where_absent, zeros
+from matu_jax.config import Config
+
+
+def individual(config: Config) -> Algorithm:
+    """Local fine-tuning per slot; the state is every slot's own vector, leaves `[slots, ...]`."""
+    del config
+    return Algorithm(
+        init=lambda base, slots: zeros(base, slots.client.shape[0]),
+        download=lambda state, slots: state,
+        upload=lambda vectors, slots: vectors,
+        aggregate=lambda state, uploads, slots: (
+            keep_where_absent(uploads, state, slots.weight > 0),
+            {},
+        ),
+        sent=lambda state, uploads: (Message(), Message()),
+        shares_heads=False,
+    )

@@ -1,0 +1,52 @@
+"""MaTU (Tsouvalas et al., arXiv 2502.06376): a thin wrapper over the public aggregator."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from matu_jax.aggregation import AggregationConfig, Unified, aggregate, modulate, unify
+from matu_jax.algorithms.base import Algorithm, Message, zeros
+from matu_jax.config import Config
+
+
+class MatuState(NamedTuple):
+    """What the server hands out, and what it keeps.
+
+    Attributes:
+      downloads: the clients' unifieds, made at the end of the round before.
+      unified: the server's own, over all tasks.
+    """
+
+    downloads: Unified
+    unified: Unified
+
+
+def matu(config: Config) -> Algorithm:
+    """MaTU with the choices of `config.matu`."""
+    choices = AggregationConfig(**dataclasses.asdict(config.matu))  # type: ignore[arg-type]
+
+    def nothing(base, rows, *groups):
+        masks = jax.tree.map(lambda x: jnp.zeros((rows, -(-x.size // 8)), jnp.uint8), base)
+        return Unified(zeros(base, *groups), masks, jnp.zeros(rows, jnp.float32))
+
+    def init(base, slots):
+        return MatuState(
+            nothing(base, slots.client.shape[0], slots.num_clients), nothing(base, slots.num_tasks)
+        )
+
+    def server(state, uploads, slots):
+        result = aggregate(uploads, slots, choices, state.unified)
+        return MatuState(result.downloads, result.unified), {"similarity": result.similarity}
+
+    def message(unified):
+        return Message(per_client=unified.vector, per_shared_slot=(unified.masks, unified.scales))
+
+    return Algorithm(
+        init=init,
+        download=lambda state, slots: modulate(state.downloads, slots),
+        upload=lambda vectors, slots: unify(vectors, slots, magnitude=choices.magnitude),
+        aggregate=server,
+        sent=lambda state, uploads: (message(uploads), message(state.downloads)),
+    )

@@ -1,0 +1,251 @@
+"""Checkpoints: a round's state on disk and back, on any number of devices, or a clear refusal.
+
+Orbax writes and reads the arrays. What is added here: a checkpoint counts only once the checksums
+of its files are written, and is read only if they still hold, so that a damaged one is noticed
+before anything is made of it; and the leaves are compared by name before they are read.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matu_jax.trees import PyTree, leaf_items
+
+_CHECKSUMS = "checksums.json"
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run, one folder per round in `directory`; a context manager.
+
+    For one process (its devices may be many). Orbax, which is slow to import, is imported
+    with the first instance.
+
+    Attributes:
+      directory: where they are; made if missing.
+      keep: how many stay on disk; with 1 there is none to fall back to.
+
+    Raises:
+      ValueError: if `keep` is not positive.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int):
+        if keep < 1:
+            raise ValueError(f"Checkpoints: found keep={keep}; expected at least 1.")
+        self.directory, self.keep = Path(directory).resolve(), keep
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with _quiet() as ocp:
+            options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends Orbax's threads. Whatever was saved is on disk already."""
+        self._manager.close()
+
+    def save(self, round_index: int, state: PyTree, meta: dict[str, Any]) -> None:
+        """Saves a round; durable when this returns, and then the oldest make room.
+
+        Checkpoints of this round or later, which `restore` has passed over, are removed first.
+
+        Args:
+          round_index: rounds completed.
+          state: any pytree of numpy or JAX arrays; it may have no leaves.
+          meta: what JSON can hold (tuples come back as lists, keys as strings).
+
+        Raises:
+          ValueError: if two leaves have the same path.
+          TypeError: if `meta` cannot be written as JSON.
+        """
+        leaves = _by_path(state)
+        notes = {"leaves": list(_kinds(leaves).items()), "meta": meta}
+        json.dumps(notes)  # raises before anything is removed
+        arrays = {f"{i:05d}": leaf for i, leaf in enumerate(leaves.values()) if leaf.size}
+        self._remove([other for other in self._folders() if other >= round_index])
+        with _quiet() as ocp:
+            items = {"meta": ocp.args.JsonSave(notes)}
+            if arrays:  # Orbax refuses trees without leaves, and leaves of size 0
+                items["state"] = ocp.args.StandardSave(arrays)
+            self._manager.save(round_index, args=ocp.args.Composite(**items), force=True)
+        _write_checksums(self._folder(round_index))
+        kept = self._complete()[-self.keep :]
+        self._remove([other for other in self._folders() if other < kept[0]])
+
+    def latest(self) -> int | None:
+        """The newest round with a complete checkpoint (its files are not checked), or None."""
+        return max(self._complete(), default=None)
+
+    def restore(self, target_state: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """Reads the newest checkpoint that is whole.
+
+        Damaged newer ones are passed over, each with a logged warning; those that were cut short
+        by the end of their run do not count at all.
+
+        Args:
+          target_state: a tree like the one saved, of arrays or `jax.ShapeDtypeStruct`. Leaves come
+            back placed as in this tree: numpy as numpy, the others as JAX arrays with the sharding
+            given, or on the default device where none is.
+
+        Returns:
+          The round, its state and its meta; None if there is no checkpoint.
+
+        Raises:
+          ValueError: if every checkpoint is damaged, or the state saved has other leaves than the
+            target, naming them.
+        """
+        damaged = []
+        for round_index in reversed(self._complete()):
+            damage = _damage(self._folder(round_index))
+            if damage is None:
+                return round_index, *self._read(round_index, target_state)
+            damaged.append(f"round {round_index}: {damage}")
+            _log.warning("%s is damaged (%s); it is left out.", self._folder(round_index), damage)
+        if damaged:
+            raise ValueError(
+                f"{self.directory}: no checkpoint can be read ({'; '.join(damaged)}). Bring the "
+                "files back from a copy, or remove this folder to start from round 0."
+            )
+        return None
+
+    def _read(self, round_index: int, target_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        target = _by_path(target_state)
+        with _quiet() as ocp:
+            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            notes = self._manager.restore(round_index, args=args)["meta"]
+        _check_leaves(dict(notes["leaves"]), _kinds(target), self._folder(round_index))
+        number = {path: f"{i:05d}" for i, (path, _) in enumerate(notes["leaves"])}
+        wanted = {number[path]: _placement(leaf) for path, leaf in target.items() if leaf.size}
+        arrays = {}
+        if wanted:
+            with _quiet() as ocp:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+                arrays = self._manager.restore(round_index, args=args)["state"]
+        leaves = [
+            _like(leaf, arrays[number[path]] if leaf.size else np.zeros(leaf.shape, leaf.dtype))
+            for path, leaf in target.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(target_state), leaves), notes["meta"]
+
+    def _folder(self, round_index: int) -> Path:
+        return self.directory / str(round_index)
+
+    def _folders(self) -> list[int]:
+        names = [path.name for path in self.directory.iterdir()]
+        return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+    def _complete(self) -> list[int]:
+        return [n for n in self._folders() if (self._folder(n) / _CHECKSUMS).exists()]
+
+    def _remove(self, rounds: list[int]) -> None:
+        for number in rounds:
+            (self._folder(number) / _CHECKSUMS).unlink(missing_ok=True)  # no longer complete
+            shutil.rmtree(self._folder(number))
+        if rounds:
+            self._manager.reload()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[Any]:
+    """Imports Orbax and holds its chatter (not its errors) back from the terminal meanwhile."""
+    from absl import logging as absl_logging
+
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        import orbax.checkpoint as ocp
+
+        yield ocp
+    finally:
+        absl_logging.set_verbosity(before)
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    """Leaves by path, in order; what is neither an array nor the shape of one becomes an array."""
+    leaves: dict[str, Any] = {}
+    for path, leaf in leaf_items(tree):
+        if path in leaves:
+            raise ValueError(f"checkpoint: two leaves are called {path}; rename one.")
+        leaves[path] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return leaves
+
+
+def _kinds(leaves: dict[str, Any]) -> dict[str, str]:
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
+
+
+def _check_leaves(found: dict[str, str], expected: dict[str, str], folder: Path) -> None:
+    wrong = [
+        f"  {path}: found {found.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
+        for path in (found | expected)
+        if found.get(path) != expected.get(path)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{folder}: the state saved differs from the run's own\n"
+            + "\n".join(wrong)
+            + "\nResume with the config and the version that saved it, or choose another folder."
+        )
+
+
+def _placement(leaf: Any) -> Any:
+    """How Orbax is asked for a leaf: with a sharding, or else as a numpy array."""
+    sharding = getattr(leaf, "sharding", None)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    elif sharding is None or (isinstance(leaf, jax.Array) and not leaf.committed):
+        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _like(leaf: Any, found: Any) -> Any:
+    """Numpy stays numpy where the target is; elsewhere it becomes an uncommitted JAX array."""
+    if isinstance(leaf, (np.ndarray, np.generic)) or isinstance(found, jax.Array):
+        return found
+    return jnp.asarray(found)
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_checksums(folder: Path) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    sums = {file.relative_to(folder).as_posix(): _checksum(file) for file in files}
+    temporary = folder / f"{_CHECKSUMS}.tmp"
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(sums, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, folder / _CHECKSUMS)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
+    try:
+        sums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        for name, checksum in sums.items():
+            if _checksum(folder / name) != checksum:
+                return f"{name} has changed since it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(folder)} is missing"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except (ValueError, AttributeError):
+        return f"{_CHECKSUMS} is not readable"
+    return None

@@ -1,0 +1,255 @@
+"""The schema of an experiment: frozen dataclasses, with units in the names.
+
+An experiment file starts from `default()`, a locked `ConfigDict` that refuses unknown fields, and
+edits it. `freeze()` checks every field and returns the hashable `Config` that the package works
+with; whatever is wrong is said in one message.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def _field(default: Any, **checks: Any) -> Any:
+    """A dataclass field with checks: at_least, above, at_most, choices."""
+    return dataclasses.field(default=default, metadata=checks)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which tasks there are, who holds them, and how much of them.
+
+    Attributes:
+      tasks: "embedded8" or "embedded30" (the benchmark that comes with the package), or names of
+        its tasks separated by commas.
+      clients: number of clients.
+      tasks_per_client: how many different tasks each client holds.
+      assignment: task positions per client, as a tuple of tuples; empty = drawn from the seed.
+      examples_per_slot: training examples of each (client, task) pair; 0 = split all there are.
+      dirichlet_alpha: label skew between the holders of a task; 0 = none (IID).
+      seed: what the assignment and the partition are drawn from.
+    """
+
+    tasks: str = "embedded8"
+    clients: int = _field(12, at_least=1)
+    tasks_per_client: int = _field(2, at_least=1)
+    assignment: tuple = ()
+    examples_per_slot: int = _field(128, at_least=0)
+    dirichlet_alpha: float = _field(0.0, at_least=0)
+    seed: int = _field(0, at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What is fine-tuned.
+
+    Attributes:
+      checkpoint: "embedded" (the backbone that comes with the package), "random", or the path of a
+        safetensors file that experiments/pretrain_backbone.py wrote.
+      trainable: "lora" (adapters over a frozen backbone) or "full" (every parameter).
+      lora_rank: rank of the adapters.
+      lora_alpha: adapters are scaled by lora_alpha / lora_rank.
+      lora_targets: projections that carry one: query, key, value, out, mlp_in, mlp_out.
+      head: "frozen" (fixed label vectors, shared by all tasks, compared by cosine) or "trained"
+        (a linear head per task, averaged among its holders).
+      logit_scale: what the cosines of a frozen head are multiplied by.
+    """
+
+    checkpoint: str = "embedded"
+    trainable: str = _field("lora", choices=("lora", "full"))
+    lora_rank: int = _field(8, at_least=1)
+    lora_alpha: float = _field(16.0, above=0)
+    lora_targets: tuple = ("query", "key", "value", "out")
+    head: str = _field("frozen", choices=("frozen", "trained"))
+    logit_scale: float = _field(20.0, above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalConfig:
+    """A client's training in one round.
+
+    Attributes:
+      steps: optimiser steps per slot and round.
+      batch_examples: examples per step.
+      optimizer: "adam", "adamw" or "sgd"; its state starts afresh every round.
+      learning_rate: step size.
+      momentum: of sgd.
+      weight_decay: of adamw.
+      parallel_slots: slots trained at once on a device; 0 = by platform (1 on CPU, where one slot
+        after the other is faster; all of a device's slots on accelerators).
+    """
+
+    steps: int = _field(20, at_least=1)
+    batch_examples: int = _field(16, at_least=1)
+    optimizer: str = _field("adam", choices=("adam", "adamw", "sgd"))
+    learning_rate: float = _field(3e-3, above=0)
+    momentum: float = _field(0.9, at_least=0, at_most=1)
+    weight_decay: float = _field(0.0, at_least=0)
+    parallel_slots: int = _field(0, at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatuConfig:
+    """MaTU's choices; see `matu_jax.AggregationConfig`, whose fields these are.
+
+    Attributes:
+      magnitude: eq. 2, on clients and server: "max" or "mean".
+      agreement_threshold: rho of eq. 5.
+      top_k: kappa of eq. 8.
+      min_similarity: epsilon of eq. 8.
+      transfer: eq. 8's rule.
+      similarity: what eq. 7 compares.
+    """
+
+    magnitude: str = "max"
+    agreement_threshold: float = _field(0.4, at_least=0, at_most=1)
+    top_k: int = _field(3, at_least=0)
+    min_similarity: float = _field(0.5, at_least=0, at_most=1)
+    transfer: str = "none"
+    similarity: str = "cross_client"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """When accuracy is measured.
+
+    Attributes:
+      every_rounds: rounds between evaluations; the last round is always evaluated.
+      batch_examples: examples per forward pass.
+    """
+
+    every_rounds: int = _field(1, at_least=1)
+    batch_examples: int = _field(128, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved.
+
+    Attributes:
+      every_rounds: rounds between checkpoints; the last round is always saved.
+      keep: how many checkpoints stay on disk.
+    """
+
+    every_rounds: int = _field(1, at_least=1)
+    keep: int = _field(2, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment.
+
+    Attributes:
+      algorithm: a name in `matu_jax.algorithms.ALGORITHMS`.
+      seed: everything random in training is drawn from it.
+      rounds: communication rounds.
+      clients_per_round: clients that take part in a round, drawn anew each time; 0 = all.
+      fedprox_mu: weight of FedProx's proximal term; the other algorithms have none.
+      data: see DataConfig.
+      model: see ModelConfig.
+      local: see LocalConfig.
+      matu: see MatuConfig.
+      evaluation: see EvaluationConfig.
+      checkpoint: see CheckpointConfig.
+    """
+
+    algorithm: str = "matu"
+    seed: int = _field(0, at_least=0)
+    rounds: int = _field(10, at_least=1)
+    clients_per_round: int = _field(0, at_least=0)
+    fedprox_mu: float = _field(0.01, at_least=0)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
+    matu: MatuConfig = dataclasses.field(default_factory=MatuConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+def default() -> ConfigDict:
+    """The default experiment as a locked ConfigDict: fields can be changed, not added."""
+    return ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def did_you_mean(word: str, choices: Any) -> str:
+    """A hint such as ` Did you mean "rounds"?`, or the choices if nothing is near."""
+    choices = sorted(choices)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f' Did you mean "{near[0]}"?' if near else f" Choices: {', '.join(choices)}."
+
+
+def freeze(config: ConfigDict) -> Config:
+    """Checks a ConfigDict against the schema and makes it immutable.
+
+    Raises:
+      ValueError: one message that lists every unknown field (with "did you mean"), missing field,
+        wrong type and value out of range.
+    """
+    problems: list[str] = []
+    frozen = _freeze(Config, config, "config", problems)
+    if not problems:
+        problems += _cross_checks(frozen)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return frozen
+
+
+def _freeze(schema: type, values: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(values, (Mapping, ConfigDict)):
+        problems.append(f"{path}: found {values!r}, expected a block of fields.")
+        return None
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    for name in values:
+        if name not in fields:
+            problems.append(f"{path}.{name}: no such field.{did_you_mean(name, fields)}")
+    checked = {}
+    for name, field in fields.items():
+        where = f"{path}.{name}"
+        if name not in values:
+            problems.append(f"{where}: missing. Edit fields; do not replace the whole block.")
+        elif dataclasses.is_dataclass(field.type):
+            checked[name] = _freeze(field.type, values[name], where, problems)  # type: ignore
+        else:
+            checked[name] = _check(field, values[name], where, problems)
+    return None if problems else schema(**checked)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _check(field: dataclasses.Field, value: Any, where: str, problems: list[str]) -> Any:
+    kind: Any = field.type
+    value = _tuples(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        problems.append(
+            f"{where}: found {value!r} ({type(value).__name__}), expected {kind.__name__}."
+        )
+        return value
+    checks = field.metadata
+    if "choices" in checks and value not in checks["choices"]:
+        hint = did_you_mean(str(value), checks["choices"])
+        problems.append(f"{where}: found {value!r}, an unknown choice.{hint}")
+    for bound, holds, words in (
+        ("at_least", lambda x, b: x >= b, "at least"),
+        ("above", lambda x, b: x > b, "more than"),
+        ("at_most", lambda x, b: x <= b, "at most"),
+    ):
+        if bound in checks and not (holds(value, checks[bound]) and value < float("inf")):
+            problems.append(f"{where}: found {value}, expected {words} {checks[bound]}.")
+    return value
+
+
+def _cross_checks(config: Config) -> list[str]:
+    problems = []
+    if config.clients_per_round > config.data.clients:
+        problems.append(
+            f"config.clients_per_round: found {config.clients_per_round}, expected at most "
+            f"config.data.clients = {config.data.clients} (0 = all)."
+        )
+    return problems

@@ -1,0 +1,62 @@
+"""Spreading slots over devices, and over time within a device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+AXIS = "slots"
+
+
+def slot_mesh() -> Mesh:
+    """A mesh of all devices along one axis, "slots"."""
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def map_slots(
+    function: Callable[..., Any], mesh: Mesh, *, parallel_slots: int = 0
+) -> Callable[..., Any]:
+    """Maps a function of one slot over slots, sharded over the devices of a mesh.
+
+    Args:
+      function: `(shared, *rows) -> result`; `shared` is the same for all slots, each of `rows` is
+        one slot's part, leaves `[...]`.
+      mesh: from `slot_mesh`.
+      parallel_slots: slots computed at once on a device. 0 = by platform: one after the other on
+        CPU, which is faster there and takes a fraction of the memory; all at once on accelerators,
+        which folds the slots into large matrix products.
+
+    Returns:
+      `(shared, *stacked) -> results`, leaves `[slots, ...]`; to be jitted by the caller. The number
+      of slots must be a multiple of the devices: see `padded_rows`. No device waits for another.
+    """
+
+    def on_device(shared, *stacked):
+        slots = jax.tree.leaves(stacked)[0].shape[0]
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        at_once = min(parallel_slots or (1 if on_cpu else slots), slots)
+        if at_once == slots > 1:
+            return jax.vmap(function, in_axes=(None, *[0] * len(stacked)))(shared, *stacked)
+        return jax.lax.map(
+            lambda rows: function(shared, *rows),
+            stacked,
+            batch_size=at_once if at_once > 1 else None,
+        )
+
+    def over_slots(shared, *stacked):
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), *[PartitionSpec(AXIS)] * len(stacked)),
+            out_specs=PartitionSpec(AXIS),
+            check_vma=False,
+        )(shared, *stacked)
+
+    return over_slots
+
+
+def padded_rows(rows: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Repeats the last row until every device has as many: `[rows]` to `[rows or more]`."""
+    return np.pad(rows, (0, -len(rows) % mesh.size), mode="edge")

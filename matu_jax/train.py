@@ -1,0 +1,321 @@
+"""The experiment program: `python -m matu_jax.train --config experiments/quickstart.py`.
+
+    --config FILE             an experiment: a Python file with get_config()
+    --config.FIELD=VALUE      changes a field, such as --config.rounds=3 or --config.local.steps=10
+    --workdir DIR             where results and checkpoints go; a directory of an interrupted run
+                              is gone on with. Default: runs/<config>-<time>
+
+Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said in one message.
+"""
+
+import datetime
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from matu_jax import algorithms, models, report, rounds
+from matu_jax.checkpoint import Checkpoints
+from matu_jax.config import Config, freeze
+from matu_jax.data import embedded
+from matu_jax.metrics import MetricsLog, versions, write_json
+from matu_jax.parallel import slot_mesh
+
+_AUC = (
+    "probability that a related pair of tasks (same label space) has a higher direction similarity "
+    "than an unrelated pair, over all pairs of different tasks, ties counting one half; measured "
+    "by the server in the last round"
+)
+_SIMULATION = (
+    "predicted for the whole simulation on these devices: all clients, their data and the server"
+)
+
+
+class UserError(Exception):
+    """A mistake of the user's, to be shown without a traceback."""
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, str, Path]:
+    """Reads the command line: the checked config, its name, and the workdir.
+
+    Raises:
+      UserError: with what is wrong, and where.
+    """
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", None, "experiment", flag_values=values)
+    flags.DEFINE_string("workdir", None, "results and checkpoints", flag_values=values)
+    given = [a.split("=", 1)[0].lstrip("-") for a in argv[1:] if a.startswith("-")]
+    if "help" in given or "h" in given:
+        print(__doc__)
+        raise SystemExit(0)
+    if "config" not in given:
+        raise UserError("--config is missing; for example --config experiments/quickstart.py")
+    try:
+        rest = values(list(argv))
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}; see --help")
+        config = freeze(holder.value)
+        algorithms.build(config)
+    except OSError as error:
+        raise UserError(f"--config: {error.strerror}: {error.filename}") from None
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, SyntaxError) as error:
+        raise UserError(_first_words(error)) from None
+    name = Path(config_flags.get_config_filename(values["config"])).stem
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return config, name, Path(values["workdir"].value or Path("runs") / f"{name}-{stamp}")
+
+
+def _first_words(error: Exception) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return text or type(error).__name__
+
+
+def prepare_workdir(workdir: Path, config: Config) -> None:
+    """Makes the workdir, or checks that it holds a run of this very config.
+
+    Raises:
+      UserError: if it cannot be written, or holds something else.
+    """
+    import dataclasses
+
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    kept = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if kept.exists():
+            found = json.loads(kept.read_text())
+            differences = _differences(found, wanted)
+            if differences:
+                raise UserError(
+                    f"--workdir {workdir} holds a run of another config:\n  "
+                    + "\n  ".join(differences)
+                    + "\nGive another --workdir, or the same config to go on with that run."
+                )
+        elif any(workdir.iterdir()):
+            raise UserError(
+                f"--workdir {workdir} is not empty and holds no run of this program (no "
+                "config.json). Give another directory."
+            )
+        write_json(kept, wanted)
+        if not os.access(workdir, os.W_OK):
+            raise PermissionError(13, "Permission denied", str(workdir))
+    except OSError as error:
+        raise UserError(
+            f"--workdir {workdir} cannot be written: {error.strerror}. Give a directory that can."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{kept} is damaged ({error}). Give another --workdir.") from None
+
+
+def _differences(found: dict, wanted: dict, path: str = "config") -> list[str]:
+    lines = []
+    for key in sorted(found.keys() | wanted.keys()):
+        a, b, where = found.get(key), wanted.get(key), f"{path}.{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += _differences(a, b, where)
+        elif a != b:
+            lines.append(f"{where}: there {a!r}, here {b!r}")
+    return lines
+
+
+def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
+    """Runs or resumes an experiment and writes everything about it into the workdir.
+
+    Returns:
+      The summary, as in summary.json.
+
+    Raises:
+      UserError: for what the user has to mend.
+    """
+    import dataclasses
+
+    summary_file = workdir / "summary.json"
+    if summary_file.exists():
+        console.print(f"{workdir}: this run is finished; its results:")
+        summary = json.loads(summary_file.read_text())
+        console.print(report.result_table(summary))
+        return summary
+
+    started = time.perf_counter()
+    try:
+        federation = rounds.federate(config)
+        classes = max(task.num_classes for task in federation.tasks)
+        model = models.build(config.model, num_classes=classes, seed=config.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    algorithm, mesh = algorithms.build(config), slot_mesh()
+    _print_plan(config, algorithm, model, federation, mesh, workdir, console)
+
+    log = MetricsLog(workdir / "metrics.jsonl")
+    target = jax.jit(algorithm.init)(model.base, federation.slots)
+    saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
+    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        restored = checkpoints.restore({"state": target, "similarity": _square(federation)})
+        start = None
+        if restored:
+            start = (restored[0], restored[1]["state"])
+            similarity = np.asarray(restored[1]["similarity"])
+            log.truncate_after(start[0])
+            console.print(f"Going on after round {start[0]} of {config.rounds}.")
+        else:
+            similarity = _square(federation)
+            log.truncate_after(0)
+        with _progress(console) as bar:
+            job = bar.add_task("", total=config.rounds, completed=start[0] if start else 0)
+            for last in rounds.run(config, algorithm, model, federation, mesh=mesh, start=start):
+                if last.similarity is not None:
+                    similarity = last.similarity
+                # The line first: a kill in between leaves a line too many, which resuming drops.
+                last.record["seconds"]["checkpoint"] = saving
+                log.append(last.record)
+                clock = time.perf_counter()
+                if last.round % config.checkpoint.every_rounds == 0 or last.round == config.rounds:
+                    state = {"state": last.state, "similarity": similarity}
+                    checkpoints.save(last.round, state, {"round": last.round})
+                saving = time.perf_counter() - clock
+                bar.update(job, completed=last.round, description=_status(last.record))
+                for drop in last.record["dropped"]:
+                    bar.console.print(
+                        f"round {last.round}: client {drop['client']}, task {drop['task']} "
+                        f"left out: {drop['reason']}"
+                    )
+    summary = _summary(config, federation, log.records(), similarity, time.perf_counter() - started)
+    summary["config"] = dataclasses.asdict(config)
+    names = [task.name for task in federation.tasks]
+    title = f"{name}: {config.algorithm}"
+    report.plot_accuracy(log.records(), workdir / "accuracy.png", title=title)
+    if summary["similarity"]:
+        families = [task.label_space for task in federation.tasks]
+        report.plot_similarity(similarity, names, families, workdir / "similarity.png", title=title)
+    write_json(summary_file, summary)
+    console.print(report.result_table(summary))
+    console.print(f"Results: {workdir}")
+    return summary
+
+
+def _square(federation: rounds.Federation) -> np.ndarray:
+    return np.zeros((len(federation.tasks),) * 2, np.float32)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("round"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _status(record: dict) -> str:
+    loss = "no loss" if record["loss"] is None else f"loss {record['loss']:.3f}"
+    if record["accuracy"] is None:
+        return loss
+    return f"{loss}, accuracy {100 * record['accuracy']['test_mean']:.1f} %"
+
+
+def _print_plan(config, algorithm, model, federation, mesh, workdir, console) -> None:
+    slots = federation.slots
+    state = jax.eval_shape(algorithm.init, model.base, slots)
+    stacked = jax.eval_shape(algorithm.download, state, slots)
+    uplink, downlink = jax.eval_shape(
+        algorithm.sent, state, jax.eval_shape(algorithm.upload, stacked, slots)
+    )
+    memory = rounds.predicted_bytes(config, model, algorithm, federation, mesh.size)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(model.base))
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(model.frozen))
+    device = mesh.devices.flat[0]
+    bits = [algorithms.message_bits(message, slots).mean() for message in (uplink, downlink)]
+    plan = {
+        "devices": f"{mesh.size} x {device.device_kind} ({device.platform})",
+        "algorithm": config.algorithm,
+        "clients": f"{slots.num_clients}, {config.clients_per_round or slots.num_clients} a round",
+        "tasks": len(federation.tasks),
+        "slots (client, task)": f"{len(slots.client)}, {int(slots.weight.sum())} examples",
+        "parameters trained": f"{trained:,} of {trained + frozen:,}",
+        "rounds": f"{config.rounds} of {config.local.steps} steps of "
+        f"{config.local.batch_examples} examples",
+        "uplink per client and round": report.human_bits(float(bits[0])),
+        "downlink per client and round": report.human_bits(float(bits[1])),
+        "memory": f"{report.human_bytes(sum(memory.values()))} ({_SIMULATION})",
+        "workdir": str(workdir),
+    }
+    console.print(report.plan_table(plan))
+
+
+def _summary(config, federation, records, similarity, seconds) -> dict:
+    measured = [r for r in records if r["accuracy"] is not None]
+    best = max(measured, key=lambda r: r["accuracy"]["validation_mean"])
+    accuracy = best["accuracy"]
+    clients = sum(len(r["clients"]) for r in records)
+    phases = sorted({phase for r in records for phase in r["seconds"]})
+    auc = records[-1]["similarity_auc"]
+    return {
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "selected_round": best["round"],
+        "accuracy": {
+            "mean": accuracy["test_mean"],
+            "per_task": accuracy["test_per_task"],
+            "per_slot": accuracy["test_per_slot"],
+            "validation_mean": accuracy["validation_mean"],
+            "last_round_mean": measured[-1]["accuracy"]["test_mean"],
+        },
+        "communication": {
+            "uplink_bits_per_client_round": sum(r["uplink_bits"] for r in records) / clients,
+            "downlink_bits_per_client_round": sum(r["downlink_bits"] for r in records) / clients,
+            "uplink_bits_total": sum(r["uplink_bits"] for r in records),
+            "downlink_bits_total": sum(r["downlink_bits"] for r in records),
+        },
+        "seconds": {"total": seconds}
+        | {phase: sum(r["seconds"].get(phase, 0.0) for r in records) for phase in phases},
+        "similarity": None
+        if auc is None
+        else {
+            "auc": auc,
+            "definition": _AUC,
+            "tasks": [task.name for task in federation.tasks],
+            "matrix": similarity.tolist(),
+        },
+        "slots": {
+            "client": federation.slots.client.tolist(),
+            "task": federation.slots.task.tolist(),
+            "examples": federation.slots.weight.tolist(),
+        },
+        "data_fingerprint": {task.name: embedded.fingerprint(task) for task in federation.tasks},
+        "versions": versions(),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; returns the exit code."""
+    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        config, name, workdir = parse(argv)
+        prepare_workdir(workdir, config)
+        # On CPU one virtual device per core trains slots side by side; a single device would leave
+        # cores idle, since a slot's matrix products are too small to share.
+        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+        train(config, name, workdir, console)
+    except UserError as error:
+        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,197 @@
+"""Pytrees of parameters: stacking, task vectors, and the checks behind every error message.
+
+The sign convention lives here and nowhere else: a task vector is *tuned minus base*.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def leaf_items(tree: PyTree) -> list[tuple[str, Any]]:
+    """Lists `(path, leaf)` pairs, with paths as a person writes them (`encoder/0/kernel`)."""
+    items, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/") or "(root)", leaf)
+        for path, leaf in items
+    ]
+
+
+def as_floating(tree: PyTree, name: str) -> PyTree:
+    """Converts every leaf to a JAX array and refuses leaves that are not floating point.
+
+    Args:
+      tree: any pytree of numpy or JAX arrays.
+      name: what to call the tree in the error.
+
+    Returns:
+      The same tree with JAX arrays as leaves.
+
+    Raises:
+      ValueError: lists every leaf that is not a floating-point array, with its path and dtype.
+    """
+    wrong = []
+    for path, leaf in leaf_items(tree):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None and isinstance(leaf, float):
+            continue
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            wrong.append(f"  {path}: {dtype if dtype is not None else type(leaf).__name__}")
+    if wrong:
+        raise ValueError(
+            f"{name}: every leaf must be a floating-point array (float32, bfloat16 or float16); "
+            f"found\n" + "\n".join(wrong) + "\nLeave these leaves out, or cast them first."
+        )
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def check_stacked(tree: PyTree, name: str, *, rows: int | None = None, axis: str = "slots") -> int:
+    """Checks that all leaves share one leading axis, and returns its length.
+
+    Args:
+      tree: a pytree of arrays, leaves `[axis, ...]`.
+      name: what to call the tree in the error.
+      rows: the length that the leading axis must have; any, if None.
+      axis: the name of the leading axis in the error.
+
+    Returns:
+      The length of the leading axis.
+
+    Raises:
+      ValueError: if the tree has no leaves, or lists the leaves whose leading axis differs.
+    """
+    items = leaf_items(tree)
+    if not items:
+        raise ValueError(f"{name}: found a tree without leaves; expected leaves [{axis}, ...].")
+    if rows is None:
+        first = items[0][1]
+        rows = first.shape[0] if first.ndim else 0
+        if not first.ndim:
+            raise ValueError(
+                f"{name}: leaf {items[0][0]} has shape (); expected a leading axis [{axis}, ...]. "
+                "Stack the trees first, with matu_jax.stack."
+            )
+    wrong = [
+        f"  {path}: shape {leaf.shape}"
+        for path, leaf in items
+        if not leaf.ndim or leaf.shape[0] != rows
+    ]
+    if wrong:
+        raise ValueError(
+            f"{name}: every leaf must have a leading axis [{axis}] of length {rows}; found\n"
+            + "\n".join(wrong)
+            + "\nStack the trees with matu_jax.stack, in the order of the slots."
+        )
+    if rows == 0:
+        raise ValueError(f"{name}: the leading axis [{axis}] is empty; expected at least one row.")
+    return rows
+
+
+def check_like(tree: PyTree, reference: PyTree, name: str, *, leading: int) -> None:
+    """Checks that `tree` is `reference` with `leading` extra axes in front of every leaf.
+
+    Raises:
+      ValueError: if the structures differ (naming the missing and unknown leaves), or lists every
+        leaf whose shape differs.
+    """
+    found, expected = dict(leaf_items(tree)), dict(leaf_items(reference))
+    if jax.tree.structure(tree) != jax.tree.structure(reference):
+        missing = sorted(expected.keys() - found.keys())
+        unknown = sorted(found.keys() - expected.keys())
+        raise ValueError(
+            f"{name}: the tree differs from the one it must match; missing leaves: "
+            f"{', '.join(missing) or 'none'}; unknown leaves: {', '.join(unknown) or 'none'}. "
+            "Build both trees from the same model and the same trainable parameters."
+        )
+    wrong = [
+        f"  {path}: found {leaf.shape}, expected {'[rows] + ' if leading else ''}"
+        f"{expected[path].shape}"
+        for path, leaf in found.items()
+        if leaf.shape[leading:] != expected[path].shape or leaf.ndim < leading
+    ]
+    if wrong:
+        raise ValueError(
+            f"{name}: leaf shapes differ\n"
+            + "\n".join(wrong)
+            + ("\nStack the trees with matu_jax.stack first." if leading else "")
+        )
+
+
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """Stacks trees of the same structure along a new leading axis.
+
+    Args:
+      trees: one tree of floating leaves `[...]` per slot.
+
+    Returns:
+      One tree, leaves `[slots, ...]`.
+
+    Raises:
+      ValueError: if the sequence is empty, or a tree differs in structure, shape or dtype from the
+        first (naming the tree's position and the leaf).
+    """
+    trees = list(trees)
+    if not trees:
+        raise ValueError("stack: found no trees; expected one tree per slot.")
+    trees = [as_floating(tree, f"stack: tree {i}") for i, tree in enumerate(trees)]
+    first = dict(leaf_items(trees[0]))
+    for i, tree in enumerate(trees[1:], start=1):
+        check_like(tree, trees[0], f"stack: tree {i} against tree 0", leading=0)
+        for path, leaf in leaf_items(tree):
+            if leaf.dtype != first[path].dtype:
+                raise ValueError(
+                    f"stack: tree {i}, leaf {path}: found {leaf.dtype}, expected "
+                    f"{first[path].dtype} as in tree 0. Cast all trees to one dtype."
+                )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def task_vectors(tuned: PyTree, base: PyTree) -> PyTree:
+    """Task vectors: tuned minus base parameters (Ilharco et al. 2023, arXiv 2212.04089).
+
+    Args:
+      tuned: fine-tuned parameters, leaves `[slots, ...]`.
+      base: pretrained parameters, leaves `[...]`.
+
+    Returns:
+      A tree like `tuned`, leaves `[slots, ...]` in `tuned`'s dtypes; subtracted in float32.
+
+    Raises:
+      ValueError: if the trees do not match, naming the leaves.
+    """
+    tuned, base = as_floating(tuned, "task_vectors: tuned"), as_floating(base, "task_vectors: base")
+    check_stacked(tuned, "task_vectors: tuned")
+    check_like(tuned, base, "task_vectors: tuned against base", leading=1)
+    return jax.tree.map(
+        lambda t, b: (t.astype(jnp.float32) - b.astype(jnp.float32)[None]).astype(t.dtype),
+        tuned,
+        base,
+    )
+
+
+def apply_vectors(base: PyTree, vectors: PyTree) -> PyTree:
+    """Adds task vectors to the base parameters: the inverse of `task_vectors`.
+
+    Args:
+      base: pretrained parameters, leaves `[...]`.
+      vectors: task vectors, leaves `[slots, ...]`.
+
+    Returns:
+      Parameters, leaves `[slots, ...]` in `base`'s dtypes; added in float32.
+
+    Raises:
+      ValueError: if the trees do not match, naming the leaves.
+    """
+    base = as_floating(base, "apply_vectors: base")
+    vectors = as_floating(vectors, "apply_vectors: vectors")
+    check_stacked(vectors, "apply_vectors: vectors")
+    check_like(vectors, base, "apply_vectors: vectors against base", leading=1)
+    return jax.tree.map(
+        lambda b, v: (b.astype(jnp.float32)[None] + v.astype(jnp.float32)).astype(b.dtype),
+        base,
+        vectors,
+    )

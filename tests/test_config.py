@@ -1,0 +1,74 @@
+import pytest
+
+from matu_jax import config as schema
+from matu_jax.aggregation import AggregationConfig
+
+
+def test_default_freezes_to_the_schema_and_is_hashable():
+    assert schema.freeze(schema.default()) == schema.Config()
+    assert isinstance(hash(schema.freeze(schema.default())), int)
+
+
+def test_locked_config_refuses_new_fields():
+    config = schema.default()
+    with pytest.raises(AttributeError, match="rounds"):
+        config.roudns = 3
+
+
+def message(config):
+    with pytest.raises(ValueError, match="config") as error:
+        schema.freeze(config)
+    return str(error.value)
+
+
+def test_replaced_block_names_unknown_and_missing_fields():
+    config = schema.default()
+    with config.unlocked():
+        config.local = {"stepps": 3}
+    text = message(config)
+    assert 'config.local.stepps: no such field. Did you mean "steps"?' in text
+    assert "config.local.learning_rate: missing" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("rounds", 0, "config.rounds: found 0, expected at least 1"),
+        ("rounds", True, "config.rounds: found True"),
+        ("local.learning_rate", -0.1, "config.local.learning_rate: found -0.1, expected more than"),
+        ("local.learning_rate", float("nan"), "config.local.learning_rate: found nan"),
+        ("local.learning_rate", float("inf"), "config.local.learning_rate: found inf"),
+        ("matu.agreement_threshold", 1.5, "expected at most 1"),
+        ("model.head", "frozn", 'Did you mean "frozen"?'),
+        ("clients_per_round", 99, "at most config.data.clients = 12"),
+    ],
+)
+def test_wrong_values_are_named(path, value, words):
+    config = schema.default()
+    block, _, field = path.rpartition(".")
+    target = config[block] if block else config
+    with target.ignore_type():
+        target[field] = value
+    assert words in message(config)
+
+
+def test_all_mistakes_come_in_one_message():
+    config = schema.default()
+    config.rounds, config.local.steps = -1, -2
+    assert len(message(config).splitlines()) == 2
+
+
+def test_whole_numbers_are_taken_for_floats_and_lists_for_tuples():
+    config = schema.default()
+    config.local.learning_rate = 1
+    with config.data.ignore_type():
+        config.data.assignment = [[0, 1], [2]]
+    frozen = schema.freeze(config)
+    assert isinstance(frozen.local.learning_rate, float)
+    assert frozen.data.assignment == ((0, 1), (2,))
+
+
+def test_matu_block_is_the_aggregation_config():
+    fields = schema.MatuConfig.__dataclass_fields__
+    library = AggregationConfig.__dataclass_fields__
+    assert {n: f.default for n, f in fields.items()} == {n: f.default for n, f in library.items()}

@@ -1,0 +1,156 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from matu_jax import models
+from matu_jax.algorithms import LocalRule
+from matu_jax.config import LocalConfig, ModelConfig
+from matu_jax.data import Split
+from matu_jax.evaluate import evaluation, evaluation_set, per_task
+from matu_jax.local import class_mask, local_training
+from matu_jax.parallel import padded_rows
+
+SLOTS, STEPS, BATCH, CLASSES = 4, 2, 3, 5
+CONFIG = LocalConfig(steps=STEPS, batch_examples=BATCH, optimizer="sgd", learning_rate=0.1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(checkpoint="random", lora_rank=2, lora_targets=("query", "mlp_in"))
+    return models.build(config, num_classes=CLASSES)
+
+
+def mesh_of(devices):
+    return jax.make_mesh(
+        (devices,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+
+
+def inputs(model, slots=SLOTS):
+    rng = np.random.default_rng(0)
+    downloads = jax.tree.map(
+        lambda x: jnp.asarray(0.01 * rng.normal(size=(slots, *x.shape)), jnp.float32), model.base
+    )
+    images = rng.integers(0, 256, (slots, STEPS, BATCH, 32, 32, 3)).astype(np.uint8)
+    labels = rng.integers(0, 4, (slots, STEPS, BATCH)).astype(np.int32)
+    classes = np.array([4, 5, 4, 5] * 3, np.int32)[:slots]
+    return (model.base, model.frozen), downloads, classes, images, labels
+
+
+NO_PENALTY = LocalRule()
+
+
+def train(model, devices=1, config=CONFIG, rule=NO_PENALTY, args=None):
+    function = jax.jit(local_training(model, config, rule, mesh_of(devices)))
+    return function(*(args or inputs(model)))
+
+
+def plain_loop(model, slot, penalty=None):
+    """The same training, one slot and one step after the other, with heavy-ball momentum."""
+    (base, frozen), downloads, classes, images, labels = inputs(model)
+    start = jax.tree.map(lambda x: x[slot], downloads)
+    vector, velocity = start, jax.tree.map(jnp.zeros_like, start)
+    for step in range(STEPS):
+
+        def loss(vector, step=step):
+            params = jax.tree.map(lambda b, v: b + v, base, vector)
+            logits = model.logits(params, frozen, images[slot, step])[:, : classes[slot]]
+            chosen = jax.nn.log_softmax(logits)[jnp.arange(BATCH), labels[slot, step]]
+            return -chosen.mean() + (penalty(vector, start) if penalty else 0.0)
+
+        gradient = jax.grad(loss)(vector)
+        velocity = jax.tree.map(lambda v, g: CONFIG.momentum * v + g, velocity, gradient)
+        vector = jax.tree.map(lambda x, v: x - CONFIG.learning_rate * v, vector, velocity)
+    return vector
+
+
+def test_training_equals_a_plain_loop(model):
+    trained = train(model)
+    for slot in range(SLOTS):
+        found = jax.tree.map(lambda x, slot=slot: x[slot], trained.vectors)
+        chex.assert_trees_all_close(found, plain_loop(model, slot), atol=1e-5, rtol=1e-4)
+    assert bool(trained.finite.all())
+
+
+def test_penalty_enters_the_loss(model):
+    def penalty(vector, download):
+        gaps = jax.tree.map(lambda v, d: jnp.sum((v - d) ** 2), vector, download)
+        return 3.0 * sum(jax.tree.leaves(gaps))
+
+    trained = train(model, rule=LocalRule(penalty=penalty))
+    found = jax.tree.map(lambda x: x[1], trained.vectors)
+    chex.assert_trees_all_close(found, plain_loop(model, 1, penalty), atol=1e-5, rtol=1e-4)
+    without = jax.tree.map(lambda x: x[1], train(model).vectors)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(found, without, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("devices", "parallel"), [(2, 0), (4, 0), (1, 2), (1, 3), (1, 4), (2, 2)])
+def test_devices_and_chunks_do_not_change_the_result(model, devices, parallel):
+    one = train(model)
+    other = train(model, devices, dataclasses.replace(CONFIG, parallel_slots=parallel))
+    chex.assert_trees_all_close(other.vectors, one.vectors, atol=1e-6, rtol=1e-4)
+
+
+def test_a_slot_that_goes_wrong_is_reported_and_zeroed(model):
+    parameters, downloads, classes, images, labels = inputs(model)
+    downloads = jax.tree.map(lambda x: x.at[2].set(jnp.nan), downloads)
+    trained = train(model, args=(parameters, downloads, classes, images, labels))
+    np.testing.assert_array_equal(trained.finite, [True, True, False, True])
+    chex.assert_tree_all_finite(trained.vectors)
+
+
+def test_optimisers_are_those_of_the_config(model):
+    results = {
+        name: train(model, config=dataclasses.replace(CONFIG, optimizer=name)).vectors
+        for name in ("adam", "adamw", "sgd")
+    }
+    decayed = dataclasses.replace(CONFIG, optimizer="adamw", weight_decay=0.5)
+    chex.assert_trees_all_close(results["adam"], results["adamw"])
+    for a, b in (
+        (results["adam"], results["sgd"]),
+        (results["adamw"], train(model, config=decayed).vectors),
+    ):
+        assert optax.tree.norm(optax.tree.sub(a, b)) > 1e-3
+
+
+def test_rows_are_padded_to_the_devices():
+    np.testing.assert_array_equal(padded_rows(np.arange(3), mesh_of(4)), [0, 1, 2, 2])
+    np.testing.assert_array_equal(padded_rows(np.arange(4), mesh_of(4)), [0, 1, 2, 3])
+
+
+def test_class_mask_hides_the_classes_a_task_lacks():
+    np.testing.assert_array_equal(class_mask(jnp.int32(2), 4) < -1e8, [False, False, True, True])
+
+
+def test_accuracy_counts_every_example_once(model):
+    rng = np.random.default_rng(1)
+    splits = [
+        Split(
+            rng.integers(0, 256, (n, 32, 32, 3)).astype(np.uint8),
+            rng.integers(0, 4, n).astype(np.int32),
+        )
+        for n in (7, 5)
+    ]
+    (base, frozen), vectors, classes, _, _ = inputs(model)
+    task = np.array([0, 1, 1, 0])
+    measure = jax.jit(evaluation(model, mesh_of(2)))
+    shared = (base, frozen, evaluation_set(splits, batch_examples=3))
+    found = measure(shared, vectors, task, classes)
+    for slot in range(SLOTS):
+        params = jax.tree.map(lambda b, v, slot=slot: b + v[slot], base, vectors)
+        split = splits[task[slot]]
+        logits = np.asarray(model.logits(params, frozen, split.images))[:, : classes[slot]]
+        assert found[slot] == pytest.approx((logits.argmax(1) == split.labels).mean())
+
+
+def test_per_task_means():
+    np.testing.assert_allclose(
+        per_task(np.array([0.5, 1.0, 0.2]), np.array([0, 0, 2]), 3), [0.75, np.nan, 0.2]
+    )

@@ -1,0 +1,203 @@
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from matu_jax import algorithms, models, rounds
+from matu_jax.config import Config, DataConfig, EvaluationConfig, LocalConfig, ModelConfig
+from matu_jax.data import Split
+
+TINY = Config(
+    rounds=3,
+    data=DataConfig(tasks="hue/grating,ground/grating,hue/plaid", clients=3, examples_per_slot=16),
+    model=ModelConfig(checkpoint="random", lora_rank=2, lora_targets=("query",)),
+    local=LocalConfig(steps=2, batch_examples=4),
+    evaluation=EvaluationConfig(every_rounds=2, batch_examples=16),
+)
+
+
+@pytest.fixture(scope="module")
+def federation():
+    whole = rounds.federate(TINY)
+    few = tuple(
+        dataclasses.replace(
+            task,
+            validation=Split(*(x[:16] for x in task.validation)),
+            test=Split(*(x[:24] for x in task.test)),
+        )
+        for task in whole.tasks
+    )
+    return whole._replace(tasks=few)
+
+
+def one_device():
+    return jax.make_mesh((1,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+
+
+def run(config, federation, start=None, mesh=None, model=None):
+    model = model or models.build(config.model, num_classes=10, seed=config.seed)
+    algorithm = algorithms.build(config)
+    for result in rounds.run(
+        config, algorithm, model, federation, mesh=mesh or one_device(), start=start
+    ):
+        # The next round takes the state's buffers.
+        yield result._replace(state=jax.tree.map(np.array, result.state))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(federation):
+    return list(run(TINY, federation))
+
+
+def test_records_say_what_happened(uninterrupted, federation):
+    assert [r.round for r in uninterrupted] == [1, 2, 3]
+    assert uninterrupted[0].record["accuracy"] is None
+    last = uninterrupted[-1].record
+    accuracy = last["accuracy"]
+    assert set(accuracy["test_per_task"]) == {task.name for task in federation.tasks}
+    assert accuracy["test_mean"] == pytest.approx(np.mean(list(accuracy["test_per_task"].values())))
+    assert all(round(a * 24, 6).is_integer() for a in accuracy["test_per_slot"])
+    assert last["clients"] == [0, 1, 2]
+    assert last["uplink_bits"] > 0
+    assert last["similarity_auc"] is not None
+    assert uninterrupted[-1].similarity.shape == (3, 3)
+
+
+def test_nothing_compiles_after_every_program_has_run(uninterrupted):
+    assert uninterrupted[0].record["seconds"]["compile"] > 0
+    assert uninterrupted[2].record["seconds"]["compile"] == 0  # evaluation ran in round 2
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, federation, done):
+    resumed = list(run(TINY, federation, start=(done, uninterrupted[done - 1].state)))
+    assert [r.round for r in resumed] == [*range(done + 1, 4)]
+    chex.assert_trees_all_equal(resumed[-1].state, uninterrupted[-1].state)
+    assert resumed[-1].record["accuracy"] == uninterrupted[-1].record["accuracy"]
+
+
+def test_number_of_devices_does_not_change_the_result(uninterrupted, federation):
+    mesh = jax.make_mesh((4,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    one_round = dataclasses.replace(TINY, rounds=1)
+    sharded = list(run(one_round, federation, mesh=mesh))  # 6 slots on 4 devices
+    chex.assert_trees_all_close(sharded[0].state, uninterrupted[0].state, atol=1e-6, rtol=1e-4)
+
+
+def test_seed_changes_the_result(uninterrupted, federation):
+    other = list(run(dataclasses.replace(TINY, seed=1, rounds=1), federation))
+    assert other[0].record["loss"] != uninterrupted[0].record["loss"]
+
+
+@pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
+def test_partial_participation_runs_for_every_algorithm(federation, name):
+    config = dataclasses.replace(
+        TINY,
+        algorithm=name,
+        clients_per_round=1,
+        rounds=2,
+        evaluation=EvaluationConfig(every_rounds=2, batch_examples=16),
+    )
+    results = list(run(config, federation))
+    for result in results:
+        assert len(result.record["clients"]) == 1
+        if name == "individual":
+            assert result.record["uplink_bits"] == 0
+            present = np.isin(federation.slots.client, result.record["clients"])
+            moved = [
+                bool(np.any(np.stack([x[s].any() for x in jax.tree.leaves(result.state)])))
+                for s in range(6)
+            ]
+            if result.round == 1:
+                np.testing.assert_array_equal(moved, present)
+    assert np.isfinite(results[-1].record["accuracy"]["test_mean"])
+
+
+def test_participants_are_drawn_anew_and_every_round_trains_as_many_slots():
+    config = dataclasses.replace(
+        TINY, clients_per_round=2, data=dataclasses.replace(TINY.data, clients=4)
+    )
+    client = np.array([0, 0, 0, 1, 2, 2, 3])
+    slots = rounds.Slots(client, np.zeros(7, int), np.ones(7, np.float32), 4, 1)
+    drawn = set()
+    for index in range(20):
+        chosen = rounds.participants(config, slots, index)
+        rows = rounds.trained_slots(config, slots, chosen)
+        assert chosen.sum() == 2
+        assert len(rows) == 5 == len(set(rows))
+        assert set(np.flatnonzero(chosen[client])) <= set(rows)
+        drawn.add(tuple(np.flatnonzero(chosen)))
+    assert len(drawn) > 3
+
+
+def test_a_slot_that_diverges_is_dropped_by_name(federation):
+    model = models.build(TINY.model, num_classes=10)
+
+    def logits(params, frozen, images):
+        out = model.logits(params, frozen, images)
+        return out * jax.numpy.where(images[0, 0, 0, 0] == 255, jax.numpy.nan, 1.0)
+
+    marked = federation.tasks[2].train.images.copy()
+    marked[:, 0, 0, 0] = 255
+    others = [
+        dataclasses.replace(
+            task, train=Split(np.minimum(task.train.images, 254), task.train.labels)
+        )
+        for task in federation.tasks[:2]
+    ]
+    bad = dataclasses.replace(
+        federation.tasks[2], train=Split(marked, federation.tasks[2].train.labels)
+    )
+    config = dataclasses.replace(TINY, rounds=1)
+    results = list(
+        run(
+            config,
+            federation._replace(tasks=(*others, bad)),
+            model=model._replace(logits=logits),
+        )
+    )
+    dropped = results[0].record["dropped"]
+    holders = federation.slots.client[federation.slots.task == 2].tolist()
+    assert [d["client"] for d in dropped] == holders
+    assert {d["task"] for d in dropped} == {"hue/plaid"}
+    chex.assert_tree_all_finite(results[0].state)
+
+
+def test_related_tasks_share_a_label_space(federation):
+    np.testing.assert_array_equal(
+        rounds.related(federation.tasks), [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+    )
+
+
+def test_predicted_memory_is_near_what_xla_needs(federation):
+    """The part that grows with the model and the batch: a step's activations."""
+    config = dataclasses.replace(
+        TINY, local=LocalConfig(steps=2, batch_examples=64), model=ModelConfig(checkpoint="random")
+    )
+    model = models.build(config.model, num_classes=10)
+    algorithm = algorithms.build(config)
+    predicted = rounds.predicted_bytes(config, model, algorithm, federation, 1)
+    train = jax.jit(rounds.local_training(model, config.local, algorithm.local, one_device()))
+    vectors = jax.tree.map(lambda x: np.zeros((6, *x.shape), np.float32), model.base)
+    images = np.zeros((6, 2, 64, 32, 32, 3), np.uint8)
+    labels = np.zeros((6, 2, 64), np.int32)
+    needed = (
+        train.lower((model.base, model.frozen), vectors, np.zeros(6, np.int32), images, labels)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
+    assert 0.5 < (predicted["activations"] + predicted["optimiser"]) / needed < 2
+
+
+def test_config_mistakes_in_the_data_are_named():
+    for change, words in (
+        ({"tasks": "hue/gratin"}, "hue/grating"),
+        ({"clients": 1, "tasks_per_client": 2}, "too few"),
+        ({"examples_per_slot": 5000}, "hue/grating|task 0"),
+    ):
+        config = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, **change))
+        with pytest.raises(ValueError, match=words):
+            rounds.federate(config)

@@ -1,0 +1,165 @@
+"""The program as its user meets it: mistakes, results, kill -9 and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from matu_jax import train
+
+EXPERIMENT = """
+from matu_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.rounds = 4
+    config.data.tasks = "hue/grating,ground/grating,hue/plaid"
+    config.data.clients = 3
+    config.data.examples_per_slot = 16
+    config.local.steps = 2
+    config.local.batch_examples = 4
+    config.model.lora_rank = 2
+    config.model.lora_targets = ("query",)
+    config.evaluation.every_rounds = 2
+    return config
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    file = tmp_path / "tiny.py"
+    file.write_text(EXPERIMENT)
+    return f"--config={file}"
+
+
+def mistake(capsys, *arguments):
+    code = train.main(["train", *arguments])
+    out, err = capsys.readouterr()
+    assert code == 2, out
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.roudns=3", 'Did you mean "rounds"'),
+        ("--config.local.stpes=3", 'Did you mean "steps"'),
+        ("--config.rounds=many", "config.rounds"),
+        ("--config.rounds=2.5", "config.rounds"),
+        ("--config.local.learning_rate=-1", "config.local.learning_rate: found -1.0"),
+        ("--config.algorithm=mattu", 'Did you mean "matu"'),
+        ("--config.matu.transfer=lots", "AggregationConfig.transfer: found 'lots'"),
+        ("--config.data.tasks=hue/gratng", "hue/grating"),
+        ("--config.data.clients=1", "num_clients"),
+        ("--config.model.checkpoint=/nowhere/x", "/nowhere/x cannot be read"),
+        ("--wrkdir=x", "wrkdir"),
+        ("stray", "stray"),
+    ],
+)
+def test_a_mistake_is_one_message(capsys, experiment, tmp_path, argument, words):
+    arguments = [experiment, argument]
+    text = mistake(capsys, *arguments, f"--workdir={tmp_path / 'run'}")
+    assert words in text
+    assert len(text.strip().splitlines()) == 1
+
+
+def test_missing_config_and_missing_file_are_mistakes(capsys, tmp_path):
+    assert "--config is missing" in mistake(capsys)
+    assert "No such file" in mistake(capsys, f"--config={tmp_path / 'none.py'}")
+
+
+def test_an_experiment_that_does_not_run_says_where(capsys, tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("def get_config():\n    return nonsense\n")
+    assert "nonsense" in mistake(capsys, f"--config={file}")
+    file.write_text("def get_config(:\n")
+    assert "broken.py" in mistake(capsys, f"--config={file}")
+
+
+def test_workdirs_that_cannot_serve_are_refused(capsys, experiment, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in mistake(capsys, experiment, f"--workdir={tmp_path}/file/run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    assert "not empty" in mistake(capsys, experiment, f"--workdir={tmp_path}/other")
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_differences(capsys, experiment, tmp_path):
+    config, _, _ = train.parse(["train", experiment])
+    train.prepare_workdir(tmp_path / "run", config)
+    text = mistake(capsys, experiment, "--config.rounds=9", f"--workdir={tmp_path}/run")
+    assert "config.rounds: there 4, here 9" in text
+
+
+def program(experiment, workdir, **popen):
+    return subprocess.Popen(
+        [sys.executable, "-m", "matu_jax.train", experiment, f"--workdir={workdir}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(train.__file__).parents[1],
+        **popen,
+    )
+
+
+def results(workdir):
+    summary = json.loads((workdir / "summary.json").read_text())
+    return summary["accuracy"], summary["communication"], summary["similarity"]
+
+
+def test_kill_in_the_middle_and_run_again_equals_uninterrupted(experiment, tmp_path):
+    whole = program(experiment, tmp_path / "whole")
+    text, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, text
+    for word in ("devices", "uplink", "memory", "hue/grating", "mean"):
+        assert word in text
+
+    workdir = tmp_path / "killed"
+    killed = program(experiment, workdir)
+    deadline = time.monotonic() + 240
+    while not any((workdir / "checkpoints").glob("*/checksums.json")):
+        assert killed.poll() is None, killed.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (workdir / "summary.json").exists()
+
+    again = program(experiment, workdir)
+    text, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, text
+    assert "Going on after round" in text
+    assert results(workdir) == results(tmp_path / "whole")
+    lines = [json.loads(x)["round"] for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4]
+    for picture in ("accuracy.png", "similarity.png"):
+        assert (workdir / picture).stat().st_size > 5000
+
+    finished = program(experiment, workdir)
+    text, _ = finished.communicate(timeout=120)
+    assert finished.returncode == 0
+    assert "finished" in text
+
+
+def test_summary_has_what_it_promises(experiment, tmp_path):
+    code = train.main(["train", experiment, "--config.rounds=1", f"--workdir={tmp_path}/run"])
+    assert code == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["algorithm"] == "matu"
+    assert set(summary["accuracy"]["per_task"]) == {"hue/grating", "ground/grating", "hue/plaid"}
+    bits = summary["communication"]
+    assert bits["uplink_bits_per_client_round"] * 3 == bits["uplink_bits_total"]
+    assert 0 <= summary["similarity"]["auc"] <= 1
+    assert "definition" in summary["similarity"]
+    for phase in ("local_training", "client_unify", "server_aggregation", "evaluation", "compile"):
+        assert summary["seconds"][phase] >= 0
+    assert summary["config"]["rounds"] == 1
+    assert summary["versions"]["jax"]
+    assert len(summary["data_fingerprint"]["hue/plaid"]["test"]) == 64
