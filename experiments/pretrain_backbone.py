@@ -66,7 +66,7 @@ class Pretrainer(nnx.Module):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Trains the embedded backbone.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=262_144, help="size of the image pool")

@@ -80,7 +80,8 @@ def local_training(
         def step(carry: tuple[PyTree, Any], batch):
             vector, state = carry
             value, gradient = jax.value_and_grad(loss)(vector, *batch)
-            updates, state = tx.update(gradient, state, vector)
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
+                updates, state = tx.update(gradient, state, vector)
             return (optax.apply_updates(vector, updates), state), value
 
         (vector, _), losses = jax.lax.scan(step, (download, tx.init(download)), (images, labels))

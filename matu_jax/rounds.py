@@ -203,6 +203,7 @@ def run(
     measured_on = (slots.task[every_slot], num_classes[every_slot])
     done, state = start or (0, jax.jit(algorithm.init)(model.base, slots))
     state = jax.device_put(state, server)
+    messages = None
     parameters = jax.device_put((model.base, model.frozen), everywhere)
     for index in range(done, config.rounds):
         clock = _Clock()
@@ -234,7 +235,7 @@ def run(
 
         uploads = upload(trained.vectors, present, rows)
         clock.lap("client_unify", uploads)
-        uplink, downlink = jax.eval_shape(algorithm.sent, state, uploads)
+        messages = messages or jax.eval_shape(algorithm.sent, state, uploads)
         state, metrics = aggregate(state, uploads, present)
         clock.lap("server_aggregation", (state, metrics))
         del downloads, trained, uploads
@@ -266,8 +267,8 @@ def run(
                 if similarity is None
                 else relatedness_auc(similarity, related(tasks)),
                 "clients": np.flatnonzero(chosen).tolist(),
-                "uplink_bits": int(message_bits(uplink, present).sum()),
-                "downlink_bits": int(message_bits(downlink, _chosen(slots, chosen)).sum()),
+                "uplink_bits": int(message_bits(messages[0], present).sum()),
+                "downlink_bits": int(message_bits(messages[1], _chosen(slots, chosen)).sum()),
                 "dropped": [
                     {
                         "client": int(slots.client[row]),

@@ -51,7 +51,7 @@ def sign(x: float) -> int:
 
 def unify(
     vectors: np.ndarray,
-    present: Sequence[bool],
+    present: Sequence[bool] | np.ndarray,
     magnitude: str = "max",
     store: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> Group:
@@ -93,7 +93,7 @@ def modulate(group: Group) -> np.ndarray:
     ).reshape(slots, d)
 
 
-def doubtful(vectors: np.ndarray, present: Sequence[bool]) -> bool:
+def doubtful(vectors: np.ndarray, present: Sequence[bool] | np.ndarray) -> bool:
     """Whether some election is so close that float32 may see it otherwise than float64."""
     for i in range(vectors.shape[1]):
         terms = [float(vectors[s, i]) for s in range(len(vectors)) if present[s]]
@@ -103,14 +103,14 @@ def doubtful(vectors: np.ndarray, present: Sequence[bool]) -> bool:
     return False
 
 
-def holders(task: int, task_of: Sequence[int], weight: Sequence[float]) -> list[int]:
+def holders(task: int, task_of: Sequence[int] | np.ndarray, weight: Sequence[float]) -> list[int]:
     """S(t): the slots that report this task in this round."""
     return [s for s in range(len(task_of)) if task_of[s] == task and weight[s] > 0]
 
 
 def estimates(
     received: np.ndarray,
-    task_of: Sequence[int],
+    task_of: Sequence[int] | np.ndarray,
     weight: Sequence[float],
     num_tasks: int,
     threshold: float,
@@ -152,8 +152,8 @@ def aggregated_similarity(vectors: np.ndarray) -> np.ndarray:
 
 def cross_client_similarity(
     received: np.ndarray,
-    client_of: Sequence[int],
-    task_of: Sequence[int],
+    client_of: Sequence[int] | np.ndarray,
+    task_of: Sequence[int] | np.ndarray,
     weight: Sequence[float],
     num_tasks: int,
 ) -> np.ndarray:
@@ -222,8 +222,8 @@ def lending(vectors: np.ndarray) -> list[bool]:
 
 def aggregate(
     received: np.ndarray,
-    client_of: Sequence[int],
-    task_of: Sequence[int],
+    client_of: Sequence[int] | np.ndarray,
+    task_of: Sequence[int] | np.ndarray,
     weight: Sequence[float],
     num_clients: int,
     num_tasks: int,
@@ -325,7 +325,7 @@ def storage(like: Any, axes: int = 1) -> Callable[[np.ndarray], np.ndarray]:
     return store
 
 
-def groups(unified: Any, client_of: Sequence[int], num_clients: int) -> list[Group]:
+def groups(unified: Any, client_of: Sequence[int] | np.ndarray, num_clients: int) -> list[Group]:
     """A unified over clients, as one `Group` of flat rows per client, slots in listed order."""
     vectors = rows(unified.vector)
     masks = unpacked(unified.masks, unified.vector)
@@ -337,7 +337,7 @@ def groups(unified: Any, client_of: Sequence[int], num_clients: int) -> list[Gro
     return result
 
 
-def received(unified: Any, client_of: Sequence[int]) -> np.ndarray:
+def received(unified: Any, client_of: Sequence[int] | np.ndarray) -> np.ndarray:
     """What the server reconstructs from the uploads, slot by slot: [slots, d]."""
     vectors = rows(unified.vector)
     masks = unpacked(unified.masks, unified.vector)
@@ -365,8 +365,8 @@ def assert_group(
 def assert_unified(
     unified: Any,
     vectors: np.ndarray,
-    client_of: Sequence[int],
-    present: Sequence[bool],
+    client_of: Sequence[int] | np.ndarray,
+    present: Sequence[bool] | np.ndarray,
     num_clients: int,
     magnitude: str,
 ) -> None:
@@ -379,7 +379,9 @@ def assert_unified(
         assert_group(found[n], unify(vectors[listed], here, magnitude, store))
 
 
-def eq9_in_doubt(result: Any, client_of: Sequence[int], task_of: Sequence[int]) -> bool:
+def eq9_in_doubt(
+    result: Any, client_of: Sequence[int] | np.ndarray, task_of: Sequence[int] | np.ndarray
+) -> bool:
     """Whether float32 may see an election of eq. 9 otherwise than float64."""
     vectors = rows(result.task_vectors)
     if doubtful(vectors, [True] * len(vectors)):

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from matu_jax.data import Split, Task, embedded
+from matu_jax.data import Split, Task, embedded, rendering, sprites
 
 SMALL = {"train_examples": 400, "validation_examples": 120, "test_examples": 120}
 PARTS = ("train", "validation", "test")
@@ -36,7 +36,7 @@ def test_the_table_has_thirty_tasks_of_eight_to_ten_classes():
     for space in ("hue", "position", "tilt", "ground", "flow"):
         assert sum(spec.label_space == space for spec in embedded.TASKS.values()) == 5
     assert len(embedded.EIGHT) == 8
-    assert "digit/handwritten" in embedded.EIGHT
+    assert "handwritten" in {embedded.TASKS[name].domain for name in embedded.EIGHT}  # real digits
 
 
 def test_a_label_space_means_the_same_in_every_domain():
@@ -114,11 +114,11 @@ def test_splits_share_no_image(tasks):
 def test_real_digits_are_divided_before_they_are_drawn():
     from sklearn.datasets import load_digits
 
-    sprites = embedded._handwritten_sprites()
+    digits = sprites.SPRITES["handwritten"]()
     _, target = load_digits(return_X_y=True)
-    np.testing.assert_array_equal(sprites.identity, target)
-    assert np.bincount(sprites.split).sum() == 1797
-    drawn = [{a.tobytes() for a in sprites.atlas[sprites.split == part]} for part in range(3)]
+    np.testing.assert_array_equal(digits.identity, target)
+    assert np.bincount(digits.split).sum() == 1797
+    drawn = [{a.tobytes() for a in digits.atlas[digits.split == part]} for part in range(3)]
     assert [len(part) > 280 for part in drawn] == [True] * 3
     for one, other in itertools.combinations(drawn, 2):
         assert not one & other
@@ -167,7 +167,7 @@ def test_flow_and_tilt_turn_clockwise(tasks):
     assert np.mean(guess == task.train.labels) > 0.6  # by chance 0.125; the sprite is in the way
 
     # What stood at the top of a sprite goes to the right when it is tilted.
-    nothing = embedded._Scene(*(np.zeros(1) for _ in embedded._Scene._fields))
+    nothing = rendering.Scene(*(np.zeros(1) for _ in rendering.Scene._fields))
     scene = nothing._replace(
         position=np.zeros((1, 2)),
         tilt=np.full(1, np.pi / 4),
@@ -176,8 +176,8 @@ def test_flow_and_tilt_turn_clockwise(tasks):
     )
     sprite = np.zeros((1, 64, 64), np.uint8)
     sprite[:, 6:20, 26:38] = 255
-    drawn = embedded._render(
-        np.random.default_rng(0), sprite, np.zeros(1, int), embedded._textures("swell"), scene
+    drawn = rendering.render(
+        np.random.default_rng(0), sprite, np.zeros(1, int), rendering.texture_tiles("swell"), scene
     )[0].mean(-1)
     lit = drawn > 128
     assert lit[:16, 16:].sum() > 10
@@ -318,7 +318,7 @@ def test_pretraining_images_are_seeded_and_fully_described():
         assert len(array) == 600
     assert one.images.dtype == np.uint8
     assert one.identity.dtype == np.int32
-    classes = embedded.PRETRAINING_GLYPHS + embedded.PRETRAINING_SHAPES
+    classes = sprites.PRETRAINING_GLYPHS + sprites.PRETRAINING_SHAPES
     assert len(set(classes)) == len(classes) >= 40
     assert set(embedded.pretraining_images(5000, 0).identity) == set(range(len(classes)))
     for value, low, high in ((one.hue, 0, 1), (one.ground, 0, 1), (one.flow, 0, np.pi)):
@@ -329,26 +329,28 @@ def test_pretraining_images_are_seeded_and_fully_described():
 
 
 def test_pretraining_uses_other_sprites_and_textures():
-    asked = {*embedded.DIGITS, *embedded.LETTERS, *embedded.SHAPES}
-    assert not asked & {*embedded.PRETRAINING_GLYPHS, *embedded.PRETRAINING_SHAPES}
-    seen = {a.tobytes() for a in embedded._SPRITES["pretraining"]().atlas}
-    tiles = {tile.tobytes() for tile in embedded._textures("pretraining")}
+    asked = {*sprites.DIGITS, *sprites.LETTERS, *sprites.SHAPES}
+    assert not asked & {*sprites.PRETRAINING_GLYPHS, *sprites.PRETRAINING_SHAPES}
+    seen = {a.tobytes() for a in sprites.SPRITES["pretraining"]().atlas}
+    tiles = {tile.tobytes() for tile in rendering.texture_tiles("pretraining")}
     for domain in embedded.DOMAINS.values():
-        atlas = embedded._SPRITES[domain.sprites]().atlas
+        atlas = sprites.SPRITES[domain.sprites]().atlas
         assert not seen & {a.tobytes() for a in atlas}
-        assert not tiles & {tile.tobytes() for tile in embedded._textures(domain.style.texture)}
+        assert not tiles & {
+            tile.tobytes() for tile in rendering.texture_tiles(domain.style.texture)
+        }
 
 
 def test_every_glyph_is_in_its_font():
     """A font draws the same box for every character that it lacks."""
     for fonts, characters in (
-        (embedded._PRETRAINING_FONTS, embedded.PRETRAINING_GLYPHS),
-        (itertools.chain(*embedded._FONTS), embedded.DIGITS + embedded.LETTERS),
+        (sprites._PRETRAINING_FONTS, sprites.PRETRAINING_GLYPHS),
+        (itertools.chain(*sprites._FONTS), sprites.DIGITS + sprites.LETTERS),
     ):
         for font in fonts:
-            missing = np.asarray(embedded._glyph("\U0010fffe", font))
+            missing = np.asarray(sprites._glyph("\U0010fffe", font))
             for character in characters:
-                found = np.asarray(embedded._glyph(character, font))
+                found = np.asarray(sprites._glyph(character, font))
                 assert found.shape != missing.shape or (found != missing).any(), (font, character)
 
 

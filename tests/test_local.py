@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from jax.sharding import AxisType
 
 from matu_jax import models
@@ -17,12 +18,13 @@ from matu_jax.local import class_mask, local_training
 from matu_jax.parallel import padded_rows
 
 SLOTS, STEPS, BATCH, CLASSES = 4, 2, 3, 5
-CONFIG = LocalConfig(steps=STEPS, batch_examples=BATCH, optimizer="sgd", learning_rate=0.1)
+CONFIG = LocalConfig(steps=STEPS, batch_examples=BATCH, optimizer="sgd", learning_rate=0.01)
 
 
 @pytest.fixture(scope="module")
-def model():
-    config = ModelConfig(checkpoint="random", lora_rank=2, lora_targets=("query", "mlp_in"))
+def model(tmp_path_factory):
+    checkpoint = tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+    config = ModelConfig(checkpoint=checkpoint, lora_rank=2, lora_targets=("query", "mlp_in"))
     return models.build(config, num_classes=CLASSES)
 
 
@@ -74,7 +76,7 @@ def test_training_equals_a_plain_loop(model):
     trained = train(model)
     for slot in range(SLOTS):
         found = jax.tree.map(lambda x, slot=slot: x[slot], trained.vectors)
-        chex.assert_trees_all_close(found, plain_loop(model, slot), atol=1e-5, rtol=1e-4)
+        chex.assert_trees_all_close(found, plain_loop(model, slot), atol=1e-5, rtol=1e-3)
     assert bool(trained.finite.all())
 
 
@@ -85,10 +87,10 @@ def test_penalty_enters_the_loss(model):
 
     trained = train(model, rule=LocalRule(penalty=penalty))
     found = jax.tree.map(lambda x: x[1], trained.vectors)
-    chex.assert_trees_all_close(found, plain_loop(model, 1, penalty), atol=1e-5, rtol=1e-4)
+    chex.assert_trees_all_close(found, plain_loop(model, 1, penalty), atol=1e-5, rtol=1e-3)
     without = jax.tree.map(lambda x: x[1], train(model).vectors)
     with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(found, without, atol=1e-5, rtol=1e-4)
+        chex.assert_trees_all_close(found, without, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("devices", "parallel"), [(2, 0), (4, 0), (1, 2), (1, 3), (1, 4), (2, 2)])

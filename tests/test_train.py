@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 
 from matu_jax import train
 
@@ -24,6 +25,7 @@ def get_config():
     config.data.examples_per_slot = 16
     config.local.steps = 2
     config.local.batch_examples = 4
+    config.model.checkpoint = "{checkpoint}"
     config.model.lora_rank = 2
     config.model.lora_targets = ("query",)
     config.evaluation.every_rounds = 2
@@ -34,7 +36,8 @@ def get_config():
 @pytest.fixture
 def experiment(tmp_path):
     file = tmp_path / "tiny.py"
-    file.write_text(EXPERIMENT)
+    checkpoint = tiny.write_checkpoint(tmp_path / "tiny.safetensors")
+    file.write_text(EXPERIMENT.format(checkpoint=checkpoint))
     return f"--config={file}"
 
 

@@ -3,7 +3,8 @@
 A source is any function that returns `Task` objects; nothing else in the package knows where the
 images came from. Below this contract stand three modules, all numpy in, numpy out:
 
-- `matu_jax.data.embedded` generates a benchmark of 30 tasks, without a download;
+- `matu_jax.data.embedded` generates a benchmark of 30 tasks, without a download, out of the
+  pictures of `matu_jax.data.sprites`, drawn by `matu_jax.data.rendering`;
 - `matu_jax.data.partition` says which client holds which task, and which training examples;
 - `matu_jax.data.batching` draws the batches of a round and gathers them, stacked over slots.
 """

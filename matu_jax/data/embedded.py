@@ -31,21 +31,27 @@ drawn. `pretraining_images` draws other glyphs and shapes in other styles, for t
 """
 
 import difflib
-import functools
 import hashlib
 import os
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from matu_jax.data import Split, Task
+from matu_jax.data.rendering import SIZE, Scene, render, texture_tiles
+from matu_jax.data.sprites import (
+    DIGITS,
+    LETTERS,
+    PRETRAINING_GLYPHS,
+    PRETRAINING_SHAPES,
+    SHAPES,
+    SPRITES,
+)
 
 __all__ = [
     "DOMAINS",
@@ -61,53 +67,8 @@ __all__ = [
 
 VERSION = 1
 """Of the generator: part of the cache's key, to be raised by any change to what is drawn."""
-SIZE = 32
-"""Height and width of an image in pixels."""
 TRAIN_EXAMPLES, VALIDATION_EXAMPLES, TEST_EXAMPLES = 2048, 512, 512
 """Examples per domain, and so per task."""
-
-# --- Shapes -------------------------------------------------------------------------------------
-
-_Inside = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Says where a shape is, given x to the right and y up, both from -1 to 1."""
-
-
-def _star(x: np.ndarray, y: np.ndarray, points: int, inner: float) -> np.ndarray:
-    sector = 2 * np.pi / points
-    angle = np.abs((np.arctan2(x, y) + sector / 2) % sector - sector / 2)
-    along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
-    tip_x, tip_y = inner * np.cos(sector / 2), inner * np.sin(sector / 2)
-    return across * (1 - tip_x) <= tip_y * (1 - along)
-
-
-_FIGURES: dict[str, _Inside] = {
-    "disc": lambda x, y: np.hypot(x, y) < 1,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.77) < 0.23,
-    "square": lambda x, y: np.maximum(abs(x), abs(y)) < 1.1,
-    "triangle": lambda x, y: abs(x) < (1 - y) / 2,
-    "star": lambda x, y: _star(x, y, 5, 0.42),
-    "plus": lambda x, y: np.minimum(abs(x), abs(y)) < 0.3,
-    "crescent": lambda x, y: (np.hypot(x, y) < 1) & (np.hypot(x - 0.5, y) > 0.75),
-    "heart": lambda x, y: (
-        (1.15 * x) ** 2 + (1.2 * (y + 0.15) - 0.75 * np.sqrt(abs(1.15 * x))) ** 2 < 0.95
-    ),
-    "arrow": lambda x, y: np.where(y > 0, abs(x) < 1 - y, abs(x) < 0.28),
-    "hourglass": lambda x, y: abs(x) < abs(y) * 0.9 + 0.08,
-}
-_PRETRAINING_FIGURES: dict[str, _Inside] = {
-    "diamond": lambda x, y: abs(x) + abs(y) < 1,
-    "half disc": lambda x, y: np.hypot(x, (y + 1) / 2) < 1,
-    "corner": lambda x, y: np.minimum(x, y) < -0.4,
-    "chevron": lambda x, y: abs(y + abs(x) - 0.35) < 0.35,
-    "four-pointed star": lambda x, y: _star(x, y, 4, 0.35),
-    "house": lambda x, y: np.where(y > 0, abs(x) < 1 - y, abs(x) < 0.7),
-    "frame": lambda x, y: np.maximum(abs(x), abs(y)) > 0.6,
-    "steps": lambda x, y: np.floor(1.5 * (x + 1)) < np.floor(1.5 * (1 - y)) + 0.5,
-    "two discs": lambda x, y: np.hypot(abs(x) - 0.5, y) < 0.45,
-    "three bars": lambda x, y: abs((1.5 * (y + 1)) % 1 - 0.5) < 0.3,
-    "pie": lambda x, y: (np.hypot(x, y) < 1) & ((x < 0) | (y < 0)),
-    "bow": lambda x, y: abs(y) < abs(x) * 0.9 + 0.08,
-}
 
 # --- The table of tasks -------------------------------------------------------------------------
 
@@ -118,9 +79,6 @@ POSITIONS = tuple(
 )
 TILTS = tuple(f"{degrees:+d}°" for degrees in range(-49, 50, 14))
 FLOWS = tuple(f"{degrees:g}°" for degrees in np.arange(8) * 22.5)
-DIGITS = tuple("0123456789")
-LETTERS = tuple("ABFGHKRSTX")
-SHAPES = tuple(_FIGURES)
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "hue": HUES,
     "position": POSITIONS,
@@ -200,7 +158,7 @@ TASKS: dict[str, TaskSpec] = _table()
 EIGHT: tuple[str, ...] = tuple(
     f"{space}/{domain}"
     for domain in ("handwritten", "grating")
-    for space in ("digit", "hue", "position", "tilt")
+    for space in ("hue", "position", "tilt", "flow")
 )
 """Four attributes of two domains: 4 pairs share a label space, 12 a domain, 12 neither."""
 
@@ -402,7 +360,7 @@ def _check_disjoint(domain: str, pool: _Pool) -> None:
 def _generate(domain: str, seed: int, counts: dict[str, int]) -> _Pool:
     """Draws the pool of one domain; each split has a random stream of its own."""
     identity, kind, style = DOMAINS[domain]
-    sprites, textures = _SPRITES[kind](), _textures(style.texture)
+    sprites, textures = SPRITES[kind](), texture_tiles(style.texture)
     pool: _Pool = {}
     for index, (part, count) in enumerate(counts.items()):
         key = (VERSION, list(DOMAINS).index(domain), index)
@@ -417,7 +375,7 @@ def _generate(domain: str, seed: int, counts: dict[str, int]) -> _Pool:
             candidates = np.flatnonzero((sprites.identity == label) & (sprites.split == index))
             chosen = np.flatnonzero(labels[identity] == label)
             sources[chosen] = rng.choice(candidates, len(chosen))
-        scene = _Scene(
+        scene = Scene(
             hue=_jittered(rng, labels["hue"], 0.25) / len(HUES),
             position=np.stack(
                 [
@@ -437,7 +395,7 @@ def _generate(domain: str, seed: int, counts: dict[str, int]) -> _Pool:
             ground_value=rng.uniform(*style.ground_value, count),
             contrast=rng.uniform(*style.contrast, count),
         )
-        pool[f"{part}/images"] = _render(rng, sprites.atlas, sources, textures, scene)
+        pool[f"{part}/images"] = render(rng, sprites.atlas, sources, textures, scene)
         pool |= {f"{part}/{space}": array for space, array in labels.items()}
     return pool
 
@@ -448,9 +406,6 @@ def _jittered(rng: np.random.Generator, labels: np.ndarray, width: float) -> np.
 
 
 # --- Pretraining --------------------------------------------------------------------------------
-
-PRETRAINING_GLYPHS = tuple("adehmnrty" + "ΓΔΛΞΠΣΦΨΩαεζηλμξπφψ" + "БДЖИЛЦШЭЮЯ" + "&?!%#@∞√∫")
-PRETRAINING_SHAPES = tuple(_PRETRAINING_FIGURES)
 
 
 class PretrainingImages(NamedTuple):
@@ -500,12 +455,12 @@ def pretraining_images(count: int, seed: int | Sequence[int]) -> PretrainingImag
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     rng = np.random.default_rng(seed)
-    sprites, textures = _SPRITES["pretraining"](), _textures("pretraining")
+    sprites, textures = SPRITES["pretraining"](), texture_tiles("pretraining")
     num_classes = len(PRETRAINING_GLYPHS) + len(PRETRAINING_SHAPES)
     identity = rng.integers(num_classes, size=count, dtype=np.int32)
     # Dark or bright ground, each with ink of the other kind.
     bright = rng.random(count) < 0.4
-    scene = _Scene(
+    scene = Scene(
         hue=rng.random(count),
         position=rng.uniform(-6, 6, (count, 2)),
         tilt=rng.uniform(-1, 1, count),
@@ -523,311 +478,7 @@ def pretraining_images(count: int, seed: int | Sequence[int]) -> PretrainingImag
     per_class = len(sprites.atlas) // num_classes
     sources = identity.astype(np.int64) * per_class + rng.integers(per_class, size=count)
     return PretrainingImages(
-        _render(rng, sprites.atlas, sources, textures, scene),
+        render(rng, sprites.atlas, sources, textures, scene),
         identity,
         *(getattr(scene, name).astype(np.float32) for name in PretrainingImages._fields[2:]),
     )
-
-
-# --- Rendering ----------------------------------------------------------------------------------
-
-
-class _Scene(NamedTuple):
-    """What the images show, float64 `[count]` each; position is `[count, 2]`.
-
-    Hues, saturations, values and contrast are 0 to 1, tilt and flow radians, position and size
-    pixels.
-    """
-
-    hue: np.ndarray
-    position: np.ndarray
-    tilt: np.ndarray
-    size: np.ndarray
-    ground: np.ndarray
-    flow: np.ndarray
-    ink_saturation: np.ndarray
-    ink_value: np.ndarray
-    ground_saturation: np.ndarray
-    ground_value: np.ndarray
-    contrast: np.ndarray
-
-
-_CELL = 64  # texels of a sprite's square in its atlas
-_SPRITE_TEXELS = 52  # of which the sprite with its bar is so high
-_TILE = 128  # texels of a texture, periodic in both directions
-_TEXELS_PER_PIXEL = 2.0  # of a texture
-_CHUNK = 256  # images drawn at once, so that intermediate arrays stay in the processor's cache
-
-
-def _render(
-    rng: np.random.Generator,
-    sprites: np.ndarray,
-    sprite_index: np.ndarray,
-    textures: np.ndarray,
-    scene: _Scene,
-) -> np.ndarray:
-    """Draws sprites before textures; nuisances of geometry and light come from `rng`."""
-    count = len(sprite_index)
-    texture_index = rng.integers(len(textures), size=count)
-    sprite_map, sprite_origin = _affine(
-        scene.tilt,
-        _SPRITE_TEXELS / scene.size,
-        stretch=np.exp(rng.uniform(-0.1, 0.1, count)),
-        shear=rng.uniform(-0.15, 0.15, count),
-        centre=scene.position + SIZE / 2 - 0.5,
-        target=np.full((count, 2), _CELL / 2 - 0.5),
-    )
-    texture_map, texture_origin = _affine(
-        scene.flow,
-        _TEXELS_PER_PIXEL * np.exp(rng.uniform(-0.2, 0.2, count)),
-        stretch=np.ones(count),
-        shear=np.zeros(count),
-        centre=np.zeros((count, 2)),
-        target=rng.uniform(0, _TILE, (count, 2)) + 8 * _TILE,  # positive: astype truncates to zero
-    )
-    ink = _rgb(scene.hue, scene.ink_saturation, scene.ink_value)
-    ground = _rgb(scene.ground, scene.ground_saturation, scene.ground_value)
-    contrast = (scene.contrast / 255).astype(np.float32)[:, None, None]
-    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
-    for start in range(0, count, _CHUNK):
-        part = slice(start, min(start + _CHUNK, count))
-        x, y = _texels(sprite_map[part], sprite_origin[part])
-        for texel in (x, y):
-            np.clip(texel, 0, _CELL - 1, out=texel)  # the border of a cell is empty
-        opacity = _gather(sprites, sprite_index[part], x, y).astype(np.float32) / 255
-        x, y = _texels(texture_map[part], texture_origin[part])
-        texture = _gather(textures, texture_index[part], x & (_TILE - 1), y & (_TILE - 1))
-        light = (1 - contrast[part] * texture) * (1 - opacity)
-        grain = rng.random(light.shape, dtype=np.float32) * 16
-        for channel in range(3):
-            value = ground[part, channel, None, None] * light
-            value += ink[part, channel, None, None] * opacity
-            value *= 239
-            value += grain
-            images[part, ..., channel] = value
-    return images
-
-
-def _affine(
-    angle: np.ndarray,
-    scale: np.ndarray,
-    *,
-    stretch: np.ndarray,
-    shear: np.ndarray,
-    centre: np.ndarray,
-    target: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the maps, float32 `[count, 2, 2]` and `[count, 2]`, from pixels (x, y) to texels.
-
-    What is drawn appears turned clockwise by `angle`, about `centre`, which shows `target`.
-    """
-    cos, sin = np.cos(angle), np.sin(angle)
-    turned_x, turned_y = np.stack([cos, sin], -1), np.stack([-sin, cos], -1)
-    turned_y = turned_y * (scale / stretch)[:, None]
-    turned_x = turned_x * (scale * stretch)[:, None] + shear[:, None] * turned_y
-    matrix = np.stack([turned_x, turned_y], axis=1)
-    origin = target - np.einsum("nij,nj->ni", matrix, centre)
-    return matrix.astype(np.float32), origin.astype(np.float32)
-
-
-def _texels(matrix: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the texel under each pixel, int32 x and y, each `[count, SIZE, SIZE]`."""
-    pixels = np.arange(SIZE, dtype=np.float32)
-    along = matrix[..., 0, None] * pixels
-    down = matrix[..., 1, None] * pixels + origin[..., None]
-    x, y = (
-        (down[:, axis, :, None] + along[:, axis, None, :]).astype(np.int32) for axis in range(2)
-    )
-    return x, y
-
-
-def _gather(atlas: np.ndarray, index: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    _, height, width = atlas.shape
-    flat = y * np.int32(width) + x
-    flat += (index * (height * width)).astype(np.int32)[:, None, None]
-    return atlas.reshape(-1).take(flat)
-
-
-def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Converts HSV, each `[count]` and 0 to 1, to RGB, float32 `[count, 3]`."""
-    sector = (np.array([5, 3, 1]) + 6 * hue[:, None]) % 6
-    strength = np.clip(np.minimum(sector, 4 - sector), 0, 1)
-    return (value[:, None] * (1 - saturation[:, None] * strength)).astype(np.float32)
-
-
-# --- Sprites ------------------------------------------------------------------------------------
-
-
-class _Sprites(NamedTuple):
-    atlas: np.ndarray  # uint8 [sprites, _CELL, _CELL], opacity
-    identity: np.ndarray  # int32 [sprites]
-    split: np.ndarray  # int32 [sprites], 0 train, 1 validation, 2 test, -1 all of them
-
-
-_FONTS = tuple(  # of train, of validation, of test
-    tuple(fonts.split())
-    for fonts in (
-        "DejaVuSans DejaVuSans-Bold DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Oblique "
-        "DejaVuSerif DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBolIta cmr10 cmtt10",
-        "DejaVuSans-Oblique DejaVuSerif-Italic STIXGeneralItalic cmb10",
-        "DejaVuSansMono-Bold DejaVuSerif-Bold STIXGeneralBol cmss10",
-    )
-)
-_PRETRAINING_FONTS = _FONTS[0][:4] + _FONTS[0][5:7]
-
-
-def _on_bar(figure: Image.Image) -> np.ndarray:
-    """Fits a grey picture above a bar, uint8 `[_CELL, _CELL]`, blurred against aliasing.
-
-    The bar gives every sprite a foot: a disc can be tilted, and 6 is no 9 upside down.
-    """
-    width, height, gap, bar = 46, 41, 4, 7
-    margin = (_CELL - height - gap - bar) // 2
-    scale = min(width / figure.width, height / figure.height)
-    size = max(4, round(figure.width * scale)), max(4, round(figure.height * scale))
-    cell = Image.new("L", (_CELL, _CELL))
-    cell.paste(
-        figure.resize(size, Image.Resampling.BICUBIC),
-        ((_CELL - size[0]) // 2, margin + (height - size[1]) // 2),
-    )
-    top, left = margin + height + gap, (_CELL - width) // 2
-    ImageDraw.Draw(cell).rectangle((left, top, left + width - 1, top + bar - 1), fill=255)
-    opacity = np.asarray(cell.filter(ImageFilter.GaussianBlur(1.3))).copy()
-    opacity[[0, -1]] = opacity[:, [0, -1]] = 0
-    return opacity
-
-
-def _glyph(character: str, font: str) -> Image.Image:
-    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
-    drawn = ImageFont.truetype(str(file), 96)
-    left, top, right, bottom = (round(edge) for edge in drawn.getbbox(character))
-    picture = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(picture).text((-left, -top), character, fill=255, font=drawn)
-    return picture.crop(picture.getbbox())
-
-
-def _shape(inside: _Inside) -> Image.Image:
-    x, y = np.meshgrid(np.linspace(-1, 1, 160), np.linspace(1, -1, 160))
-    return Image.fromarray(np.where(inside(x, y), 255, 0).astype(np.uint8))
-
-
-@functools.cache
-def _font_sprites(characters: tuple[str, ...]) -> _Sprites:
-    rows = [
-        (_on_bar(_glyph(character, font)), identity, split)
-        for split, fonts in enumerate(_FONTS)
-        for font in fonts
-        for identity, character in enumerate(characters)
-    ]
-    return _sprites(rows)
-
-
-@functools.cache
-def _shape_sprites() -> _Sprites:
-    rows = [
-        (_on_bar(_shape(inside)), identity, split)
-        for identity, inside in enumerate(_FIGURES.values())
-        for split in range(3)
-    ]
-    return _sprites(rows)
-
-
-@functools.cache
-def _handwritten_sprites() -> _Sprites:
-    """Scikit-learn's 1,797 digits of 8×8: two thirds for training, a sixth each for the others."""
-    from sklearn.datasets import load_digits  # here, because importing it takes a second
-
-    pixels, target = load_digits(return_X_y=True)
-    split = np.empty(len(target), np.int32)
-    rng = np.random.default_rng(1797)
-    for label in range(10):
-        members = rng.permutation(np.flatnonzero(target == label))
-        split[members] = np.searchsorted(
-            [2 / 3, 5 / 6], np.arange(len(members)) / len(members), "right"
-        )
-    rows = []
-    for picture, identity, part in zip(pixels.reshape(-1, 8, 8), target, split, strict=True):
-        grey = Image.fromarray(np.round(picture * (255 / 16)).astype(np.uint8))
-        grey = grey.crop(grey.getbbox()).resize(
-            (46 * grey.width // 8, 46), Image.Resampling.BICUBIC
-        )
-        grey = grey.point([min(255, max(0, round((level - 60) * 2))) for level in range(256)])
-        rows.append((_on_bar(grey), int(identity), int(part)))
-    return _sprites(rows)
-
-
-@functools.cache
-def _pretraining_sprites() -> _Sprites:
-    pictures = [
-        [_glyph(character, font) for font in _PRETRAINING_FONTS] for character in PRETRAINING_GLYPHS
-    ] + [[_shape(inside)] * len(_PRETRAINING_FONTS) for inside in _PRETRAINING_FIGURES.values()]
-    return _sprites(
-        [(_on_bar(p), identity, -1) for identity, group in enumerate(pictures) for p in group]
-    )
-
-
-def _sprites(rows: list[tuple[np.ndarray, int, int]]) -> _Sprites:
-    pictures, identity, split = zip(*rows, strict=True)
-    return _Sprites(np.stack(pictures), np.array(identity, np.int32), np.array(split, np.int32))
-
-
-_SPRITES: dict[str, Callable[[], _Sprites]] = {
-    "handwritten": _handwritten_sprites,
-    "digits": lambda: _font_sprites(DIGITS),
-    "letters": lambda: _font_sprites(LETTERS),
-    "shapes": _shape_sprites,
-    "pretraining": _pretraining_sprites,
-}
-
-# --- Textures -----------------------------------------------------------------------------------
-
-
-@functools.cache
-def _textures(name: str) -> np.ndarray:
-    """Returns the variants of a texture, uint8 `[variants, _TILE, _TILE]`, 255 darkest.
-
-    Its lines run horizontally, and it is periodic in both directions.
-    """
-    rng = np.random.default_rng(sum(name.encode()))
-    x, y = np.meshgrid(np.arange(_TILE), np.arange(_TILE))
-    x, y = x * (2 * np.pi / _TILE), y * (2 * np.pi / _TILE)
-
-    def streaks(along: float, across: float) -> np.ndarray:
-        """Noise correlated over so many texels in each direction."""
-        frequency = np.fft.fftfreq(_TILE) * 2 * np.pi
-        power = np.exp(-((frequency * along) ** 2)[None, :] - ((frequency * across) ** 2)[:, None])
-        noise = np.fft.ifft2(np.fft.fft2(rng.standard_normal((_TILE, _TILE))) * power).real
-        return 0.5 + noise / (4 * noise.std())
-
-    def strokes(number: int, length: int, thickness: int) -> np.ndarray:
-        tile = np.ones((_TILE, _TILE))
-        for _ in range(number):
-            rows = (rng.integers(_TILE) + np.arange(thickness)) % _TILE
-            columns = (rng.integers(_TILE) + np.arange(length + rng.integers(length))) % _TILE
-            tile[np.ix_(rows, columns)] = rng.uniform(0, 0.5)
-        return tile
-
-    def wave(periods: int, bend: float = 0.0, bends: int = 1) -> np.ndarray:
-        return np.cos(periods * y + bend * np.sin(bends * x + rng.uniform(0, 2 * np.pi)))
-
-    if name == "swell":
-        tiles = [0.5 + 0.5 * wave(5)]
-    elif name == "grating":
-        tiles = [0.5 + 0.5 * wave(12)]
-    elif name == "plaid":
-        tiles = [0.85 * (wave(8) > 0) + 0.15 * (np.cos(16 * x) > 0.6)]
-    elif name == "clutter":
-        tiles = [strokes(50, 32, 4) for _ in range(16)]
-    elif name == "noise":
-        tiles = [streaks(40, 2.0) for _ in range(16)]
-    elif name == "pretraining":
-        tiles = [0.5 + 0.5 * np.sign(wave(n)) * np.abs(wave(n)) ** 0.5 for n in (4, 6, 10, 14)]
-        tiles += [0.5 + 0.25 * (wave(n) + wave(2 * n + 1)) for n in (3, 5, 7)]
-        tiles += [0.5 + 0.5 * wave(n, bend=0.8, bends=2) for n in (7, 9, 13)]
-        tiles += [0.8 * (wave(n) > 0.3) + 0.2 * (np.cos(9 * x) > 0) for n in (6, 9, 11)]
-        tiles += [1.0 * (wave(n) > 0) * (np.cos(6 * x) > -0.6) for n in (7, 10)]
-        tiles += [strokes(40, 40, 3) for _ in range(4)] + [strokes(110, 12, 3) for _ in range(4)]
-        tiles += [streaks(24, 3.0) for _ in range(4)] + [streaks(10, 1.4) for _ in range(4)]
-    else:
-        raise ValueError(f"unknown texture {name!r}")
-    return np.round(255 * np.clip(np.stack(tiles), 0, 1)).astype(np.uint8)

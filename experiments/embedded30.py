@@ -1,0 +1,25 @@
+"""MaTU on all thirty tasks of the embedded benchmark.
+
+    python -m matu_jax.train --config experiments/embedded30.py
+
+Forty-five clients hold two tasks each, so that every task has three holders of 128 training images.
+EMBEDDED30_NUMBERS
+"""
+
+from matu_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.algorithm = "matu"
+    config.rounds = 8
+    config.data.tasks = "embedded30"
+    config.data.clients = 45
+    config.data.tasks_per_client = 2
+    config.data.examples_per_slot = 128
+    config.local.steps = 20
+    config.local.batch_examples = 16
+    config.local.learning_rate = 3e-3
+    config.matu.magnitude = "mean"
+    config.evaluation.every_rounds = 4
+    return config
