@@ -5,6 +5,7 @@ edits it. `freeze()` checks every field and returns the hashable `Config` that t
 with; whatever is wrong is said in one message.
 """
 
+import ast
 import dataclasses
 import difflib
 from collections.abc import Mapping
@@ -179,6 +180,40 @@ def did_you_mean(word: str, choices: Any) -> str:
     choices = sorted(choices)
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f' Did you mean "{near[0]}"?' if near else f" Choices: {', '.join(choices)}."
+
+
+def override(config: ConfigDict, path: str, text: str) -> None:
+    """Sets one field from the command line, in place.
+
+    Args:
+      config: what `default()` made, perhaps edited.
+      path: the field, such as "local.steps".
+      text: its value: a number, a string, or a tuple such as (1, 2) or ("query", "value").
+
+    Raises:
+      ValueError: for an unknown field (with "did you mean"), or a value of the wrong type.
+    """
+    where, block, names = "config", config, path.split(".")
+    for name in names:
+        if not isinstance(block, ConfigDict):
+            raise ValueError(f"{where}: is a value, not a block of fields; found {path!r}.")
+        if name not in block:
+            raise ValueError(f"{where}.{name}: no such field.{did_you_mean(name, list(block))}")
+        where, parent, block = f"{where}.{name}", block, block[name]
+    kind = type(block)
+    if kind is ConfigDict:
+        raise ValueError(f"{where}: is a block of fields; set one of {', '.join(block)}.")
+    try:
+        value = text if kind is str else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where}: found {text!r}, expected {kind.__name__}.")
+    parent[names[-1]] = value
 
 
 def freeze(config: ConfigDict) -> Config:

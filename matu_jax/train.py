@@ -8,25 +8,27 @@
 Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said in one message.
 """
 
+import dataclasses
 import datetime
 import json
 import logging
 import os
+import runpy
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from matu_jax import algorithms, models, report, rounds
 from matu_jax.checkpoint import Checkpoints
-from matu_jax.config import Config, freeze
+from matu_jax.config import Config, did_you_mean, freeze, override
 from matu_jax.data import embedded
 from matu_jax.metrics import MetricsLog, versions, write_json
 from matu_jax.parallel import slot_mesh
@@ -51,33 +53,63 @@ def parse(argv: Sequence[str]) -> tuple[Config, str, Path]:
     Raises:
       UserError: with what is wrong, and where.
     """
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", None, "experiment", flag_values=values)
-    flags.DEFINE_string("workdir", None, "results and checkpoints", flag_values=values)
-    given = [a.split("=", 1)[0].lstrip("-") for a in argv[1:] if a.startswith("-")]
-    if "help" in given or "h" in given:
-        print(__doc__)
-        raise SystemExit(0)
+    given: dict[str, str] = {}
+    words = list(argv[1:])
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            print(__doc__)
+            raise SystemExit(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        known = name in ("config", "workdir") or name.startswith("config.")
+        if not word.startswith("--") or not known:
+            hint = did_you_mean(name, ["config", "workdir"])
+            raise UserError(f"found {word!r}, no such option.{hint} See --help.")
+        if not equals:
+            if not words:
+                raise UserError(f"--{name}: found no value, expected --{name}=VALUE.")
+            value = words.pop(0)
+        given[name] = value
     if "config" not in given:
         raise UserError("--config is missing; for example --config experiments/quickstart.py")
+    file = Path(given.pop("config"))
+    workdir = given.pop("workdir", None)
+    experiment = load_experiment(file)
     try:
-        rest = values(list(argv))
-        if len(rest) > 1:
-            raise UserError(f"unexpected argument {rest[1]!r}; see --help")
-        config = freeze(holder.value)
+        for name, value in given.items():
+            override(experiment, name.removeprefix("config."), value)
+        config = freeze(experiment)
         algorithms.build(config)
-    except OSError as error:
-        raise UserError(f"--config: {error.strerror}: {error.filename}") from None
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, SyntaxError) as error:
-        raise UserError(_first_words(error)) from None
-    name = Path(config_flags.get_config_filename(values["config"])).stem
+    except ValueError as error:
+        raise UserError(str(error)) from None
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return config, name, Path(values["workdir"].value or Path("runs") / f"{name}-{stamp}")
+    return config, file.stem, Path(workdir or Path("runs") / f"{file.stem}-{stamp}")
 
 
-def _first_words(error: Exception) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return text or type(error).__name__
+def load_experiment(file: Path) -> ConfigDict:
+    """Runs an experiment file's `get_config()`.
+
+    Raises:
+      UserError: if the file cannot be read, fails (with its line), or yields no ConfigDict.
+    """
+    try:
+        config = runpy.run_path(str(file))["get_config"]()
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror}.") from None
+    except SyntaxError as error:
+        raise UserError(f"--config {file}, line {error.lineno}: {error.msg}.") from None
+    except Exception as error:
+        # Whatever the user's file raises is the user's to mend: say what and where.
+        lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        where = f", line {lines[-1].lineno}" if lines else ""
+        text = str(error.args[0]) if error.args else ""
+        raise UserError(f"--config {file}{where}: {type(error).__name__}: {text}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config {file}: get_config() returned {type(config).__name__}, expected the "
+            "ConfigDict of matu_jax.config.default()."
+        )
+    return config
 
 
 def prepare_workdir(workdir: Path, config: Config) -> None:
@@ -86,8 +118,6 @@ def prepare_workdir(workdir: Path, config: Config) -> None:
     Raises:
       UserError: if it cannot be written, or holds something else.
     """
-    import dataclasses
-
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
     kept = workdir / "config.json"
     try:
@@ -137,8 +167,6 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
     Raises:
       UserError: for what the user has to mend.
     """
-    import dataclasses
-
     summary_file = workdir / "summary.json"
     if summary_file.exists():
         console.print(f"{workdir}: this run is finished; its results:")

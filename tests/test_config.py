@@ -72,3 +72,34 @@ def test_matu_block_is_the_aggregation_config():
     fields = schema.MatuConfig.__dataclass_fields__
     library = AggregationConfig.__dataclass_fields__
     assert {n: f.default for n, f in fields.items()} == {n: f.default for n, f in library.items()}
+
+
+def test_overrides_set_fields_by_their_type():
+    config = schema.default()
+    for path, text in (
+        ("rounds", "3"),
+        ("local.learning_rate", "1"),
+        ("data.tasks", "embedded30"),
+        ("model.lora_targets", "('query', 'value')"),
+    ):
+        schema.override(config, path, text)
+    frozen = schema.freeze(config)
+    assert (frozen.rounds, frozen.local.learning_rate) == (3, 1.0)
+    assert (frozen.data.tasks, frozen.model.lora_targets) == ("embedded30", ("query", "value"))
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "words"),
+    [
+        ("roudns", "3", 'config.roudns: no such field. Did you mean "rounds"?'),
+        ("local.stpes", "3", 'config.local.stpes: no such field. Did you mean "steps"?'),
+        ("rounds", "many", "config.rounds: found 'many', expected int"),
+        ("rounds", "True", "expected int"),
+        ("local", "3", "config.local: is a block"),
+        ("rounds.x", "3", "config.rounds: is a value"),
+    ],
+)
+def test_wrong_overrides_are_named(path, text, words):
+    with pytest.raises(ValueError, match="config") as error:
+        schema.override(schema.default(), path, text)
+    assert words in str(error.value)
