@@ -9,7 +9,7 @@ import ast
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from ml_collections import ConfigDict
 
@@ -193,16 +193,19 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     Raises:
       ValueError: for an unknown field (with "did you mean"), or a value of the wrong type.
     """
-    where, block, names = "config", config, path.split(".")
+    names = path.split(".")
+    where, block = "config", cast(Any, config)
     for name in names:
         if not isinstance(block, ConfigDict):
             raise ValueError(f"{where}: is a value, not a block of fields; found {path!r}.")
         if name not in block:
             raise ValueError(f"{where}.{name}: no such field.{did_you_mean(name, list(block))}")
         where, parent, block = f"{where}.{name}", block, block[name]
-    kind = type(block)
+    kind: Any = type(block)
     if kind is ConfigDict:
-        raise ValueError(f"{where}: is a block of fields; set one of {', '.join(block)}.")
+        raise ValueError(
+            f"{where}: is a block of fields; set one of {', '.join(list(cast(Any, block)))}."
+        )
     try:
         value = text if kind is str else ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -307,13 +307,13 @@ class _Clock:
         self._last = now
 
     @staticmethod
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event in (
             "/jax/core/compile/jaxpr_trace_duration",
             "/jax/core/compile/jaxpr_to_mlir_module_duration",
             "/jax/core/compile/backend_compile_duration",
         ):
-            _Clock._compiling += duration
+            _Clock._compiling += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_Clock.listen)

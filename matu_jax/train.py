@@ -30,13 +30,13 @@ from matu_jax import algorithms, models, report, rounds
 from matu_jax.checkpoint import Checkpoints
 from matu_jax.config import Config, did_you_mean, freeze, override
 from matu_jax.data import embedded
-from matu_jax.metrics import MetricsLog, versions, write_json
+from matu_jax.metrics import MetricsLog, relatedness_auc, versions, write_json
 from matu_jax.parallel import slot_mesh
 
 _AUC = (
     "probability that a related pair of tasks (same label space) has a higher direction similarity "
-    "than an unrelated pair, over all pairs of different tasks, ties counting one half; measured "
-    "by the server in the last round"
+    "than an unrelated pair, over all pairs of different tasks, ties counting one half; of the "
+    "mean over all rounds of the similarity that the server measured (matrix)"
 )
 _SIMULATION = (
     "predicted for the whole simulation on these devices: all clients, their data and the server"
@@ -188,27 +188,28 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
     target = jax.jit(algorithm.init)(model.base, federation.slots)
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore({"state": target, "similarity": _square(federation)})
+        zero = np.zeros((len(federation.tasks),) * 2, np.float32)
+        restored = checkpoints.restore({"state": target, "similarity_sum": zero})
         start = None
         if restored:
             start = (restored[0], restored[1]["state"])
-            similarity = np.asarray(restored[1]["similarity"])
+            similarity_sum = np.asarray(restored[1]["similarity_sum"])
             log.truncate_after(start[0])
             console.print(f"Going on after round {start[0]} of {config.rounds}.")
         else:
-            similarity = _square(federation)
+            similarity_sum = zero
             log.truncate_after(0)
         with _progress(console) as bar:
             job = bar.add_task("", total=config.rounds, completed=start[0] if start else 0)
             for last in rounds.run(config, algorithm, model, federation, mesh=mesh, start=start):
                 if last.similarity is not None:
-                    similarity = last.similarity
+                    similarity_sum = similarity_sum + last.similarity
                 # The line first: a kill in between leaves a line too many, which resuming drops.
                 last.record["seconds"]["checkpoint"] = saving
                 log.append(last.record)
                 clock = time.perf_counter()
                 if last.round % config.checkpoint.every_rounds == 0 or last.round == config.rounds:
-                    state = {"state": last.state, "similarity": similarity}
+                    state = {"state": last.state, "similarity_sum": similarity_sum}
                     checkpoints.save(last.round, state, {"round": last.round})
                 saving = time.perf_counter() - clock
                 bar.update(job, completed=last.round, description=_status(last.record))
@@ -217,6 +218,7 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
                         f"round {last.round}: client {drop['client']}, task {drop['task']} "
                         f"left out: {drop['reason']}"
                     )
+    similarity = similarity_sum / config.rounds
     summary = _summary(config, federation, log.records(), similarity, time.perf_counter() - started)
     summary["config"] = dataclasses.asdict(config)
     names = [task.name for task in federation.tasks]
@@ -229,10 +231,6 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
     console.print(report.result_table(summary))
     console.print(f"Results: {workdir}")
     return summary
-
-
-def _square(federation: rounds.Federation) -> np.ndarray:
-    return np.zeros((len(federation.tasks),) * 2, np.float32)
 
 
 def _progress(console: Console) -> Progress:
@@ -288,7 +286,7 @@ def _summary(config, federation, records, similarity, seconds) -> dict:
     accuracy = best["accuracy"]
     clients = sum(len(r["clients"]) for r in records)
     phases = sorted({phase for r in records for phase in r["seconds"]})
-    auc = records[-1]["similarity_auc"]
+    by_round = [r["similarity_auc"] for r in records]
     return {
         "algorithm": config.algorithm,
         "seed": config.seed,
@@ -310,9 +308,11 @@ def _summary(config, federation, records, similarity, seconds) -> dict:
         "seconds": {"total": seconds}
         | {phase: sum(r["seconds"].get(phase, 0.0) for r in records) for phase in phases},
         "similarity": None
-        if auc is None
+        if by_round[-1] is None
         else {
-            "auc": auc,
+            "auc": relatedness_auc(similarity, rounds.related(federation.tasks)),
+            "auc_first_round": by_round[0],
+            "auc_last_round": by_round[-1],
             "definition": _AUC,
             "tasks": [task.name for task in federation.tasks],
             "matrix": similarity.tolist(),

@@ -67,28 +67,27 @@ def check_stacked(tree: PyTree, name: str, *, rows: int | None = None, axis: str
     items = leaf_items(tree)
     if not items:
         raise ValueError(f"{name}: found a tree without leaves; expected leaves [{axis}, ...].")
-    if rows is None:
-        first = items[0][1]
-        rows = first.shape[0] if first.ndim else 0
-        if not first.ndim:
-            raise ValueError(
-                f"{name}: leaf {items[0][0]} has shape (); expected a leading axis [{axis}, ...]. "
-                "Stack the trees first, with matu_jax.stack."
-            )
+    first_path, first = items[0]
+    if not first.ndim:
+        raise ValueError(
+            f"{name}: leaf {first_path} has shape (); expected a leading axis [{axis}, ...]. "
+            "Stack the trees first, with matu_jax.stack."
+        )
+    length = first.shape[0] if rows is None else rows
     wrong = [
         f"  {path}: shape {leaf.shape}"
         for path, leaf in items
-        if not leaf.ndim or leaf.shape[0] != rows
+        if not leaf.ndim or leaf.shape[0] != length
     ]
     if wrong:
         raise ValueError(
-            f"{name}: every leaf must have a leading axis [{axis}] of length {rows}; found\n"
+            f"{name}: every leaf must have a leading axis [{axis}] of length {length}; found\n"
             + "\n".join(wrong)
             + "\nStack the trees with matu_jax.stack, in the order of the slots."
         )
-    if rows == 0:
+    if length == 0:
         raise ValueError(f"{name}: the leading axis [{axis}] is empty; expected at least one row.")
-    return rows
+    return length
 
 
 def check_like(tree: PyTree, reference: PyTree, name: str, *, leading: int) -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from matu_jax import config as schema
@@ -46,7 +48,7 @@ def test_replaced_block_names_unknown_and_missing_fields():
 def test_wrong_values_are_named(path, value, words):
     config = schema.default()
     block, _, field = path.rpartition(".")
-    target = config[block] if block else config
+    target: Any = config[block] if block else config
     with target.ignore_type():
         target[field] = value
     assert words in message(config)

@@ -30,7 +30,7 @@ LAYER = {
 def imported_rooms(file):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("matu_jax"):
-            parts = node.module.split(".")
+            parts = (node.module or "").split(".")
             yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
         elif isinstance(node, ast.Import):
             for alias in node.names:

@@ -83,7 +83,7 @@ def test_training_equals_a_plain_loop(model):
 def test_penalty_enters_the_loss(model):
     def penalty(vector, download):
         gaps = jax.tree.map(lambda v, d: jnp.sum((v - d) ** 2), vector, download)
-        return 3.0 * sum(jax.tree.leaves(gaps))
+        return 3.0 * jnp.stack(jax.tree.leaves(gaps)).sum()
 
     trained = train(model, rule=LocalRule(penalty=penalty))
     found = jax.tree.map(lambda x: x[1], trained.vectors)

@@ -10,7 +10,7 @@ from matu_jax.config import ModelConfig
 from matu_jax.models.vit import LoRASpec, StridedConvolution, VisionTransformer, ViTShape
 from matu_jax.trees import leaf_items
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8))
 
 
 def test_strided_convolution_is_a_convolution():

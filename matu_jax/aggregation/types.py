@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from matu_jax.trees import PyTree, as_floating, check_like, check_stacked, leaf_items
 
@@ -148,7 +149,7 @@ def check_slots(slots: Slots, name: str) -> Slots:
         ("client", slots.client, slots.num_clients, "num_clients"),
         ("task", slots.task, slots.num_tasks, "num_tasks"),
     ):
-        if isinstance(column, jax.core.Tracer):
+        if isinstance(column, Tracer):
             continue
         values = np.asarray(column)
         outside = np.flatnonzero((values < 0) | (values >= limit))
@@ -157,7 +158,7 @@ def check_slots(slots: Slots, name: str) -> Slots:
                 f"{name}: slots.{field}[{outside[0]}] = {values[outside[0]]}, expected 0 to "
                 f"{limit - 1} (slots.{limit_name} is {limit})."
             )
-    if not isinstance(slots.weight, jax.core.Tracer):
+    if not isinstance(slots.weight, Tracer):
         weight = np.asarray(slots.weight)
         wrong = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
         if wrong.size:

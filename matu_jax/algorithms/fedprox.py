@@ -16,6 +16,6 @@ def fedprox(config: Config) -> Algorithm:
 
     def penalty(vector, download):
         squares = jax.tree.map(lambda v, d: jnp.sum(jnp.square(v - d)), vector, download)
-        return config.fedprox_mu / 2 * sum(jax.tree.leaves(squares))
+        return config.fedprox_mu / 2 * jnp.stack(jax.tree.leaves(squares)).sum()
 
     return fedavg(config)._replace(local=LocalRule(penalty=penalty))
