@@ -226,7 +226,13 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
     report.plot_accuracy(log.records(), workdir / "accuracy.png", title=title)
     if summary["similarity"]:
         families = [task.label_space for task in federation.tasks]
-        report.plot_similarity(similarity, names, families, workdir / "similarity.png", title=title)
+        report.plot_similarity(
+            similarity,
+            names,
+            families,
+            workdir / "similarity.png",
+            title=f"{title}, mean over rounds",
+        )
     write_json(summary_file, summary)
     console.print(report.result_table(summary))
     console.print(f"Results: {workdir}")

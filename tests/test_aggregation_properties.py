@@ -342,7 +342,7 @@ def test_a_round_does_not_see_the_order_of_slots(values, slots, config, order):
     _same(after.accepted, before.accepted[order])
 
 
-@given(eighths(), participation, configs, st.sampled_from([2.0**-125, 3.0, 2.0**126]))
+@given(eighths(), participation, configs, st.sampled_from([2.0**-100, 3.0, 2.0**100]))
 def test_a_round_does_not_see_the_unit_of_weights(values, slots, config, unit):
     uploads = matu.unify(oracle.tree(values), slots, magnitude=config.magnitude)
     scaled = dataclasses.replace(slots, weight=slots.weight * np.float32(unit))
