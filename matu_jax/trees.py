@@ -3,6 +3,7 @@
 The sign convention lives here and nowhere else: a task vector is *tuned minus base*.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,13 +68,13 @@ def check_stacked(tree: PyTree, name: str, *, rows: int | None = None, axis: str
     items = leaf_items(tree)
     if not items:
         raise ValueError(f"{name}: found a tree without leaves; expected leaves [{axis}, ...].")
-    first_path, first = items[0]
-    if not first.ndim:
+    lengths = Counter(leaf.shape[0] for _, leaf in items if leaf.ndim)
+    if rows is None and not lengths:
         raise ValueError(
-            f"{name}: leaf {first_path} has shape (); expected a leading axis [{axis}, ...]. "
+            f"{name}: leaf {items[0][0]} has shape (); expected a leading axis [{axis}, ...]. "
             "Stack the trees first, with matu_jax.stack."
         )
-    length = first.shape[0] if rows is None else rows
+    length = lengths.most_common(1)[0][0] if rows is None else rows
     wrong = [
         f"  {path}: shape {leaf.shape}"
         for path, leaf in items
@@ -113,11 +114,7 @@ def check_like(tree: PyTree, reference: PyTree, name: str, *, leading: int) -> N
         if leaf.shape[leading:] != expected[path].shape or leaf.ndim < leading
     ]
     if wrong:
-        raise ValueError(
-            f"{name}: leaf shapes differ\n"
-            + "\n".join(wrong)
-            + ("\nStack the trees with matu_jax.stack first." if leading else "")
-        )
+        raise ValueError(f"{name}: leaf shapes differ\n" + "\n".join(wrong))
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from matu_jax.aggregation.fold import flat_leaf, pack, total
+from matu_jax.aggregation.fold import flat_leaf, loop_zeros, pack, total
 from matu_jax.aggregation.types import Slots
 from matu_jax.trees import PyTree, as_floating, check_stacked
 
@@ -21,7 +21,7 @@ def gram(flat: list[jax.Array], signs: bool) -> jax.Array:
         x = jnp.sign(block).astype(jnp.float32) if signs else block.astype(jnp.float32)
         return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST) / size
 
-    total = jnp.zeros((rows, rows), jnp.float32)
+    total = loop_zeros((rows, rows), jnp.float32, *flat)
     for leaf in flat:
         blocks = leaf.shape[1] // _BLOCK
         if blocks:
@@ -96,6 +96,7 @@ def same_client_gram(
 
         return jax.lax.fori_loop(first[position], position + 1, add_pair, sums), None
 
-    zero = jnp.zeros((slots.num_tasks, slots.num_tasks), jnp.float32)
+    inputs = (*vector, *masks, scales, slots.client, slots.task, ok)
+    zero = loop_zeros((slots.num_tasks, slots.num_tasks), jnp.float32, *inputs)
     positions = jnp.arange(order.shape[0], dtype=jnp.int32)
     return jax.lax.scan(add_slot, zero, positions)[0]

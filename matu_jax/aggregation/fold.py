@@ -30,6 +30,12 @@ def clip_to(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.clip(x, -limit, limit).astype(dtype)
 
 
+def loop_zeros(shape: tuple[int, ...], dtype: Any, *inputs: jax.Array) -> jax.Array:
+    """Zeros that vary over the mesh axes of the inputs, as `shard_map` asks of loop carries."""
+    nothing = sum(x.reshape(-1)[:0].astype(jnp.float32).sum() for x in inputs)
+    return jnp.zeros(shape, dtype) + jnp.asarray(nothing, dtype)
+
+
 def pack(mask: jax.Array) -> jax.Array:
     """Packs bools `[..., n]` into bytes `[..., ceil(n / 8)]`, least significant bit first."""
     return jnp.packbits(mask, axis=-1, bitorder="little")
@@ -78,8 +84,8 @@ def fold(
         largest = jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in values]).max()
         return [a.at[group].add(x) for a, x in zip(sums, values, strict=True)], largest
 
-    zeros = [jnp.zeros((num_groups, leaf.shape[1]), jnp.float32) for leaf in source]
     slots = (rows, groups, present)
+    zeros = [loop_zeros((num_groups, x.shape[1]), jnp.float32, x, *slots) for x in source]
     sums, largest = jax.lax.scan(elect, zeros, slots)
 
     def agreeing(leaf, total, slot):
@@ -98,6 +104,7 @@ def fold(
             ], None
 
         sizes, _ = jax.lax.scan(grow, zeros, slots)
+        broken = [jnp.isinf(size) for size in sizes]
     else:
 
         def gather(carry, slot):
@@ -112,15 +119,19 @@ def fold(
             return (totals, counts), None
 
         len_slots = float(2 ** (rows.shape[0] - 1).bit_length())
-        none = [jnp.zeros(z.shape, jnp.int32) for z in zeros]
+        none = [zero.astype(jnp.int32) for zero in zeros]
         (totals, counts), _ = jax.lax.scan(gather, (zeros, none), slots)
         sizes = [
             t / jnp.maximum(c, 1).astype(jnp.float32) * len_slots
             for t, c in zip(totals, counts, strict=True)
         ]
+        broken = [jnp.isinf(t) for t in totals]
+    # A mean that overflows is clipped; an infinity that came in stays, for the server to refuse.
     vectors = [
-        clip_to(jnp.sign(total) * size, leaf.dtype)
-        for total, size, leaf in zip(sums, sizes, source, strict=True)
+        jnp.where(
+            bad, (jnp.sign(t) * jnp.inf).astype(x.dtype), clip_to(jnp.sign(t) * size, x.dtype)
+        )
+        for t, size, bad, x in zip(sums, sizes, broken, source, strict=True)
     ]
 
     def mask_and_rescale(_, slot):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from matu_jax.aggregation.directions import gram, same_client_gram
-from matu_jax.aggregation.fold import clip_to, flat_leaf, fold, modulate_jit, modulated
+from matu_jax.aggregation.fold import clip_to, flat_leaf, fold, loop_zeros, modulate_jit, modulated
 from matu_jax.aggregation.types import (
     Aggregated,
     AggregationConfig,
@@ -59,7 +59,11 @@ def _aggregate(
             signs[i] = signs[i].at[task].add(jnp.sign(x).astype(sign_dtype))
         return (means, signs), None
 
-    zeros = [jnp.zeros((tasks, leaf.shape[1]), jnp.float32) for leaf in vector]
+    inputs = (slots.client, slots.task, accepted, share, uploads.scales)
+    zeros = [
+        loop_zeros((tasks, leaf.shape[1]), jnp.float32, leaf, mask, *inputs)
+        for leaf, mask in zip(vector, masks, strict=True)
+    ]
     no_signs = [z.astype(sign_dtype) for z in zeros]
     (means, signs), _ = jax.lax.scan(
         add_slot,
@@ -179,13 +183,16 @@ def aggregate(
     if previous is not None:
         previous = check_unified(previous, "aggregate: previous", rows=slots.num_tasks, groups=None)
         check_like(
-            uploads.vector, previous.vector, "aggregate: uploads.vector against previous", leading=1
+            uploads.vector,
+            previous.vector,
+            "aggregate: uploads.vector [clients, ...] against previous.vector [...]",
+            leading=1,
         )
     return _aggregate(uploads, slots, config, previous)
 
 
 def nonfinite(uploads: Unified, slots: Slots) -> list[str]:
-    """Names every upload with a NaN or an infinity: client, task and leaf. Runs on the host.
+    """Names every upload that `aggregate` refuses: client, task and leaf. Runs on the host.
 
     Args:
       uploads: vector leaves `[clients, ...]`, scales `[slots]`.
@@ -199,8 +206,8 @@ def nonfinite(uploads: Unified, slots: Slots) -> list[str]:
     present = np.asarray(slots.weight) > 0
     scales = np.asarray(uploads.scales)
     lines = [
-        f"client {client[s]}, task {task[s]}: scale is {scales[s]}"
-        for s in np.flatnonzero(present & ~np.isfinite(scales))
+        f"client {client[s]}, task {task[s]}: scale is {scales[s]}, expected a finite number >= 0"
+        for s in np.flatnonzero(present & ~(np.isfinite(scales) & (scales >= 0)))
     ]
     for path, leaf in leaf_items(uploads.vector):
         flat = jnp.asarray(leaf).reshape(slots.num_clients, -1)

@@ -91,7 +91,8 @@ class AggregationConfig:
                     f"{', '.join(map(repr, get_args(choices)))}."
                 )
         for field in ("agreement_threshold", "min_similarity"):
-            if not 0 <= getattr(self, field) <= 1:
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(
                     f"AggregationConfig.{field}: found {getattr(self, field)!r}, expected a number "
                     "from 0 to 1."
