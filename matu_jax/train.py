@@ -5,7 +5,8 @@
     --workdir DIR             where results and checkpoints go; a directory of an interrupted run
                               is gone on with. Default: runs/<config>-<time>
 
-Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said in one message.
+Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said in one message;
+130 interrupted with Ctrl-C.
 """
 
 import dataclasses
@@ -189,16 +190,17 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         zero = np.zeros((len(federation.tasks),) * 2, np.float32)
-        restored = checkpoints.restore({"state": target, "similarity_sum": zero})
-        start = None
-        if restored:
-            start = (restored[0], restored[1]["state"])
-            similarity_sum = np.asarray(restored[1]["similarity_sum"])
-            log.truncate_after(start[0])
+        start, similarity_sum = None, zero
+        try:
+            restored = checkpoints.restore({"state": target, "similarity_sum": zero})
+            if restored:
+                start = (restored[0], restored[1]["state"])
+                similarity_sum = np.asarray(restored[1]["similarity_sum"])
+            log.truncate_after(start[0] if start else 0)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if start:
             console.print(f"Going on after round {start[0]} of {config.rounds}.")
-        else:
-            similarity_sum = zero
-            log.truncate_after(0)
         with _progress(console) as bar:
             job = bar.add_task("", total=config.rounds, completed=start[0] if start else 0)
             for last in rounds.run(config, algorithm, model, federation, mesh=mesh, start=start):
@@ -348,6 +350,9 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         return 2
+    except KeyboardInterrupt:
+        errors.print("Interrupted. The same command with the same --workdir goes on.", markup=False)
+        return 130
     return 0
 
 

@@ -151,6 +151,26 @@ def test_kill_in_the_middle_and_run_again_equals_uninterrupted(experiment, tmp_p
     assert "finished" in text
 
 
+def test_ctrl_c_says_how_to_go_on(capsys, experiment, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.rounds, "run", interrupted)
+    assert train.main(["train", experiment, f"--workdir={tmp_path}/run"]) == 130
+    assert "goes on" in capsys.readouterr().err
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_a_mistake(capsys, experiment, tmp_path):
+    workdir = tmp_path / "run"
+    assert train.main(["train", experiment, "--config.rounds=1", f"--workdir={workdir}"]) == 0
+    (workdir / "summary.json").unlink()
+    for file in (workdir / "checkpoints").rglob("*"):
+        if file.is_file() and file.name != "checksums.json":
+            file.write_bytes(b"damaged")
+    text = mistake(capsys, experiment, "--config.rounds=1", f"--workdir={workdir}")
+    assert "checkpoint" in text
+
+
 def test_summary_has_what_it_promises(experiment, tmp_path):
     code = train.main(["train", experiment, "--config.rounds=1", f"--workdir={tmp_path}/run"])
     assert code == 0
