@@ -3,7 +3,10 @@
     python -m matu_jax.train --config experiments/embedded30.py
 
 Forty-five clients hold two tasks each, so that every task has three holders of 128 training images.
-EMBEDDED30_NUMBERS
+
+Reached, seed 0 alone: 72.9 % mean test accuracy at 836 kbit up and down per client and
+round, AUC of the similarity 0.89, in 211 s on two busy CPU cores. Digits and letters are hard with
+so few examples (15 to 30 %); with all 2,048 examples a task alone reaches 85 to 100 % on most.
 """
 
 from matu_jax.config import default

@@ -12,7 +12,6 @@ contradict each other.
 
 import argparse
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -73,8 +72,11 @@ def main():
     parser.add_argument("--steps", type=int, default=8_000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--replicas", type=int, default=2, help="CPU devices; the result depends")
     args = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    if args.batch % args.replicas:
+        parser.error(f"--batch {args.batch} is not a multiple of --replicas {args.replicas}")
+    jax.config.update("jax_num_cpu_devices", args.replicas)
     started = time.time()
 
     shape = ViTShape(stem_widths=(24, 48))
@@ -130,6 +132,8 @@ def main():
         targets = {name: column[rows] for name, column in answers.items()}
         results = train(jax.device_put(carry, NamedSharding(mesh, same)), (images[rows], targets))
         carry, (value, hits) = average(jax.device_put(results, first))
+        if not np.isfinite(value).all():
+            raise SystemExit(f"step {i}: the loss is no longer finite; lower --learning-rate")
         if i % 250 == 0:
             shown = " ".join(f"{name} {hit.mean():.2f}" for name, hit in hits.items())
             print(f"{i} {time.time() - started:.0f} s loss {value.mean():.3f} {shown}", flush=True)
@@ -148,7 +152,8 @@ def save(args, shape, trained):
     metadata = {
         "shape": json.dumps(vars(shape)),
         "made_by": f"experiments/pretrain_backbone.py --seed {args.seed} --images {args.images} "
-        f"--steps {args.steps} --batch {args.batch} --learning-rate {args.learning_rate}",
+        f"--steps {args.steps} --batch {args.batch} --learning-rate {args.learning_rate} "
+        f"--replicas {args.replicas}",
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, args.out, metadata)

@@ -4,7 +4,10 @@
 
 Twelve clients hold two tasks each, 128 training images per task. Four questions (hue, place, tilt,
 direction of the background's lines) are asked about two kinds of images, so that tasks of one kind
-contradict each other and tasks with one question are related. QUICKSTART_NUMBERS
+contradict each other and tasks with one question are related.
+
+Reached, three seeds: 83 +- 4 % mean test accuracy (individual 72, fedavg 33, per_task 94) at 836
+kbit up and down per client and round, in 54 to 101 s on two CPU cores: see results/quickstart.md.
 """
 
 from matu_jax.config import default

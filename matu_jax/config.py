@@ -40,7 +40,7 @@ class DataConfig:
     assignment: tuple = ()
     examples_per_slot: int = _field(128, at_least=0)
     dirichlet_alpha: float = _field(0.0, at_least=0)
-    seed: int = _field(0, at_least=0)
+    seed: int = _field(0, at_least=0, at_most=2**31 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class LocalConfig:
       optimizer: "adam", "adamw" or "sgd"; its state starts afresh every round.
       learning_rate: step size.
       momentum: of sgd.
-      weight_decay: of adamw.
+      weight_decay: of adamw; task vectors decay, that is, parameters towards the base.
       parallel_slots: slots trained at once on a device; 0 = by platform (1 on CPU, where one slot
         after the other is faster; all of a device's slots on accelerators).
     """
@@ -105,12 +105,12 @@ class MatuConfig:
       similarity: what eq. 7 compares.
     """
 
-    magnitude: str = "max"
+    magnitude: str = _field("max", choices=("max", "mean"))
     agreement_threshold: float = _field(0.4, at_least=0, at_most=1)
     top_k: int = _field(3, at_least=0)
     min_similarity: float = _field(0.5, at_least=0, at_most=1)
-    transfer: str = "none"
-    similarity: str = "cross_client"
+    transfer: str = _field("none", choices=("none", "mean", "additive"))
+    similarity: str = _field("cross_client", choices=("cross_client", "aggregated"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Config:
     """
 
     algorithm: str = "matu"
-    seed: int = _field(0, at_least=0)
+    seed: int = _field(0, at_least=0, at_most=2**31 - 1)
     rounds: int = _field(10, at_least=1)
     clients_per_round: int = _field(0, at_least=0)
     fedprox_mu: float = _field(0.01, at_least=0)
@@ -290,4 +290,10 @@ def _cross_checks(config: Config) -> list[str]:
             f"config.clients_per_round: found {config.clients_per_round}, expected at most "
             f"config.data.clients = {config.data.clients} (0 = all)."
         )
+    for client, held in enumerate(config.data.assignment):
+        if not isinstance(held, tuple) or not all(type(task) is int for task in held):
+            problems.append(
+                f"config.data.assignment: client {client}: found {held!r}, expected a tuple of "
+                "task positions, such as ((0, 1), (2,))."
+            )
     return problems

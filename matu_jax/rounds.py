@@ -19,7 +19,7 @@ from matu_jax.evaluate import evaluation, evaluation_set, per_task
 from matu_jax.local import Trained, local_training
 from matu_jax.metrics import relatedness_auc
 from matu_jax.models import Model
-from matu_jax.parallel import padded_rows, slot_mesh
+from matu_jax.parallel import AXIS, padded_rows, slot_mesh
 from matu_jax.trees import PyTree
 
 
@@ -70,17 +70,24 @@ def federate(config: Config) -> Federation:
     """
     data = config.data
     tasks = embedded.load(task_names(config))
-    client, task = assign(
-        data.clients, data.tasks_per_client, len(tasks), data.seed, data.assignment or None
-    )
-    indices = partition(
-        [t.train.labels for t in tasks],
-        client,
-        task,
-        examples_per_slot=data.examples_per_slot or None,
-        alpha=data.dirichlet_alpha or None,
-        seed=data.seed,
-    )
+    try:
+        client, task = assign(
+            data.clients, data.tasks_per_client, len(tasks), data.seed, data.assignment or None
+        )
+        indices = partition(
+            [t.train.labels for t in tasks],
+            client,
+            task,
+            examples_per_slot=data.examples_per_slot or None,
+            alpha=data.dirichlet_alpha or None,
+            seed=data.seed,
+        )
+    except ValueError as error:
+        names = ", ".join(f"{i} = {t.name}" for i, t in enumerate(tasks))
+        raise ValueError(
+            f"config.data (clients, tasks_per_client, assignment, examples_per_slot, "
+            f"dirichlet_alpha) cannot be dealt out: {error}. Tasks: {names}."
+        ) from None
     weight = np.array([len(rows) for rows in indices], np.float32)
     return Federation(tasks, Slots(client, task, weight, data.clients, len(tasks)), indices)
 
@@ -173,6 +180,7 @@ def run(
     """
     mesh = mesh or slot_mesh()
     everywhere, server = NamedSharding(mesh, PartitionSpec()), mesh.devices.flat[0]
+    over_slots = NamedSharding(mesh, PartitionSpec(AXIS))
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
     train = jax.jit(local_training(model, config.local, algorithm.local, mesh))
@@ -222,7 +230,7 @@ def run(
         images, labels = gather(tasks, slots.task[padded], drawn)
         clock.lap("data")
 
-        downloads = jax.device_put(download(state, slots, padded), everywhere)
+        downloads = jax.device_put(download(state, slots, padded), over_slots)
         clock.lap("server_download", downloads)
         trained: Trained = train(parameters, downloads, num_classes[padded], images, labels)
         trained = jax.device_put(trained, server)
@@ -242,7 +250,7 @@ def run(
 
         accuracy = None
         if (index + 1) % config.evaluation.every_rounds == 0 or index + 1 == config.rounds:
-            vectors = jax.device_put(download(state, slots, every_slot), everywhere)
+            vectors = jax.device_put(download(state, slots, every_slot), over_slots)
             accuracy = {}
             for split, examples in sets.items():
                 hits = measure((*parameters, examples), vectors, *measured_on)
@@ -261,7 +269,9 @@ def run(
             state,
             {
                 "round": index + 1,
-                "loss": float(np.mean(loss[takes_part & finite])) if finite.any() else None,
+                "loss": float(np.mean(loss[takes_part & finite]))
+                if (takes_part & finite).any()
+                else None,
                 "accuracy": accuracy,
                 "similarity_auc": None
                 if similarity is None

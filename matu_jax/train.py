@@ -125,7 +125,8 @@ def prepare_workdir(workdir: Path, config: Config) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if kept.exists():
             found = json.loads(kept.read_text())
-            differences = _differences(found, wanted)
+            found = found if isinstance(found, dict) else {}
+            differences = _differences(found, wanted) if _has_run(workdir) else []
             if differences:
                 raise UserError(
                     f"--workdir {workdir} holds a run of another config:\n  "
@@ -146,6 +147,11 @@ def prepare_workdir(workdir: Path, config: Config) -> None:
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{kept} is damaged ({error}). Give another --workdir.") from None
+
+
+def _has_run(workdir: Path) -> bool:
+    """Whether a run got so far as to write anything but its config."""
+    return any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
 
 def _differences(found: dict, wanted: dict, path: str = "config") -> list[str]:
@@ -171,11 +177,16 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
     summary_file = workdir / "summary.json"
     if summary_file.exists():
         console.print(f"{workdir}: this run is finished; its results:")
-        summary = json.loads(summary_file.read_text())
-        console.print(report.result_table(summary))
+        try:
+            summary = json.loads(summary_file.read_text())
+            console.print(report.result_table(summary))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{summary_file} is damaged ({error}). Remove it: the same command makes it again "
+                "from the checkpoints."
+            ) from None
         return summary
 
-    started = time.perf_counter()
     try:
         federation = rounds.federate(config)
         classes = max(task.num_classes for task in federation.tasks)
@@ -221,7 +232,7 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
                         f"left out: {drop['reason']}"
                     )
     similarity = similarity_sum / config.rounds
-    summary = _summary(config, federation, log.records(), similarity, time.perf_counter() - started)
+    summary = _summary(config, federation, log.records(), similarity)
     summary["config"] = dataclasses.asdict(config)
     names = [task.name for task in federation.tasks]
     title = f"{name}: {config.algorithm}"
@@ -288,7 +299,7 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
     console.print(report.plan_table(plan))
 
 
-def _summary(config, federation, records, similarity, seconds) -> dict:
+def _summary(config, federation, records, similarity) -> dict:
     measured = [r for r in records if r["accuracy"] is not None]
     best = max(measured, key=lambda r: r["accuracy"]["validation_mean"])
     accuracy = best["accuracy"]
@@ -313,10 +324,10 @@ def _summary(config, federation, records, similarity, seconds) -> dict:
             "uplink_bits_total": sum(r["uplink_bits"] for r in records),
             "downlink_bits_total": sum(r["downlink_bits"] for r in records),
         },
-        "seconds": {"total": seconds}
+        "seconds": {"total": sum(sum(r["seconds"].values()) for r in records)}
         | {phase: sum(r["seconds"].get(phase, 0.0) for r in records) for phase in phases},
         "similarity": None
-        if by_round[-1] is None
+        if not similarity.any()
         else {
             "auc": relatedness_auc(similarity, rounds.related(federation.tasks)),
             "auc_first_round": by_round[0],
@@ -345,7 +356,8 @@ def main(argv: Sequence[str]) -> int:
         # On CPU one virtual device per core trains slots side by side; a single device would leave
         # cores idle, since a slot's matrix products are too small to share.
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+            jax.config.update("jax_num_cpu_devices", cores or 1)
         train(config, name, workdir, console)
     except UserError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)

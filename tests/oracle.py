@@ -192,7 +192,7 @@ def transfer(
     rule: str,
     vectors: np.ndarray,
     similarity: np.ndarray,
-    can_lend: Sequence[bool],
+    can_lend: Sequence[Sequence[bool]],
     top_k: int,
     min_similarity: float,
 ) -> np.ndarray:
@@ -203,7 +203,7 @@ def transfer(
     for t in range(len(vectors)):
         share = np.zeros(vectors.shape[1])
         borrowed = 0.0
-        for other in lenders(t, similarity, can_lend, top_k, min_similarity):
+        for other in lenders(t, similarity, can_lend[t], top_k, min_similarity):
             share += similarity[t, other] * vectors[other]
             borrowed += similarity[t, other]
         if rule == "additive":
@@ -215,9 +215,32 @@ def transfer(
     return result
 
 
-def lending(vectors: np.ndarray) -> list[bool]:
-    """A task that holds nothing has nothing to lend."""
-    return [any(value != 0 for value in row) for row in vectors]
+def lending(
+    vectors: np.ndarray,
+    client_of: Sequence[int] | np.ndarray,
+    task_of: Sequence[int] | np.ndarray,
+    weight: Sequence[float],
+    similarity_of: str,
+) -> list[list[bool]]:
+    """Who may lend (second index) to whom (first index).
+
+    A task that holds nothing has nothing to lend, one that nobody reported keeps what it has, and
+    where slots of different clients are compared, two tasks need such slots.
+    """
+    present = [s for s in range(len(weight)) if weight[s] > 0]
+    tasks = len(vectors)
+    allowed = [[False] * tasks for _ in range(tasks)]
+    for t in range(tasks):
+        for other in range(tasks):
+            reported = any(task_of[s] == t for s in present)
+            compared = similarity_of == "aggregated" or any(
+                task_of[a] == t and task_of[b] == other and client_of[a] != client_of[b]
+                for a in present
+                for b in present
+            )
+            holds = any(value != 0 for value in vectors[other])
+            allowed[t][other] = reported and compared and holds
+    return allowed
 
 
 def aggregate(
@@ -242,7 +265,8 @@ def aggregate(
         similarity = aggregated_similarity(own)
     else:
         similarity = cross_client_similarity(received, client_of, task_of, weight, num_tasks)
-    vectors = transfer(rule, own, similarity, lending(own), top_k, min_similarity)
+    allowed = lending(own, client_of, task_of, weight, similarity_of)
+    vectors = transfer(rule, own, similarity, allowed, top_k, min_similarity)
 
     listed = [[s for s in range(len(task_of)) if client_of[s] == n] for n in range(num_clients)]
     return Round(
@@ -436,9 +460,8 @@ def assert_round(
         np.testing.assert_allclose(similarity[others], across[others], rtol=0, atol=1e-6)
 
     vectors = rows(result.task_vectors)
-    mixed = transfer(
-        config.transfer, own, similarity, lending(own), config.top_k, config.min_similarity
-    )
+    allowed = lending(own, client_of, task_of, weight, config.similarity)
+    mixed = transfer(config.transfer, own, similarity, allowed, config.top_k, config.min_similarity)
     largest = np.abs(own).sum(axis=0).max(initial=0.0)
     np.testing.assert_allclose(vectors, mixed, rtol=relative, atol=relative * largest)
 

@@ -442,7 +442,7 @@ def test_a_task_that_holds_nothing_never_lends():
     _, result, plain = _round(_tree(_values(15)), _slots(), CONFIGS[2])
     own, found = oracle.rows(plain.task_vectors), np.asarray(result.similarity, np.float64)
     assert (found[:3, :3] < 0.5).any(), "choose another seed"
-    expected = oracle.transfer("mean", own[:3], found[:3, :3], [True] * 3, 2, 15 / 32)
+    expected = oracle.transfer("mean", own[:3], found[:3, :3], [[True] * 3] * 3, 2, 15 / 32)
     np.testing.assert_allclose(oracle.rows(result.task_vectors)[:3], expected, rtol=2e-6, atol=2e-6)
 
 
@@ -794,3 +794,27 @@ def test_modulate_wants_the_slots_it_was_folded_with():
     per_client = matu.unify(_tree(_values(0)), _slots())
     assert _message(matu.modulate, per_client)
     assert _message(matu.modulate, matu.unify(_tree(_values(0))), _slots())
+
+
+def test_tasks_that_only_ever_meet_at_one_client_do_not_lend():
+    vectors = {"w": jnp.asarray([[1.0, 2.0, -3.0], [2.0, 1.0, -1.0]])}
+    slots = matu.Slots(np.array([0, 0]), np.array([0, 1]), np.array([1.0, 1.0]), 1, 2)
+    uploads = matu.unify(vectors, slots)
+    plain = matu.aggregate(uploads, slots, matu.AggregationConfig(transfer="none"))
+    for rule in ("mean", "additive"):
+        found = matu.aggregate(uploads, slots, matu.AggregationConfig(transfer=rule))
+        np.testing.assert_array_equal(found.task_vectors["w"], plain.task_vectors["w"])
+
+
+def test_a_task_nobody_reported_borrows_nothing():
+    vectors = {"w": jnp.asarray([[1.0, 2.0, -3.0], [2.0, 1.0, -1.0], [1.0, 1.0, 1.0]])}
+    everybody = matu.Slots(np.arange(3), np.arange(3), np.ones(3), 3, 3)
+    before = matu.aggregate(matu.unify(vectors, everybody), everybody)
+    some = matu.Slots(np.arange(3), np.arange(3), np.array([1.0, 1.0, 0.0]), 3, 3)
+    for rule in ("mean", "additive"):
+        for similarity in ("cross_client", "aggregated"):
+            config = matu.AggregationConfig(transfer=rule, similarity=similarity)
+            uploads = matu.unify(vectors, some)
+            found = matu.aggregate(uploads, some, config, before.unified)
+            kept = matu.modulate(before.unified)["w"][2]
+            np.testing.assert_allclose(found.task_vectors["w"][2], kept, rtol=1e-6)

@@ -206,7 +206,7 @@ def test_predicted_memory_is_near_what_xla_needs(federation):
 def test_config_mistakes_in_the_data_are_named():
     for change, words in (
         ({"tasks": "hue/gratin"}, "hue/grating"),
-        ({"clients": 1, "tasks_per_client": 2}, "too few"),
+        ({"clients": 1, "tasks_per_client": 2}, "config.data.*too few"),
         ({"examples_per_slot": 5000}, "hue/grating|task 0"),
     ):
         config = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, **change))

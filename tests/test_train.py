@@ -58,9 +58,11 @@ def mistake(capsys, *arguments):
         ("--config.rounds=2.5", "config.rounds"),
         ("--config.local.learning_rate=-1", "config.local.learning_rate: found -1.0"),
         ("--config.algorithm=mattu", 'Did you mean "matu"'),
-        ("--config.matu.transfer=lots", "AggregationConfig.transfer: found 'lots'"),
+        ("--config.matu.transfer=lots", "config.matu.transfer: found 'lots'"),
         ("--config.data.tasks=hue/gratng", "hue/grating"),
-        ("--config.data.clients=1", "num_clients"),
+        ("--config.data.clients=1", "config.data (clients"),
+        ("--config.data.assignment=(0,)", "config.data.assignment: client 0: found 0"),
+        ("--config.seed=99999999999999999999", "config.seed"),
         ("--config.model.checkpoint=/nowhere/x", "/nowhere/x cannot be read"),
         ("--wrkdir=x", "wrkdir"),
         ("stray", "stray"),
@@ -97,6 +99,7 @@ def test_workdirs_that_cannot_serve_are_refused(capsys, experiment, tmp_path):
 def test_a_workdir_of_another_config_is_refused_with_the_differences(capsys, experiment, tmp_path):
     config, _, _ = train.parse(["train", experiment])
     train.prepare_workdir(tmp_path / "run", config)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
     text = mistake(capsys, experiment, "--config.rounds=9", f"--workdir={tmp_path}/run")
     assert "config.rounds: there 4, here 9" in text
 
@@ -149,6 +152,12 @@ def test_kill_in_the_middle_and_run_again_equals_uninterrupted(experiment, tmp_p
     text, _ = finished.communicate(timeout=120)
     assert finished.returncode == 0
     assert "finished" in text
+
+
+def test_a_first_run_that_failed_leaves_its_workdir_free(capsys, experiment, tmp_path):
+    workdir = f"--workdir={tmp_path}/run"
+    assert "config.data" in mistake(capsys, experiment, "--config.data.clients=1", workdir)
+    assert train.main(["train", experiment, "--config.rounds=1", workdir]) == 0
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, experiment, tmp_path, monkeypatch):

@@ -19,10 +19,13 @@ from matu_jax.aggregation.types import (
 from matu_jax.trees import check_like, leaf_items
 
 
-def _lending(similarity: jax.Array, lenders: jax.Array, config: AggregationConfig) -> jax.Array:
-    """Eq. 8's weights `[tasks, tasks]`: A_tt' for the lenders t' in Z(t), else 0."""
+def _lending(similarity: jax.Array, allowed: jax.Array, config: AggregationConfig) -> jax.Array:
+    """Eq. 8's weights `[tasks, tasks]`: A_tt' for the lenders t' in Z(t), else 0.
+
+    `allowed` `[tasks, tasks]` says who may lend (second axis) to whom (first axis).
+    """
     tasks = similarity.shape[0]
-    allowed = ~jnp.eye(tasks, dtype=jnp.bool_) & lenders[None, :]
+    allowed = allowed & ~jnp.eye(tasks, dtype=jnp.bool_)
     ranked = jnp.where(allowed, similarity, -1.0)
     values, index = jax.lax.top_k(ranked, min(config.top_k, tasks))
     values = jnp.where(values >= max(config.min_similarity, 0.0), values, 0.0)
@@ -88,6 +91,7 @@ def _aggregate(
     # Eq. 7.
     if config.similarity == "aggregated":
         similarity = jnp.clip((1 + gram(own, signs=True)) / 2, 0.0, 1.0)
+        compared = jnp.ones((tasks, tasks), jnp.bool_)
     else:
         present = jnp.zeros((slots.num_clients, tasks), jnp.float32)
         present = present.at[slots.client, slots.task].add(accepted.astype(jnp.float32))
@@ -96,7 +100,8 @@ def _aggregate(
         products = gram(signs, signs=False) - same_client_gram(
             vector, masks, uploads.scales, slots, accepted
         )
-        mean_product = jnp.where(pairs > 0, products / jnp.maximum(pairs, 1.0), 0.0)
+        compared = pairs > 0
+        mean_product = jnp.where(compared, products / jnp.maximum(pairs, 1.0), 0.0)
         similarity = jnp.clip((1 + mean_product) / 2, 0.0, 1.0)
         similarity = jnp.where(jnp.eye(tasks, dtype=jnp.bool_), 1.0, similarity)
 
@@ -104,7 +109,9 @@ def _aggregate(
     mixed = own
     if config.transfer != "none" and config.top_k > 0 and tasks > 1:
         lenders = jnp.stack([(leaf != 0).any(axis=1) for leaf in own]).any(axis=0)
-        mixing = jnp.eye(tasks, dtype=jnp.float32) + _lending(similarity, lenders, config)
+        # A task that nobody reported keeps what it has; where nothing was compared, nobody lends.
+        allowed = compared & lenders[None, :] & reported
+        mixing = jnp.eye(tasks, dtype=jnp.float32) + _lending(similarity, allowed, config)
         if config.transfer == "mean":
             mixing = mixing / mixing.sum(axis=1, keepdims=True)
         mixed = [
