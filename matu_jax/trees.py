@@ -117,6 +117,22 @@ def check_like(tree: PyTree, reference: PyTree, name: str, *, leading: int) -> N
         raise ValueError(f"{name}: leaf shapes differ\n" + "\n".join(wrong))
 
 
+def check_dtypes(tree: PyTree, reference: PyTree, name: str) -> None:
+    """Checks that two trees of one structure have the same dtypes.
+
+    Raises:
+      ValueError: lists every leaf whose dtype differs.
+    """
+    expected = dict(leaf_items(reference))
+    wrong = [
+        f"  {path}: found {leaf.dtype}, expected {expected[path].dtype}"
+        for path, leaf in leaf_items(tree)
+        if leaf.dtype != expected[path].dtype
+    ]
+    if wrong:
+        raise ValueError(f"{name}: dtypes differ\n" + "\n".join(wrong) + "\nCast one to the other.")
+
+
 def stack(trees: Sequence[PyTree]) -> PyTree:
     """Stacks trees of the same structure along a new leading axis.
 
@@ -134,15 +150,9 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
     if not trees:
         raise ValueError("stack: found no trees; expected one tree per slot.")
     trees = [as_floating(tree, f"stack: tree {i}") for i, tree in enumerate(trees)]
-    first = dict(leaf_items(trees[0]))
     for i, tree in enumerate(trees[1:], start=1):
         check_like(tree, trees[0], f"stack: tree {i} against tree 0", leading=0)
-        for path, leaf in leaf_items(tree):
-            if leaf.dtype != first[path].dtype:
-                raise ValueError(
-                    f"stack: tree {i}, leaf {path}: found {leaf.dtype}, expected "
-                    f"{first[path].dtype} as in tree 0. Cast all trees to one dtype."
-                )
+        check_dtypes(tree, trees[0], f"stack: tree {i} against tree 0")
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
@@ -162,6 +172,7 @@ def task_vectors(tuned: PyTree, base: PyTree) -> PyTree:
     tuned, base = as_floating(tuned, "task_vectors: tuned"), as_floating(base, "task_vectors: base")
     check_stacked(tuned, "task_vectors: tuned")
     check_like(tuned, base, "task_vectors: tuned against base", leading=1)
+    check_dtypes(tuned, base, "task_vectors: tuned against base")
     return jax.tree.map(
         lambda t, b: (t.astype(jnp.float32) - b.astype(jnp.float32)[None]).astype(t.dtype),
         tuned,
