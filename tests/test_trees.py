@@ -174,13 +174,3 @@ def test_task_vectors_name_leaves_of_another_dtype():
     for part in ("kernel", "bfloat16", "float32", "Cast"):
         assert part in message
     assert "bias" not in message
-
-
-def test_aggregate_names_leaves_of_previous_with_another_dtype():
-    vectors = {"w": np.ones((2, 3), np.float32)}
-    slots = matu.Slots(np.arange(2), np.arange(2), np.ones(2), 2, 2)
-    uploads = matu.unify(vectors, slots)
-    previous = matu.unify({"w": np.ones((2, 3), np.float16)})
-    message = _message(lambda: matu.aggregate(uploads, slots, previous=previous))
-    for part in ("w", "float32", "float16"):
-        assert part in message

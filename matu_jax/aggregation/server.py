@@ -16,7 +16,7 @@ from matu_jax.aggregation.types import (
     check_slots,
     check_unified,
 )
-from matu_jax.trees import check_dtypes, check_like, leaf_items
+from matu_jax.trees import check_like, leaf_items
 
 
 def _lending(similarity: jax.Array, allowed: jax.Array, config: AggregationConfig) -> jax.Array:
@@ -194,9 +194,6 @@ def aggregate(
             previous.vector,
             "aggregate: uploads.vector [clients, ...] against previous.vector [...]",
             leading=1,
-        )
-        check_dtypes(
-            uploads.vector, previous.vector, "aggregate: uploads.vector against previous.vector"
         )
     return _aggregate(uploads, slots, config, previous)
 
