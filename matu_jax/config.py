@@ -24,8 +24,15 @@ class DataConfig:
     """Which tasks there are, who holds them, and how much of them.
 
     Attributes:
-      tasks: "embedded8" or "embedded30" (the benchmark that comes with the package), or names of
-        its tasks separated by commas.
+      tasks: a set ("embedded8" or "embedded30", the benchmark that comes with the package; "vision8",
+        "tfds30" or "emr30", real datasets), or names separated by commas: all of tasks of the
+        embedded benchmark, or all of datasets of `matu_jax.data.datasets` and image folders.
+      source: where the images of real datasets come from: "prepared" (what `python -m
+        matu_jax.prepare` has put into the cache) or "synthetic" (generated stand-ins with the same
+        names, classes and sizes, to try an experiment without its data).
+      folders: directory with one image folder per dataset, for those that are not in TFDS or shall
+        not come from there; "" = `$MATU_JAX_FOLDERS`, or `folders` in the cache directory.
+      validation_fraction: part of the training split that is held out for validation.
       clients: number of clients.
       tasks_per_client: how many different tasks each client holds.
       assignment: task positions per client, as a tuple of tuples; empty = drawn from the seed.
@@ -35,6 +42,9 @@ class DataConfig:
     """
 
     tasks: str = "embedded8"
+    source: str = _field("prepared", choices=("prepared", "synthetic"))
+    folders: str = ""
+    validation_fraction: float = _field(0.1, above=0, at_most=0.5)
     clients: int = _field(12, at_least=1)
     tasks_per_client: int = _field(2, at_least=1)
     assignment: tuple = ()
@@ -48,24 +58,41 @@ class ModelConfig:
     """What is fine-tuned.
 
     Attributes:
-      checkpoint: "embedded" (the backbone that comes with the package), "random", or the path of a
-        safetensors file that experiments/pretrain_backbone.py wrote.
-      trainable: "lora" (adapters over a frozen backbone) or "full" (every parameter).
+      architecture: "embedded" (the small transformer of the embedded benchmark), or one of
+        `matu_jax.models.architectures.ARCHITECTURES`, such as "clip_vit_b32".
+      checkpoint: "embedded" (the backbone that comes with the package), "random", or, for
+        architecture "embedded", the path of a safetensors file that
+        experiments/pretrain_backbone.py wrote; for the others a Hugging Face hub name, such as
+        "openai/clip-vit-base-patch32", or a local folder with the same files.
+      trainable: "lora" (adapters over a frozen backbone) or "full" (every parameter of the image
+        tower).
       lora_rank: rank of the adapters.
       lora_alpha: adapters are scaled by lora_alpha / lora_rank.
       lora_targets: projections that carry one: query, key, value, out, mlp_in, mlp_out.
-      head: "frozen" (fixed label vectors, shared by all tasks, compared by cosine) or "trained"
-        (a linear head per task, averaged among its holders).
-      logit_scale: what the cosines of a frozen head are multiplied by.
+      lora_dropout: probability with which an adapter's inputs are zeroed in training.
+      head: "frozen" (label vectors compared by cosine: the backbone's own in the embedded
+        benchmark, class names and prompts through CLIP's text tower otherwise) or "trained" (a
+        linear head per task, averaged among its holders).
+      task_heads: exceptions to `head`, as pairs such as (("svhn", "trained"),).
+      logit_scale: what the cosines of a frozen head are multiplied by; 0 = the checkpoint's own.
+      compute_dtype: of activations and matrix products; "float32" or "bfloat16". What trains
+        stays float32.
+      remat: whether a layer's activations are computed again in the backward pass instead of kept:
+        about a third more time, a fraction of the memory.
     """
 
+    architecture: str = "embedded"
     checkpoint: str = "embedded"
     trainable: str = _field("lora", choices=("lora", "full"))
     lora_rank: int = _field(8, at_least=1)
     lora_alpha: float = _field(16.0, above=0)
     lora_targets: tuple = ("query", "key", "value", "out")
+    lora_dropout: float = _field(0.0, at_least=0, at_most=0.9)
     head: str = _field("frozen", choices=("frozen", "trained"))
-    logit_scale: float = _field(20.0, above=0)
+    task_heads: tuple = ()
+    logit_scale: float = _field(20.0, at_least=0)
+    compute_dtype: str = _field("float32", choices=("float32", "bfloat16"))
+    remat: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

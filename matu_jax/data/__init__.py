@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Split", "Task"]
+__all__ = ["Split", "Task", "Transform"]
 
 
 class Split(NamedTuple):
@@ -27,6 +27,22 @@ class Split(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How an image file becomes the square uint8 image that a model takes.
+
+    Attributes:
+        size: Height and width of the result, in pixels.
+        resize: "shortest_side" (to `size`, then a crop of the centre) or "squash" (both sides to
+            `size`).
+        resample: "bicubic" or "bilinear".
+    """
+
+    size: int = 224
+    resize: str = "shortest_side"
+    resample: str = "bicubic"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +58,8 @@ class Task:
         train: The only split that is divided among clients.
         validation: For choosing rules, rates and rounds.
         test: For reporting.
+        templates: Prompts with `{}` where the class name goes, for frozen heads made of text.
+        fingerprint: Hash of the data, where its source keeps one.
 
     Raises:
         ValueError: If a split has the wrong dtype or shape, no example, or a label that no class
@@ -55,6 +73,8 @@ class Task:
     train: Split
     validation: Split
     test: Split
+    templates: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):
