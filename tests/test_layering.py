@@ -12,6 +12,8 @@ LAYER = {
     "trees": 0,
     "config": 0,
     "data": 0,
+    "tensors": 0,
+    "commandline": 1,
     "aggregation": 1,
     "wire": 1,
     "models": 1,
@@ -20,10 +22,14 @@ LAYER = {
     "report": 1,
     "algorithms": 2,
     "parallel": 2,
+    "merging": 2,
     "local": 3,
     "evaluate": 4,
     "rounds": 5,
     "train": 6,
+    "prepare": 6,
+    "export": 6,
+    "merge": 6,
 }
 
 

@@ -1,0 +1,99 @@
+"""The command line that the programs share: an experiment file, and fields to change in it.
+
+--config FILE             an experiment: a Python file with get_config()
+--config.FIELD=VALUE      changes a field, such as --config.rounds=3 or --config.local.steps=10;
+                          --config.data=VALUE is short for --config.data.source=VALUE
+"""
+
+import runpy
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from matu_jax.config import Config, did_you_mean, freeze, override
+
+
+class UserError(Exception):
+    """A mistake of the user's, to be shown without a traceback."""
+
+
+def read_config(
+    argv: Sequence[str], doc: str, options: Sequence[str] = (), flags: Sequence[str] = ()
+) -> tuple[Config, Path, dict[str, str]]:
+    """Reads a command line: an experiment with its changes, and the program's own options.
+
+    Args:
+      argv: the program's name, then its arguments.
+      doc: what --help prints.
+      options: names of options that take a value.
+      flags: names of options that take none.
+
+    Returns:
+      The checked config, the experiment's file, and the options given ("" for a flag).
+
+    Raises:
+      UserError: with what is wrong, and where.
+      SystemExit: after --help.
+    """
+    given: dict[str, str] = {}
+    words = list(argv[1:])
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            print(doc)
+            raise SystemExit(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        known = name in ("config", *options, *flags) or name.startswith("config.")
+        if not word.startswith("--") or not known:
+            hint = did_you_mean(name, ["config", *options, *flags])
+            raise UserError(f"found {word!r}, no such option.{hint} See --help.")
+        if name in flags:
+            if equals:
+                raise UserError(f"--{name}: found {value!r}, expected no value.")
+        elif not equals:
+            if not words:
+                raise UserError(f"--{name}: found no value, expected --{name}=VALUE.")
+            value = words.pop(0)
+        given[name] = value
+    if "config" not in given:
+        raise UserError("--config is missing; for example --config experiments/quickstart.py")
+    file = Path(given.pop("config"))
+    experiment = load_experiment(file)
+    rest = {}
+    try:
+        for name, value in given.items():
+            if name.startswith("config."):
+                override(experiment, name.removeprefix("config."), value)
+            else:
+                rest[name] = value
+        return freeze(experiment), file, rest
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def load_experiment(file: Path) -> ConfigDict:
+    """Runs an experiment file's `get_config()`.
+
+    Raises:
+      UserError: if the file cannot be read, fails (with its line), or yields no ConfigDict.
+    """
+    try:
+        config = runpy.run_path(str(file))["get_config"]()
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror}.") from None
+    except SyntaxError as error:
+        raise UserError(f"--config {file}, line {error.lineno}: {error.msg}.") from None
+    except Exception as error:
+        # Whatever the user's file raises is the user's to mend: say what and where.
+        lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        where = f", line {lines[-1].lineno}" if lines else ""
+        text = str(error.args[0]) if error.args else ""
+        raise UserError(f"--config {file}{where}: {type(error).__name__}: {text}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config {file}: get_config() returned {type(config).__name__}, expected the "
+            "ConfigDict of matu_jax.config.default()."
+        )
+    return config

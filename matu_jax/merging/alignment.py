@@ -1,0 +1,126 @@
+"""Which tensors are merged, which are copied, and every way in which checkpoints do not fit."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from matu_jax.tensors import FLOATING, Checkpoint, CheckpointError, some_of
+
+
+class Alignment(NamedTuple):
+    """What happens to each tensor.
+
+    Attributes:
+      merged: floating tensors that base and models all have, in the order of the base's file.
+      equal: others, such as position ids, that are equal in all and copied.
+      from_base: tensors of the base outside the chosen prefixes: copied, whatever models hold.
+      left_out: by model, tensors outside the prefixes that only that model has.
+      parameters: number of entries of the merged tensors.
+    """
+
+    merged: tuple[str, ...]
+    equal: tuple[str, ...]
+    from_base: tuple[str, ...]
+    left_out: dict[str, tuple[str, ...]]
+    parameters: int
+
+
+def align(
+    base: Checkpoint, models: Mapping[str, Checkpoint], only: Sequence[str] = ()
+) -> Alignment:
+    """Compares checkpoints by their headers, and by value where a tensor is not floating.
+
+    Args:
+      base: the checkpoint that the models were fine-tuned from.
+      models: fine-tuned checkpoints by name.
+      only: prefixes of tensor names; tensors that begin with none of them come from the base. Empty
+        for all.
+
+    Returns:
+      What happens to each tensor.
+
+    Raises:
+      CheckpointError: lists per model the tensors that are missing, unknown or of another dtype or
+        shape, or values that are not floating and differ; or names a prefix without tensors.
+    """
+    for prefix in only:
+        if not any(name.startswith(prefix) for name in base.tensors):
+            raise CheckpointError(
+                f"--only: no tensor of the base {base.path} begins with {prefix!r}. Its names "
+                f"begin with: {some_of({_top(name) for name in base.tensors})}."
+            )
+
+    def chosen(name: str) -> bool:
+        return not only or any(name.startswith(prefix) for prefix in only)
+
+    wanted = {name: tensor for name, tensor in base.tensors.items() if chosen(name)}
+    problems, bad = [], set()
+    for model, checkpoint in models.items():
+        found = {name: tensor for name, tensor in checkpoint.tensors.items() if chosen(name)}
+        missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+        differing = {
+            name: f"{name} (found {found[name]}, expected {wanted[name]})"
+            for name in wanted.keys() & found.keys()
+            if found[name] != wanted[name]
+        }
+        bad |= missing | unknown | differing.keys()
+        for what, names in (
+            ("missing", missing),
+            ("not in the base", unknown),
+            ("of another dtype or shape", differing.values()),
+        ):
+            if names:
+                problems.append(
+                    f"  {model} ({checkpoint.path}): {len(names)} {what}: {some_of(names)}"
+                )
+    if problems:
+        good = {_top(name) for name in wanted} - {_top(name) for name in bad}
+        hint = "Give checkpoints of one architecture and dtype (cast them first)."
+        if good:
+            hint = f"To merge what fits in all: --only {','.join(sorted(good)[:5])}"
+        raise CheckpointError(
+            f"the tensors of these models differ from those of the base {base.path}:\n"
+            + "\n".join(problems)
+            + f"\n{hint}"
+        )
+    merged = tuple(name for name, tensor in wanted.items() if tensor.dtype in FLOATING)
+    equal = tuple(name for name, tensor in wanted.items() if tensor.dtype not in FLOATING)
+    _check_equal(base, models, equal)
+    parameters = sum(wanted[name].size for name in merged)
+    if not parameters:
+        raise CheckpointError(
+            f"{base.path}: found no parameters to merge; expected {', '.join(FLOATING)} tensors, "
+            f"found {some_of({str(tensor) for tensor in wanted.values()})}."
+        )
+    return Alignment(
+        merged,
+        equal,
+        tuple(name for name in base.tensors if not chosen(name)),
+        {
+            model: tuple(name for name in checkpoint.tensors if name not in base.tensors)
+            for model, checkpoint in models.items()
+        },
+        parameters,
+    )
+
+
+def _top(name: str) -> str:
+    """The part of a name up to its first dot, and the dot."""
+    head, dot, _ = name.partition(".")
+    return head + dot
+
+
+def _check_equal(base: Checkpoint, models: Mapping[str, Checkpoint], names: Sequence[str]) -> None:
+    problems = []
+    for name in names:
+        for model, checkpoint in models.items():
+            pairs = zip(base.pieces(name), checkpoint.pieces(name), strict=True)
+            if any(ours != theirs for ours, theirs in pairs):
+                problems.append(f"  {name} {base.tensors[name]}: {model} ({checkpoint.path})")
+    if problems:
+        raise CheckpointError(
+            f"only {', '.join(FLOATING)} tensors are merged; others must equal the base's "
+            f"({base.path}), and these differ:\n"
+            + "\n".join(problems[:20])
+            + ("\n  ..." if len(problems) > 20 else "")
+            + "\nCast floating ones first, or leave such tensors to the base with --only."
+        )

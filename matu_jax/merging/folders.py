@@ -1,0 +1,58 @@
+"""The folder that a merge writes."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from matu_jax.tensors import INDEX, CheckpointError
+
+REPORT = "merge.json"
+_COPIED = (".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".py")  # config, tokenizer, code
+_NOT_COPIED = (REPORT, INDEX, "trainer_state.json")
+
+
+@contextlib.contextmanager
+def output_folder(path: Path) -> Iterator[Callable[[str], Path]]:
+    """A new folder; yields what names files in it, and removes these if an error comes.
+
+    Raises:
+      CheckpointError: if it is not empty, or cannot be made.
+    """
+    made: list[Path] = []
+
+    def file(name: str) -> Path:
+        made.append(path / name)
+        return made[-1]
+
+    existed = path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        found = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"--out {path} cannot be used: {error.strerror}.") from None
+    if found:
+        raise CheckpointError(
+            f"--out {path} is not empty (it holds {found[0]}). Give a new folder."
+        )
+    try:
+        yield file
+    except BaseException:
+        for written in made:
+            written.unlink(missing_ok=True)
+        if not existed:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def copy_files(base: Path, file: Callable[[str], Path]) -> list[str]:
+    """Copies configuration and tokenizer of a base folder; returns their names."""
+    names = sorted(
+        entry.name
+        for entry in (base.iterdir() if base.is_dir() else ())
+        if entry.is_file() and entry.suffix in _COPIED and entry.name not in _NOT_COPIED
+    )
+    for name in names:
+        shutil.copyfile(base / name, file(name))
+    return names

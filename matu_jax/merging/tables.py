@@ -1,0 +1,88 @@
+"""Tables of a merge, for people."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from matu_jax.report import human_bytes
+
+_COLUMNS = {  # what merge.json calls it: what the table calls it, and how it is written
+    "norm": ("norm of task vector", "{:.4g}"),
+    "scale": ("scale", "{:.4f}"),
+    "cosine": ("cosine of rebuilt", "{:.4f}"),
+    "threshold": ("trimmed below", "{:.3g}"),
+    "kept": ("entries kept", "{:,}"),
+}
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """Prints what merge.json says: the models, their similarity, the result and its size.
+
+    Args:
+      report: the contents of merge.json.
+      console: where to print; lines are as long as the number of models asks for.
+    """
+    models = report["models"]
+    table = Table(box=box.SIMPLE, title=f"{report['method']}: {len(models)} models")
+    table.add_column("")
+    table.add_column("model")
+    columns = [name for name in _COLUMNS if name in models[0]]
+    for name in columns:
+        table.add_column(_COLUMNS[name][0], justify="right")
+    for number, model in enumerate(models, start=1):
+        cells = [_COLUMNS[name][1].format(model[name]) for name in columns]
+        table.add_row(str(number), Text(model["name"]), *cells)
+    _print(console, table)
+    if len(models) > 1:
+        similarity = Table(
+            box=box.SIMPLE,
+            title="direction similarity of the task vectors",
+            caption="1: the same signs everywhere; 0.5: unrelated; 0: opposite",
+        )
+        similarity.add_column("")
+        similarity.add_column("model")
+        for number in range(1, len(models) + 1):
+            similarity.add_column(str(number), justify="right")
+        rows = zip(models, report["similarity"]["matrix"], strict=True)
+        for number, (model, row) in enumerate(rows, start=1):
+            similarity.add_row(str(number), Text(model["name"]), *(f"{x:.3f}" for x in row))
+        _print(console, similarity)
+    for line in _notes(report):
+        console.print(line, markup=False, highlight=False)
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for model in report["models"]:
+        if model["zero"]:
+            lines.append(f"Model {model['name']} equals the base: its task vector is zero.")
+        if model["left_out"]:
+            names = ", ".join(model["left_out"])
+            lines.append(f"Left out of model {model['name']}: {names}")
+    tensors, size = report["tensors"], report["bytes"]
+    if tensors["equal"]:
+        lines.append(f"Copied, equal in all: {', '.join(tensors['equal'])}")
+    if tensors["from_base"]:
+        lines.append(
+            f"From the base, outside --only: {len(tensors['from_base'])} tensors: "
+            f"{', '.join(tensors['from_base'])}"
+        )
+    lines.append(f"Merged: {tensors['merged']} tensors, {report['parameters']:,} parameters.")
+    if report["method"] == "unify":
+        lines.append(
+            f"Size: {human_bytes(size['result_file'])}, {size['ratio']:.4f} of the "
+            f"{human_bytes(size['merged_tensors_of_all_models'])} of the same tensors in "
+            f"{len(report['models'])} models; rebuilding one takes the base as well."
+        )
+    lines.append(f"Result: {report['result']} ({report['seconds']:.1f} seconds)")
+    return lines
+
+
+def _print(console: Console, table: Table) -> None:
+    """Prints a table at its full width, also where lines are cut at 80 columns, as in pipes."""
+    width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    Console(file=console.file, width=max(width, console.width)).print(table)
