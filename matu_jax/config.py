@@ -24,9 +24,9 @@ class DataConfig:
     """Which tasks there are, who holds them, and how much of them.
 
     Attributes:
-      tasks: a set ("embedded8" or "embedded30", the benchmark that comes with the package; "vision8",
-        "tfds30" or "emr30", real datasets), or names separated by commas: all of tasks of the
-        embedded benchmark, or all of datasets of `matu_jax.data.datasets` and image folders.
+      tasks: a set ("embedded8" or "embedded30", the benchmark that comes with the package;
+        "vision8", "tfds30" or "emr30", real datasets), or names separated by commas: all of tasks
+        of the embedded benchmark, or all of datasets of `matu_jax.data.datasets`.
       source: where the images of real datasets come from: "prepared" (what `python -m
         matu_jax.prepare` has put into the cache) or "synthetic" (generated stand-ins with the same
         names, classes and sizes, to try an experiment without its data).
@@ -147,10 +147,12 @@ class EvaluationConfig:
     Attributes:
       every_rounds: rounds between evaluations; the last round is always evaluated.
       batch_examples: examples per forward pass.
+      max_examples: of each task's validation and test split, drawn from the seed; 0 = all.
     """
 
     every_rounds: int = _field(1, at_least=1)
     batch_examples: int = _field(128, at_least=1)
+    max_examples: int = _field(0, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +216,7 @@ def override(config: ConfigDict, path: str, text: str) -> None:
 
     Args:
       config: what `default()` made, perhaps edited.
-      path: the field, such as "local.steps".
+      path: the field, such as "local.steps"; "data" is short for "data.source".
       text: its value: a number, a string, or a tuple such as (1, 2) or ("query", "value").
 
     Raises:
@@ -228,6 +230,9 @@ def override(config: ConfigDict, path: str, text: str) -> None:
         if name not in block:
             raise ValueError(f"{where}.{name}: no such field.{did_you_mean(name, list(block))}")
         where, parent, block = f"{where}.{name}", block, block[name]
+    if isinstance(block, ConfigDict) and "source" in block:
+        where, parent, block = f"{where}.source", block, block["source"]
+        names.append("source")
     kind: Any = type(block)
     if kind is ConfigDict:
         raise ValueError(

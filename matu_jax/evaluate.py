@@ -1,4 +1,4 @@
-"""Accuracy per slot and per task."""
+"""Accuracy per slot and per task, over splits of any size."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,47 +9,134 @@ import numpy as np
 from jax.sharding import Mesh
 
 from matu_jax.data import Split
+from matu_jax.data.feed import BUDGET_BYTES
 from matu_jax.local import class_mask
 from matu_jax.models import Model
-from matu_jax.parallel import map_slots
+from matu_jax.parallel import map_slots, padded_rows, slots_at_once
+
+_STREAMED_SLOTS = 8  # at once, where images are streamed: few tasks share a piece then
 
 
-class EvaluationSet(NamedTuple):
-    """A split of every task, padded to one size and cut into batches.
+class Piece(NamedTuple):
+    """Some slots, and the part of their tasks' examples that they are measured on next.
 
     Attributes:
-      images: uint8 `[tasks, batches, batch, height, width, channels]`.
-      labels: int32 `[tasks, batches, batch]`, -1 where padded.
+      slots: int64 `[rows]`, the last one repeated as padding.
+      rows: how many of them count.
+      tasks: int64 `[tasks of the piece]`, the last one repeated as padding.
+      local: int32 `[rows]`, where each slot's task stands in `tasks`.
+      first: position of the first example.
     """
 
-    images: jax.Array
-    labels: jax.Array
+    slots: np.ndarray
+    rows: int
+    tasks: np.ndarray
+    local: np.ndarray
+    first: int
 
 
-def evaluation_set(splits: Sequence[Split], batch_examples: int) -> EvaluationSet:
-    """Stacks one split per task into batches.
+class EvaluationSet:
+    """A split of every task, cut into pieces of one shape that fit a device.
+
+    If everything fits, there is one piece, to be loaded once and kept.
+
+    Args:
+      splits: one per task.
+      slot_tasks: int `[slots]`, the task of each slot.
+      mesh: the devices.
+      batch_examples: examples per forward pass.
+      max_examples: of each split at most, drawn from the seed; 0 = all.
+      seed: for that.
+      parallel_slots: as in `parallel.map_slots`.
+      budget_bytes: images of a piece.
+
+    Attributes:
+      pieces: what `load` takes.
 
     Raises:
       ValueError: if a split is empty.
     """
-    empty = [i for i, split in enumerate(splits) if not len(split.labels)]
-    if empty:
-        raise ValueError(f"evaluation: task {empty[0]} has no examples in this split.")
-    longest = max(len(split.labels) for split in splits)
-    batch = min(batch_examples, longest)
-    size = -(-longest // batch) * batch
-    images = np.zeros((len(splits), size, *splits[0].images.shape[1:]), np.uint8)
-    labels = np.full((len(splits), size), -1, np.int32)
-    for i, split in enumerate(splits):
-        images[i, : len(split.images)], labels[i, : len(split.labels)] = split.images, split.labels
-    return EvaluationSet(
-        jnp.asarray(images.reshape(len(splits), -1, batch, *images.shape[2:])),
-        jnp.asarray(labels.reshape(len(splits), -1, batch)),
-    )
+
+    def __init__(
+        self,
+        splits: Sequence[Split],
+        slot_tasks: np.ndarray,
+        mesh: Mesh,
+        *,
+        batch_examples: int,
+        max_examples: int = 0,
+        seed: int = 0,
+        parallel_slots: int = 0,
+        budget_bytes: int = BUDGET_BYTES,
+    ):
+        empty = [i for i, split in enumerate(splits) if not len(split.labels)]
+        if empty:
+            raise ValueError(f"evaluation: task {empty[0]} has no examples in this split.")
+        self._splits = splits
+        self._order = [
+            np.sort(np.random.default_rng((seed, i)).permutation(len(s.labels))[:max_examples])
+            if 0 < max_examples < len(s.labels)
+            else np.arange(len(s.labels))
+            for i, s in enumerate(splits)
+        ]
+        lengths = np.array([len(order) for order in self._order])
+        self._batch = min(batch_examples, int(lengths.max()))
+        image_bytes = int(np.prod(splits[0].images.shape[1:]))
+        batches = -(-int(lengths.max()) // self._batch)
+        slots = np.arange(len(slot_tasks))
+        if len(splits) * batches * self._batch * image_bytes <= budget_bytes:
+            groups = [padded_rows(slots, mesh.size)]
+            tasks = [np.arange(len(splits))]
+        else:
+            per_device = -(-len(slots) // mesh.size)
+            at_once = min(slots_at_once(mesh, per_device, parallel_slots), _STREAMED_SLOTS)
+            slots = np.argsort(slot_tasks, kind="stable")
+            groups = np.split(
+                padded_rows(slots, mesh.size * at_once),
+                range(mesh.size * at_once, len(slots), mesh.size * at_once),
+            )
+            tasks = [np.unique(slot_tasks[group]) for group in groups]
+            widest = max(map(len, tasks))
+            tasks = [np.pad(held, (0, widest - len(held)), mode="edge") for held in tasks]
+            batches = max(1, budget_bytes // (widest * self._batch * image_bytes))
+            batches = min(batches, -(-int(lengths.max()) // self._batch))
+        self._batches = batches
+        self.pieces, counted = [], 0
+        for group, held in zip(groups, tasks, strict=True):
+            rows = min(len(slots) - counted, len(group))
+            counted += rows
+            local = np.searchsorted(held[: len(np.unique(held))], slot_tasks[group])
+            for first in range(0, int(lengths[held].max()), batches * self._batch):
+                self.pieces.append(Piece(group, rows, held, local.astype(np.int32), first))
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of a piece's images."""
+        tasks = len(self.pieces[0].tasks)
+        pixels = int(np.prod(self._splits[0].images.shape[1:]))
+        return tasks * self._batches * self._batch * pixels
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Gathers a piece's examples, padded.
+
+        Returns:
+          Images, uint8 `[tasks, batches, batch, height, width, channels]`, and labels, int32
+          `[tasks, batches, batch]`, -1 where padded.
+        """
+        piece, size = self.pieces[index], self._batches * self._batch
+        shape = self._splits[0].images.shape[1:]
+        images = np.zeros((len(piece.tasks), size, *shape), np.uint8)
+        labels = np.full((len(piece.tasks), size), -1, np.int32)
+        for row, task in enumerate(piece.tasks):
+            chosen = self._order[task][piece.first : piece.first + size]
+            images[row, : len(chosen)] = self._splits[task].images[chosen]
+            labels[row, : len(chosen)] = self._splits[task].labels[chosen]
+        cut = (len(piece.tasks), self._batches, self._batch)
+        return images.reshape(*cut, *shape), labels.reshape(cut)
 
 
 def evaluation(model: Model, mesh: Mesh, *, parallel_slots: int = 0) -> Callable[..., jax.Array]:
-    """Makes the function that measures every slot on its own task's examples.
+    """Makes the function that measures slots on a piece of their own tasks' examples.
 
     Args:
       model: what is evaluated.
@@ -57,25 +144,26 @@ def evaluation(model: Model, mesh: Mesh, *, parallel_slots: int = 0) -> Callable
       parallel_slots: as in `parallel.map_slots`.
 
     Returns:
-      `((base, frozen, EvaluationSet), vectors, task, num_classes) -> accuracy`, to be jitted:
-      vectors leaves `[slots, ...]`, task and num_classes int32 `[slots]`, accuracy float32
-      `[slots]` from 0 to 1.
+      `((base, frozen, images, labels), vectors, local, task, num_classes) -> counts`, to be jitted:
+      images and labels from `EvaluationSet.load`, vectors leaves `[slots, ...]`, local (position in
+      the piece), task and num_classes int32 `[slots]`; counts int32 `[slots, 2]`: examples
+      classified rightly, and all.
     """
 
-    def slot_accuracy(shared, vector, task, num_classes):
-        base, frozen, examples = shared
+    def counts(shared, vector, local, task, num_classes):
+        base, frozen, images, labels = shared
         params = jax.tree.map(jnp.add, base, vector)
 
         def hits(batch):
-            images, labels = batch
-            logits = model.logits(params, frozen, images)
+            targets = labels[local, batch]
+            logits = model.logits(params, frozen, images[local, batch], task)
             logits = logits + class_mask(num_classes, logits.shape[-1])[None]
-            return (logits.argmax(axis=-1) == labels).sum(), (labels >= 0).sum()
+            right = logits.argmax(axis=-1).astype(jnp.int32) == targets
+            return jnp.stack([right.sum(), (targets >= 0).sum()])
 
-        right, counted = jax.lax.map(hits, (examples.images[task], examples.labels[task]))
-        return right.sum() / counted.sum()
+        return jax.lax.map(hits, jnp.arange(images.shape[1])).sum(axis=0)
 
-    return map_slots(slot_accuracy, mesh, parallel_slots=parallel_slots)
+    return map_slots(counts, mesh, parallel_slots=parallel_slots)
 
 
 def per_task(per_slot: np.ndarray, task: np.ndarray, num_tasks: int) -> np.ndarray:

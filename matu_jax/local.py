@@ -43,51 +43,99 @@ def class_mask(num_classes: jax.Array, width: int) -> jax.Array:
     return jnp.where(jnp.arange(width) < num_classes, 0.0, -1e9)
 
 
+class Carry(NamedTuple):
+    """A slot's training in the middle; leaves `[slots, ...]`.
+
+    Attributes:
+      vector: the task vector so far.
+      optimizer: the optimiser's state.
+      loss: sum over steps.
+      steps: how many there were.
+    """
+
+    vector: PyTree
+    optimizer: Any
+    loss: jax.Array
+    steps: jax.Array
+
+
+class LocalTraining(NamedTuple):
+    """Local training in three functions, each to be jitted by the caller.
+
+    Attributes:
+      begin: `downloads -> Carry`; downloads are task vectors with leaves `[slots, ...]`. The
+        optimiser starts afresh.
+      advance: `(parameters, carry, downloads, position, num_classes, images, labels) -> Carry`:
+        parameters is `(model.base, model.frozen)`, position int32 `[slots, 3]` (round, client,
+        task), num_classes int32 `[slots]`, images uint8 `[slots, steps, batch, height, width,
+        channels]`, labels int32 `[slots, steps, batch]`.
+      finish: `carry -> Trained`.
+    """
+
+    begin: Callable[[PyTree], Carry]
+    advance: Callable[..., Carry]
+    finish: Callable[[Carry], Trained]
+
+
 def local_training(
-    model: Model, config: LocalConfig, rule: LocalRule, mesh: Mesh
-) -> Callable[..., Trained]:
-    """Makes the function that trains all slots of a round.
+    model: Model, config: LocalConfig, rule: LocalRule, mesh: Mesh, *, seed: int = 0
+) -> LocalTraining:
+    """Makes the functions that train all slots of a round, or some of them, in one go or in parts.
 
     Args:
       model: what is trained.
       config: steps, optimiser, and how many slots at once.
       rule: the algorithm's penalty.
       mesh: the devices.
-
-    Returns:
-      `(parameters, downloads, num_classes, images, labels) -> Trained`, to be jitted: parameters
-      is `(model.base, model.frozen)`, downloads are task vectors with leaves `[slots, ...]`,
-      num_classes int32 `[slots]`, images uint8 `[slots, steps, batch, height, width, channels]`,
-      labels int32 `[slots, steps, batch]`. The optimiser starts afresh.
+      seed: what dropout is drawn from, with round, client, task and step.
     """
     tx = optimizer(config)
 
-    def train_slot(
+    def begin(_, download: PyTree) -> Carry:
+        return Carry(download, tx.init(download), jnp.float32(0), jnp.int32(0))
+
+    def advance(
         parameters: tuple[PyTree, PyTree],
+        carry: Carry,
         download: PyTree,
+        position: jax.Array,
         num_classes: jax.Array,
         images: jax.Array,
         labels: jax.Array,
-    ) -> Trained:
+    ) -> Carry:
         base, frozen = parameters
+        key = jax.random.key(seed)
+        for axis in range(3):
+            key = jax.random.fold_in(key, position[axis])
 
-        def loss(vector, batch, targets):
-            logits = model.logits(jax.tree.map(jnp.add, base, vector), frozen, batch)
+        def loss(vector, batch, targets, key):
+            params = jax.tree.map(jnp.add, base, vector)
+            logits = model.logits(params, frozen, batch, position[2], key)
             logits = logits + class_mask(num_classes, logits.shape[-1])[None]
             value = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
             return value + rule.penalty(vector, download) if rule.penalty else value
 
-        def step(carry: tuple[PyTree, Any], batch):
-            vector, state = carry
-            value, gradient = jax.value_and_grad(loss)(vector, *batch)
+        def step(carry: Carry, batch):
+            drawn = jax.random.fold_in(key, carry.steps) if model.stochastic else None
+            value, gradient = jax.value_and_grad(loss)(carry.vector, *batch, drawn)
             with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
-                updates, state = tx.update(gradient, state, vector)
-            return (optax.apply_updates(vector, updates), state), value
+                updates, state = tx.update(gradient, carry.optimizer, carry.vector)
+            vector = optax.apply_updates(carry.vector, updates)
+            return Carry(vector, state, carry.loss + value, carry.steps + 1), None
 
-        (vector, _), losses = jax.lax.scan(step, (download, tx.init(download)), (images, labels))
-        leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(vector)]
-        finite = jnp.stack([*leaves, jnp.isfinite(losses).all()]).all()
-        vector = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0.0), vector)
-        return Trained(vector, losses.mean(), finite)
+        return jax.lax.scan(step, carry, (images, labels))[0]
 
-    return map_slots(train_slot, mesh, parallel_slots=config.parallel_slots)
+    def finish(_, carry: Carry) -> Trained:
+        leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry.vector)]
+        finite = jnp.stack([*leaves, jnp.isfinite(carry.loss)]).all()
+        vector = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0.0), carry.vector)
+        return Trained(vector, carry.loss / carry.steps.astype(jnp.float32), finite)
+
+    def over_slots(function):
+        return map_slots(function, mesh, parallel_slots=config.parallel_slots)
+
+    return LocalTraining(
+        lambda downloads: over_slots(begin)((), downloads),
+        over_slots(advance),
+        lambda carry: over_slots(finish)((), carry),
+    )

@@ -15,6 +15,12 @@ def slot_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def slots_at_once(mesh: Mesh, slots: int, parallel_slots: int = 0) -> int:
+    """Slots that one device computes at once, of `slots` that it has; see `map_slots`."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return max(1, min(parallel_slots or (1 if on_cpu else slots), slots))
+
+
 def map_slots(
     function: Callable[..., Any], mesh: Mesh, *, parallel_slots: int = 0
 ) -> Callable[..., Any]:
@@ -35,8 +41,7 @@ def map_slots(
 
     def on_device(shared, *stacked):
         slots = jax.tree.leaves(stacked)[0].shape[0]
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        at_once = min(parallel_slots or (1 if on_cpu else slots), slots)
+        at_once = slots_at_once(mesh, slots, parallel_slots)
         if at_once == slots > 1:
             return jax.vmap(function, in_axes=(None, *[0] * len(stacked)))(shared, *stacked)
         return jax.lax.map(
@@ -57,6 +62,6 @@ def map_slots(
     return over_slots
 
 
-def padded_rows(rows: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """Repeats the last row until every device has as many: `[rows]` to `[rows or more]`."""
-    return np.pad(rows, (0, -len(rows) % mesh.size), mode="edge")
+def padded_rows(rows: np.ndarray, multiple: int) -> np.ndarray:
+    """Repeats the last row up to a multiple of a number: `[rows]` to `[rows or more]`."""
+    return np.pad(rows, (0, -len(rows) % multiple), mode="edge")

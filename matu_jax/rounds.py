@@ -1,7 +1,8 @@
 """The round loop: download, local training, upload, aggregation, evaluation. Prints nothing."""
 
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +13,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm, message_bits
 from matu_jax.config import Config
-from matu_jax.data import Task, embedded
+from matu_jax.data import Task, datasets, embedded, prepared, synthetic
 from matu_jax.data.batching import gather, round_indices
+from matu_jax.data.feed import Grid, grid, prefetched
 from matu_jax.data.partition import assign, partition
-from matu_jax.evaluate import evaluation, evaluation_set, per_task
+from matu_jax.evaluate import EvaluationSet, evaluation, per_task
 from matu_jax.local import Trained, local_training
 from matu_jax.metrics import relatedness_auc
 from matu_jax.models import Model
-from matu_jax.parallel import AXIS, padded_rows, slot_mesh
+from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.models.backbone import recomputed_bytes
+from matu_jax.parallel import AXIS, padded_rows, slot_mesh, slots_at_once
 from matu_jax.trees import PyTree
 
 
@@ -54,10 +58,49 @@ class RoundResult(NamedTuple):
 
 
 def task_names(config: Config) -> tuple[str, ...]:
-    """Names of the tasks that `config.data.tasks` stands for."""
+    """Names of the tasks that `config.data.tasks` stands for.
+
+    Raises:
+      ValueError: for real datasets and the embedded model, or the other way round, or an unknown
+        name.
+    """
     sets = {"embedded8": embedded.EIGHT, "embedded30": tuple(embedded.TASKS)}
-    return sets.get(config.data.tasks) or tuple(
-        name.strip() for name in config.data.tasks.split(",") if name.strip()
+    words = [name.strip() for name in config.data.tasks.split(",") if name.strip()]
+    names = sets.get(config.data.tasks) or tuple(words)
+    generated = config.data.tasks in sets or any("/" in name for name in names)
+    small = config.model.architecture == "embedded"
+    if generated and not small:
+        raise ValueError(
+            f"config.model.architecture: found {config.model.architecture!r}; the tasks "
+            f"{config.data.tasks!r} have images of 32 pixels, which only 'embedded' takes. Give "
+            "config.data.tasks = 'vision8', or another architecture."
+        )
+    if not generated and small:
+        raise ValueError(
+            f"config.model.architecture: found 'embedded', which takes images of 32 pixels; the "
+            f"tasks {config.data.tasks!r} are none of the embedded benchmark. Choices for real "
+            f"datasets: {', '.join(ARCHITECTURES)}; or give config.data.tasks = 'embedded8'."
+        )
+    return names if generated else datasets.resolve(config.data.tasks)
+
+
+def load_tasks(config: Config) -> tuple[Task, ...]:
+    """Loads the tasks of an experiment, with their data.
+
+    Raises:
+      ValueError: for an unknown name, or a dataset that is not prepared.
+    """
+    names, data = task_names(config), config.data
+    if config.model.architecture == "embedded":
+        return embedded.load(names)
+    transform = ARCHITECTURES[config.model.architecture].transform
+    if data.source == "synthetic":
+        return synthetic.load(names, transform=transform, seed=data.seed)
+    return prepared.load(
+        names,
+        transform=transform,
+        folders=data.folders,
+        validation_fraction=data.validation_fraction,
     )
 
 
@@ -65,11 +108,11 @@ def federate(config: Config) -> Federation:
     """Loads the tasks and deals them out to clients.
 
     Raises:
-      ValueError: for an unknown task, or an assignment or partition that cannot be made; it names
-        the setting to change.
+      ValueError: for an unknown task, data that is not there, or an assignment or partition that
+        cannot be made; it names the setting to change.
     """
     data = config.data
-    tasks = embedded.load(task_names(config))
+    tasks = load_tasks(config)
     try:
         client, task = assign(
             data.clients, data.tasks_per_client, len(tasks), data.seed, data.assignment or None
@@ -119,39 +162,82 @@ def trained_slots(config: Config, slots: Slots, chosen: np.ndarray) -> np.ndarra
     return np.sort(order[:size])
 
 
+def round_grid(config: Config, federation: Federation, mesh: Mesh) -> Grid:
+    """How a round's training is cut into pieces that fit the devices."""
+    local, slots = config.local, federation.slots
+    trained = len(trained_slots(config, slots, participants(config, slots, 0)))
+    per_device = slots_at_once(mesh, -(-trained // mesh.size), local.parallel_slots)
+    image = int(np.prod(federation.tasks[0].train.images.shape[1:]))
+    return grid(
+        trained,
+        local.steps,
+        local.batch_examples * image,
+        multiple=mesh.size,
+        at_once=per_device * mesh.size,
+    )
+
+
+def _evaluation_sets(
+    config: Config, federation: Federation, mesh: Mesh
+) -> dict[str, EvaluationSet]:
+    return {
+        split: EvaluationSet(
+            [getattr(task, split) for task in federation.tasks],
+            federation.slots.task,
+            mesh,
+            batch_examples=config.evaluation.batch_examples,
+            max_examples=config.evaluation.max_examples,
+            seed=config.seed,
+            parallel_slots=config.local.parallel_slots,
+        )
+        for split in ("validation", "test")
+    }
+
+
 def predicted_bytes(
-    config: Config, model: Model, algorithm: Algorithm, federation: Federation, devices: int
+    config: Config, model: Model, algorithm: Algorithm, federation: Federation, mesh: Mesh
 ) -> dict[str, int]:
     """Predicts device memory before anything is compiled, over all devices, in bytes.
 
     Activations are the residuals of one gradient's backward pass, as its abstract evaluation
-    lists them, for as many slots as train at once.
+    lists them, less the frozen parameters among them, for as many slots as train at once; with
+    remat, those of one block that is computed again are added.
     """
     slots, local = federation.slots, config.local
-    image = federation.tasks[0].train.images.shape[1:]
-    batch = jax.ShapeDtypeStruct((local.batch_examples, *image), jnp.uint8)
+    pixels = federation.tasks[0].train.images.shape[1:]
+    batch = jax.ShapeDtypeStruct((local.batch_examples, *pixels), jnp.uint8)
 
     def size(tree):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    def logits(vector, frozen, images):
-        return jax.vjp(lambda v: model.logits(v, frozen, images), vector)[1]
+    def residuals(vector, frozen, images):
+        key = jax.random.key(0) if model.stochastic else None
+        return jax.vjp(lambda v: model.logits(v, frozen, images, jnp.int32(0), key), vector)[1]
 
-    residuals = size(jax.eval_shape(logits, model.base, model.frozen, batch))
-    trained = len(trained_slots(config, slots, participants(config, slots, 0)))
-    on_cpu = jax.default_backend() == "cpu"
-    at_once = local.parallel_slots or (1 if on_cpu else -(-trained // devices))
+    kept = jax.tree.leaves(jax.eval_shape(residuals, model.base, model.frozen, batch))
+    shared = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(model.frozen)]
+    activations = 0
+    for leaf in kept:
+        if (leaf.shape, leaf.dtype) in shared:
+            shared.remove((leaf.shape, leaf.dtype))
+        elif not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            activations += size(leaf)
+    activations += recomputed_bytes(config.model, local.batch_examples)
+    cut = round_grid(config, federation, mesh)
+    trained = cut.groups * cut.slots
+    per_device = slots_at_once(mesh, cut.slots // mesh.size, local.parallel_slots)
     state = jax.eval_shape(lambda: algorithm.init(model.base, slots))
-    examples = sum(len(t.validation.labels) + len(t.test.labels) for t in federation.tasks)
     vector = size(model.base)
+    pieces = [s.image_bytes for s in _evaluation_sets(config, federation, mesh).values()]
+    images = local.batch_examples * int(np.prod(pixels))
     return {
-        "parameters": (size(model.frozen) + vector) * devices,
-        "activations": min(at_once * devices, trained) * residuals,
-        "optimiser": min(at_once * devices, trained) * 4 * vector,
+        "parameters": (size(model.frozen) + vector) * mesh.size,
+        "activations": per_device * mesh.size * activations,
+        "optimiser": 4 * cut.slots * vector,
         "task vectors": (2 * trained + 2 * slots.client.shape[0]) * vector,
         "server state": 2 * size(state),
-        "batches": trained * local.steps * local.batch_examples * int(np.prod(image)),
-        "evaluation images": devices * examples * int(np.prod(image)),
+        "batches": (1 if cut.groups * cut.chunks == 1 else 2) * cut.slots * cut.steps * images,
+        "evaluation images": mesh.size * sum(pieces),
     }
 
 
@@ -183,84 +269,73 @@ def run(
     over_slots = NamedSharding(mesh, PartitionSpec(AXIS))
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
-    train = jax.jit(local_training(model, config.local, algorithm.local, mesh))
-    measure = jax.jit(evaluation(model, mesh, parallel_slots=config.local.parallel_slots))
-    sets = {
-        split: jax.device_put(
-            evaluation_set([getattr(t, split) for t in tasks], config.evaluation.batch_examples),
-            everywhere,
-        )
-        for split in ("validation", "test")
-    }
+    local = local_training(model, config.local, algorithm.local, mesh, seed=config.seed)
+    begin, finish = jax.jit(local.begin), jax.jit(local.finish, donate_argnums=0)
+    advance = jax.jit(local.advance, donate_argnums=1)
 
     @jax.jit
     def download(state: Any, slots: Slots, rows: jax.Array) -> PyTree:
         return jax.tree.map(lambda x: x[rows], algorithm.download(state, slots))
 
     @jax.jit
-    def upload(trained: PyTree, slots: Slots, rows: jax.Array) -> Any:
-        def spread(leaf):
-            whole = jnp.zeros((slots.client.shape[0], *leaf.shape[1:]), leaf.dtype)
-            return whole.at[rows].set(leaf[: rows.shape[0]])
+    def upload(trained: list[PyTree], slots: Slots, rows: jax.Array) -> Any:
+        def spread(*groups):
+            whole = jnp.zeros((slots.client.shape[0], *groups[0].shape[1:]), groups[0].dtype)
+            return whole.at[rows].set(jnp.concatenate(groups)[: rows.shape[0]])
 
-        return algorithm.upload(jax.tree.map(spread, trained), slots)
+        return algorithm.upload(jax.tree.map(spread, *trained), slots)
 
     aggregate = jax.jit(algorithm.aggregate, donate_argnums=0)
 
-    every_slot = padded_rows(np.arange(len(slots.task)), mesh)
-    measured_on = (slots.task[every_slot], num_classes[every_slot])
     done, state = start or (0, jax.jit(algorithm.init)(model.base, slots))
     state = jax.device_put(state, server)
     messages = None
     parameters = jax.device_put((model.base, model.frozen), everywhere)
+    measure = _measuring(config, model, federation, mesh, parameters)
+    cut = round_grid(config, federation, mesh)
+    batches = _batches(config, federation, cut, done)
     for index in range(done, config.rounds):
         clock = _Clock()
         chosen = participants(config, slots, index)
         rows = trained_slots(config, slots, chosen)
-        padded = padded_rows(rows, mesh)
-        drawn = round_indices(
-            [federation.indices[row] for row in padded],
-            slots.client[padded],
-            slots.task[padded],
-            seed=config.seed,
-            round_index=index,
-            steps=config.local.steps,
-            batch_size=config.local.batch_examples,
+        results: list[Trained] = []
+        for part in padded_rows(rows, cut.slots).reshape(cut.groups, cut.slots):
+            downloads = jax.device_put(download(state, slots, part), over_slots)
+            clock.lap("server_download", downloads)
+            carry = begin(downloads)
+            position = np.stack(
+                [np.full(cut.slots, index), slots.client[part], slots.task[part]], axis=1
+            ).astype(np.int32)
+            for _ in range(cut.chunks):
+                # The next piece crosses over while the one before is computed; no third one does.
+                examples = jax.device_put(next(batches), over_slots)
+                clock.lap("data")
+                clock.lap("local_training", carry)
+                carry = advance(
+                    parameters, carry, downloads, position, num_classes[part], *examples
+                )
+            results.append(finish(carry))
+            clock.lap("local_training", results[-1])
+        trained = jax.device_put([result.vectors for result in results], server)
+        loss, finite = (
+            np.concatenate([np.asarray(getattr(result, name)) for result in results])[: len(rows)]
+            for name in ("loss", "finite")
         )
-        images, labels = gather(tasks, slots.task[padded], drawn)
-        clock.lap("data")
-
-        downloads = jax.device_put(download(state, slots, padded), over_slots)
-        clock.lap("server_download", downloads)
-        trained: Trained = train(parameters, downloads, num_classes[padded], images, labels)
-        trained = jax.device_put(trained, server)
-        clock.lap("local_training", trained)
-        loss, finite = (np.asarray(x)[: len(rows)] for x in (trained.loss, trained.finite))
         takes_part = chosen[slots.client[rows]]
         weight = np.zeros_like(slots.weight)
         weight[rows] = slots.weight[rows] * (takes_part & finite)
         present = Slots(slots.client, slots.task, weight, slots.num_clients, slots.num_tasks)
 
-        uploads = upload(trained.vectors, present, rows)
+        uploads = upload(trained, present, rows)
         clock.lap("client_unify", uploads)
         messages = messages or jax.eval_shape(algorithm.sent, state, uploads)
         state, metrics = aggregate(state, uploads, present)
         clock.lap("server_aggregation", (state, metrics))
-        del downloads, trained, uploads
+        del downloads, results, trained, uploads, carry, examples
 
         accuracy = None
         if (index + 1) % config.evaluation.every_rounds == 0 or index + 1 == config.rounds:
-            vectors = jax.device_put(download(state, slots, every_slot), over_slots)
-            accuracy = {}
-            for split, examples in sets.items():
-                hits = measure((*parameters, examples), vectors, *measured_on)
-                per_slot = np.asarray(hits, np.float64)[: len(slots.task)]
-                by_task = per_task(per_slot, slots.task, len(tasks))
-                accuracy[f"{split}_mean"] = float(np.nanmean(by_task))
-                accuracy[f"{split}_per_task"] = {
-                    task.name: float(a) for task, a in zip(tasks, by_task, strict=True)
-                }
-                accuracy[f"{split}_per_slot"] = per_slot.tolist()
+            accuracy = measure(functools.partial(download, state, slots))
             clock.lap("evaluation")
 
         similarity = np.asarray(metrics["similarity"]) if "similarity" in metrics else None
@@ -291,6 +366,87 @@ def run(
             },
             similarity,
         )
+
+
+def _batches(config: Config, federation: Federation, cut: Grid, done: int) -> Iterator[Any]:
+    """Images and labels of every piece of every round from `done` on, made ahead by threads."""
+    slots, tasks, local = federation.slots, federation.tasks, config.local
+
+    @functools.lru_cache(maxsize=4)
+    def drawn(index: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = trained_slots(config, slots, participants(config, slots, index))
+        part = padded_rows(rows, cut.slots).reshape(cut.groups, cut.slots)[group]
+        return slots.task[part], round_indices(
+            [federation.indices[row] for row in part],
+            slots.client[part],
+            slots.task[part],
+            seed=config.seed,
+            round_index=index,
+            steps=local.steps,
+            batch_size=local.batch_examples,
+        )
+
+    def piece(number: int) -> tuple[np.ndarray, np.ndarray]:
+        index, rest = divmod(number, cut.groups * cut.chunks)
+        group, chunk = divmod(rest, cut.chunks)
+        task, indices = drawn(index, group)
+        return gather(tasks, task, indices[:, chunk * cut.steps : (chunk + 1) * cut.steps])
+
+    pieces = cut.groups * cut.chunks
+    return prefetched(piece, done * pieces, config.rounds * pieces)
+
+
+def _measuring(
+    config: Config, model: Model, federation: Federation, mesh: Mesh, parameters: Any
+) -> Callable[[Callable[[np.ndarray], PyTree]], dict[str, Any]]:
+    """Makes the function that evaluates: (rows -> their task vectors) to what a record holds."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    over_slots = NamedSharding(mesh, PartitionSpec(AXIS))
+    tasks, slots = federation.tasks, federation.slots
+    num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
+    program = jax.jit(evaluation(model, mesh, parallel_slots=config.local.parallel_slots))
+    sets = _evaluation_sets(config, federation, mesh)
+    resident = {
+        split: jax.device_put(whole.load(0), everywhere)
+        for split, whole in sets.items()
+        if len(whole.pieces) == 1
+    }
+
+    def measure(vectors_of: Callable[[np.ndarray], PyTree]) -> dict[str, Any]:
+        accuracy: dict[str, Any] = {}
+        for split, whole in sets.items():
+            counts = np.zeros((len(slots.task), 2), np.int64)
+            loaded = (
+                iter([resident[split]])
+                if split in resident
+                else prefetched(whole.load, 0, len(whole.pieces))
+            )
+            waiting: list[tuple[Any, jax.Array]] = []
+            for piece, examples in zip(whole.pieces, loaded, strict=True):
+                examples = jax.device_put(examples, everywhere)
+                for before, counted in waiting:  # of the piece before: two are there at most
+                    counts[before.slots[: before.rows]] += np.asarray(counted)[: before.rows]
+                vectors = jax.device_put(vectors_of(piece.slots), over_slots)
+                counted = program(
+                    (*parameters, *examples),
+                    vectors,
+                    piece.local,
+                    slots.task[piece.slots].astype(np.int32),
+                    num_classes[piece.slots],
+                )
+                waiting = [(piece, counted)]
+            for before, counted in waiting:
+                counts[before.slots[: before.rows]] += np.asarray(counted)[: before.rows]
+            per_slot = counts[:, 0] / counts[:, 1]
+            by_task = per_task(per_slot, slots.task, len(tasks))
+            accuracy[f"{split}_mean"] = float(np.nanmean(by_task))
+            accuracy[f"{split}_per_task"] = {
+                task.name: float(a) for task, a in zip(tasks, by_task, strict=True)
+            }
+            accuracy[f"{split}_per_slot"] = per_slot.tolist()
+        return accuracy
+
+    return measure
 
 
 def _chosen(slots: Slots, chosen: np.ndarray) -> Slots:

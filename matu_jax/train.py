@@ -1,7 +1,8 @@
 """The experiment program: `python -m matu_jax.train --config experiments/quickstart.py`.
 
     --config FILE             an experiment: a Python file with get_config()
-    --config.FIELD=VALUE      changes a field, such as --config.rounds=3 or --config.local.steps=10
+    --config.FIELD=VALUE      changes a field, such as --config.rounds=3 or --config.local.steps=10;
+                              --config.data=synthetic is short for --config.data.source=synthetic
     --workdir DIR             where results and checkpoints go; a directory of an interrupted run
                               is gone on with. Default: runs/<config>-<time>
 
@@ -14,24 +15,24 @@ import datetime
 import json
 import logging
 import os
-import runpy
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from matu_jax import algorithms, models, report, rounds
 from matu_jax.checkpoint import Checkpoints
-from matu_jax.config import Config, did_you_mean, freeze, override
-from matu_jax.data import embedded
+from matu_jax.commandline import UserError, read_config
+from matu_jax.config import Config
+from matu_jax.data import embedded, prepared
 from matu_jax.metrics import MetricsLog, relatedness_auc, versions, write_json
+from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.models.huggingface import checkpoint_folder
 from matu_jax.parallel import slot_mesh
 
 _AUC = (
@@ -44,73 +45,47 @@ _SIMULATION = (
 )
 
 
-class UserError(Exception):
-    """A mistake of the user's, to be shown without a traceback."""
-
-
-def parse(argv: Sequence[str]) -> tuple[Config, str, Path]:
-    """Reads the command line: the checked config, its name, and the workdir.
+def parse(argv: Sequence[str]) -> tuple[Config, Path, Path]:
+    """Reads the command line: the checked config, its file, and the workdir.
 
     Raises:
       UserError: with what is wrong, and where.
     """
-    given: dict[str, str] = {}
-    words = list(argv[1:])
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            print(__doc__)
-            raise SystemExit(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        known = name in ("config", "workdir") or name.startswith("config.")
-        if not word.startswith("--") or not known:
-            hint = did_you_mean(name, ["config", "workdir"])
-            raise UserError(f"found {word!r}, no such option.{hint} See --help.")
-        if not equals:
-            if not words:
-                raise UserError(f"--{name}: found no value, expected --{name}=VALUE.")
-            value = words.pop(0)
-        given[name] = value
-    if "config" not in given:
-        raise UserError("--config is missing; for example --config experiments/quickstart.py")
-    file = Path(given.pop("config"))
-    workdir = given.pop("workdir", None)
-    experiment = load_experiment(file)
+    config, file, options = read_config(argv, __doc__ or "", options=["workdir"])
     try:
-        for name, value in given.items():
-            override(experiment, name.removeprefix("config."), value)
-        config = freeze(experiment)
         algorithms.build(config)
     except ValueError as error:
         raise UserError(str(error)) from None
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return config, file.stem, Path(workdir or Path("runs") / f"{file.stem}-{stamp}")
+    workdir = options.get("workdir") or Path("runs") / f"{file.stem}-{stamp}"
+    return config, file, Path(workdir)
 
 
-def load_experiment(file: Path) -> ConfigDict:
-    """Runs an experiment file's `get_config()`.
+def check_inputs(config: Config, file: Path) -> None:
+    """Checks that the datasets and the checkpoint are there, fetching the latter if need be.
 
     Raises:
-      UserError: if the file cannot be read, fails (with its line), or yields no ConfigDict.
+      UserError: one message with everything that is missing, and how to get it.
     """
+    problems = []
     try:
-        config = runpy.run_path(str(file))["get_config"]()
-    except OSError as error:
-        raise UserError(f"--config {file}: {error.strerror}.") from None
-    except SyntaxError as error:
-        raise UserError(f"--config {file}, line {error.lineno}: {error.msg}.") from None
-    except Exception as error:
-        # Whatever the user's file raises is the user's to mend: say what and where.
-        lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-        where = f", line {lines[-1].lineno}" if lines else ""
-        text = str(error.args[0]) if error.args else ""
-        raise UserError(f"--config {file}{where}: {type(error).__name__}: {text}") from None
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"--config {file}: get_config() returned {type(config).__name__}, expected the "
-            "ConfigDict of matu_jax.config.default()."
-        )
-    return config
+        names = rounds.task_names(config)
+        if config.model.architecture != "embedded" and config.data.source == "prepared":
+            transform = ARCHITECTURES[config.model.architecture].transform
+            absent = prepared.missing(names, transform=transform, folders=config.data.folders)
+            if absent:
+                problems.append(
+                    f"data: {len(absent)} of {len(names)} datasets are not prepared "
+                    f"({', '.join(absent)}). Prepare them with\n"
+                    f"    python -m matu_jax.prepare --config {file}\n"
+                    "  or try the experiment with stand-ins: --config.data=synthetic"
+                )
+        if config.model.architecture != "embedded" and config.model.checkpoint != "random":
+            checkpoint_folder(config.model.checkpoint, config.model.architecture)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def prepare_workdir(workdir: Path, config: Config) -> None:
@@ -189,8 +164,7 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
 
     try:
         federation = rounds.federate(config)
-        classes = max(task.num_classes for task in federation.tasks)
-        model = models.build(config.model, num_classes=classes, seed=config.seed)
+        model = models.build(config.model, federation.tasks, seed=config.seed)
     except ValueError as error:
         raise UserError(str(error)) from None
     algorithm, mesh = algorithms.build(config), slot_mesh()
@@ -277,7 +251,7 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
     uplink, downlink = jax.eval_shape(
         algorithm.sent, state, jax.eval_shape(algorithm.upload, stacked, slots)
     )
-    memory = rounds.predicted_bytes(config, model, algorithm, federation, mesh.size)
+    memory = rounds.predicted_bytes(config, model, algorithm, federation, mesh)
     trained = sum(leaf.size for leaf in jax.tree.leaves(model.base))
     frozen = sum(leaf.size for leaf in jax.tree.leaves(model.frozen))
     device = mesh.devices.flat[0]
@@ -297,6 +271,24 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
         "workdir": str(workdir),
     }
     console.print(report.plan_table(plan))
+    there, needed = _memory_there(device), sum(memory.values()) // mesh.size
+    if there and needed > there:
+        console.print(
+            f"warning: about {report.human_bytes(needed)} of memory are needed per device, and "
+            f"{report.human_bytes(there)} are there. Most go into "
+            f"{max(memory, key=lambda part: memory[part])}. Lower config.local.parallel_slots, or "
+            "set config.model.remat=True or config.model.compute_dtype=bfloat16.",
+            markup=False,
+        )
+
+
+def _memory_there(device) -> int | None:
+    """Bytes of memory that one device has, where that can be told."""
+    if device.platform == "cpu":
+        if "SC_PHYS_PAGES" not in os.sysconf_names:
+            return None
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _summary(config, federation, records, similarity) -> dict:
@@ -341,7 +333,9 @@ def _summary(config, federation, records, similarity) -> dict:
             "task": federation.slots.task.tolist(),
             "examples": federation.slots.weight.tolist(),
         },
-        "data_fingerprint": {task.name: embedded.fingerprint(task) for task in federation.tasks},
+        "data_fingerprint": {
+            task.name: task.fingerprint or embedded.fingerprint(task) for task in federation.tasks
+        },
         "versions": versions(),
     }
 
@@ -351,14 +345,16 @@ def main(argv: Sequence[str]) -> int:
     console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        config, name, workdir = parse(argv)
+        config, file, workdir = parse(argv)
+        if not (workdir / "summary.json").exists():
+            check_inputs(config, file)
         prepare_workdir(workdir, config)
         # On CPU one virtual device per core trains slots side by side; a single device would leave
         # cores idle, since a slot's matrix products are too small to share.
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
             jax.config.update("jax_num_cpu_devices", cores or 1)
-        train(config, name, workdir, console)
+        train(config, file.stem, workdir, console)
     except UserError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         return 2

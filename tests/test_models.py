@@ -2,12 +2,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+import tiny_clip
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from matu_jax import models
 from matu_jax.config import ModelConfig
-from matu_jax.models.vit import LoRASpec, StridedConvolution, VisionTransformer, ViTShape
+from matu_jax.data import Split, Task
+from matu_jax.models import embedded
+from matu_jax.models.transformer import LoRASpec
+from matu_jax.models.vit import StridedConvolution, VisionTransformer, ViTShape
 from matu_jax.trees import leaf_items
 
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8))
@@ -44,53 +50,176 @@ def test_lora_starts_as_the_base_model_and_adds_a_low_rank_product():
     np.testing.assert_allclose(adapted(IMAGES), plain(IMAGES), rtol=1e-4, atol=1e-4)
 
 
+def task(name="digits", classes=10, size=32):
+    split = Split(np.zeros((1, size, size, 3), np.uint8), np.zeros(1, np.int32))
+    names = tuple(f"class {i}" for i in range(classes))
+    return Task(name, "labels", "domain", names, split, split, split)
+
+
+def build(*tasks, seed=0, **changes):
+    return models.build(ModelConfig(**changes), list(tasks or [task()]), seed=seed)
+
+
+def logits(model, params=None, index=0, key=None):
+    params = model.base if params is None else params
+    return jax.jit(model.logits)(params, model.frozen, IMAGES, jnp.int32(index), key)
+
+
+def noisy(tree, scale=0.1):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    pairs = zip(leaves, keys, strict=True)
+    return structure.unflatten([x + scale * jax.random.normal(key, x.shape) for x, key in pairs])
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    return tiny.write_checkpoint(tmp_path / "tiny.safetensors")
+
+
 def test_embedded_checkpoint_is_small_and_complete():
-    assert models.EMBEDDED_CHECKPOINT.stat().st_size < 4e6
-    vectors = load_file(models.EMBEDDED_CHECKPOINT)["label_vectors"]
+    assert embedded.CHECKPOINT.stat().st_size < 4e6
+    vectors = load_file(embedded.CHECKPOINT)["label_vectors"]
     np.testing.assert_allclose(vectors @ vectors.T, np.eye(10), atol=1e-5)
 
 
 def test_lora_and_full_start_from_the_same_function():
-    lora = models.build(ModelConfig(), num_classes=10)
-    full = models.build(ModelConfig(trainable="full"), num_classes=10)
-    np.testing.assert_allclose(
-        lora.logits(lora.base, lora.frozen, IMAGES),
-        full.logits(full.base, full.frozen, IMAGES),
-        rtol=1e-5,
-    )
+    lora, full = build(), build(trainable="full")
+    np.testing.assert_allclose(logits(lora), logits(full), rtol=1e-5)
     assert {path.split("/")[-1] for path, _ in leaf_items(lora.base)} == {"lora_a", "lora_b"}
     assert sum(x.size for x in jax.tree.leaves(full.base)) > 400_000
+    assert "blocks/0/query/kernel" in dict(leaf_items(full.base))
 
 
 def test_frozen_heads_are_cosines_with_the_label_vectors():
-    model = models.build(ModelConfig(logit_scale=7.0), num_classes=10)
-    logits = model.logits(model.base, model.frozen, IMAGES)
-    assert logits.shape == (2, 10)
-    assert float(jnp.abs(logits).max()) <= 7.0
-    # Ten orthonormal vectors cannot hold more than the whole of a unit feature.
-    assert float(jnp.square(logits / 7.0).sum(axis=1).max()) <= 1.0 + 1e-5
+    model = build(task(), task("few", 4), logit_scale=7.0)
+    assert model.frozen["heads"].shape == (2, 10, 96)
+    np.testing.assert_array_equal(model.frozen["heads"][0, :4], model.frozen["heads"][1, :4])
+    np.testing.assert_array_equal(model.frozen["heads"][1, 4:], 0)
+    features = np.asarray(jax.jit(model.features)(model.base, model.frozen, IMAGES))
+    vectors = load_file(embedded.CHECKPOINT)["label_vectors"]
+    expected = 7 * features @ vectors.T / np.linalg.norm(features, axis=1, keepdims=True)
+    np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits(model, index=1)[:, :4], expected[:, :4], rtol=1e-4, atol=1e-5)
 
 
-def test_trained_heads_start_at_zero_and_train():
-    model = models.build(ModelConfig(head="trained"), num_classes=3)
-    np.testing.assert_array_equal(model.logits(model.base, model.frozen, IMAGES), np.zeros((2, 3)))
+def test_trained_heads_start_at_zero_and_are_linear(tiny_file):
+    model = build(task(classes=3), task("more", 5), head="trained", checkpoint=tiny_file)
+    np.testing.assert_array_equal(logits(model), np.zeros((2, 5)))
+    np.testing.assert_array_equal(model.frozen["heads"], np.zeros((2, 5, 16)))
     assert set(model.base) == {"shared", "head"}
+    params = noisy(model.base)
+    features = jax.jit(model.features)(params, model.frozen, IMAGES)
+    expected = np.asarray(features) @ params["head"]["kernel"] + params["head"]["bias"][None]
+    np.testing.assert_allclose(logits(model, params), expected, rtol=1e-5, atol=1e-5)
 
 
-def refusal(**changes):
+def test_tasks_choose_their_heads(tiny_file):
+    tasks = [task("a", 3), task("b", 10), task("c", 4)]
+    mixed = build(*tasks, checkpoint=tiny_file, task_heads=(("b", "trained"),))
+    trained = build(*tasks, checkpoint=tiny_file, head="trained")
+    frozen = build(*tasks, checkpoint=tiny_file)
+    params = noisy(mixed.base)
+    np.testing.assert_array_equal(mixed.frozen["trained"], [False, True, False])
+    np.testing.assert_array_equal(mixed.frozen["heads"][1], 0)
+    for index, alone in ((0, frozen), (1, trained), (2, frozen)):
+        own = params if alone is trained else params["shared"]
+        np.testing.assert_allclose(
+            logits(mixed, params, index), logits(alone, own, index), rtol=1e-5, atol=1e-5
+        )
+
+    def loss(params, index):
+        return jnp.sum(jnp.sin(mixed.logits(params, mixed.frozen, IMAGES, index)))
+
+    of_frozen, of_trained = (jax.jit(jax.grad(loss))(params, jnp.int32(i)) for i in (0, 1))
+    for leaf in jax.tree.leaves(of_frozen["head"]):
+        np.testing.assert_array_equal(leaf, 0)
+    for leaf in jax.tree.leaves((of_frozen["shared"], of_trained)):
+        assert np.abs(np.asarray(leaf)).max() > 0
+
+
+def test_dropout_follows_the_key(tiny_file):
+    model = build(checkpoint=tiny_file, lora_dropout=0.5)
+    assert model.stochastic
+    assert not build(checkpoint=tiny_file).stochastic
+    params, key = noisy(model.base), jax.random.key(1)
+    exact = logits(build(checkpoint=tiny_file), params)
+    np.testing.assert_array_equal(logits(model, params), exact)
+    dropped = logits(model, params, key=key)
+    assert np.abs(np.asarray(dropped - exact)).max() > 1e-3
+    np.testing.assert_array_equal(logits(model, params, key=key), dropped)
+
+
+def test_the_embedded_backbone_computes_in_bfloat16_and_with_remat(tiny_file):
+    exact = build(checkpoint=tiny_file)
+    half = build(checkpoint=tiny_file, compute_dtype="bfloat16")
+    assert half.frozen["backbone"]["blocks"][0]["query"]["kernel"].dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.base)} == {np.dtype(np.float32)}
+    params = noisy(exact.base)
+    difference = np.abs(np.asarray(logits(half, params) - logits(exact, params))).max()
+    assert 1e-5 < difference < 0.5  # of logits within 20
+    remat = build(checkpoint=tiny_file, remat=True)
+    np.testing.assert_allclose(logits(remat, params), logits(exact, params), rtol=1e-5, atol=1e-5)
+
+
+def test_models_map_over_slots(tiny_file):
+    model = build(task("a"), task("b", 3), checkpoint=tiny_file, task_heads=(("b", "trained"),))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), noisy(model.base), noisy(model.base, 0.3))
+    tasks = jnp.asarray([0, 1], jnp.int32)
+    found = jax.jit(jax.vmap(lambda p, t: model.logits(p, model.frozen, IMAGES, t)))(stacked, tasks)
+    for i in range(2):
+        one = logits(model, jax.tree.map(lambda leaf, i=i: leaf[i], stacked), i)
+        np.testing.assert_allclose(found[i], one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny_clip", "tiny_vit"])
+def test_random_checkpoints_of_real_architectures(name, monkeypatch):
+    tiny_clip.register(monkeypatch)
+    heads = {"head": "trained"} if name == "tiny_vit" else {}
+    options = {"architecture": name, "checkpoint": "random", "logit_scale": 0.0, **heads}
+    tasks = [task("a", 3, tiny_clip.SIZE), task("b", 4, tiny_clip.SIZE)]
+    model = build(*tasks, **options)
+    pictures = tiny_clip.images()
+    out = jax.jit(model.logits)(model.base, model.frozen, pictures, jnp.int32(1))
+    assert out.shape == (6, 4)
+    assert np.isfinite(out).all()
+    same, other = build(*tasks, **options), build(*tasks, seed=1, **options)
+    for (path, first), (_, second) in zip(
+        leaf_items((model.base, model.frozen)), leaf_items((same.base, same.frozen)), strict=True
+    ):
+        np.testing.assert_array_equal(first, second, err_msg=path)
+    kernels = [m.frozen["backbone"]["blocks"]["query"]["kernel"] for m in (model, other)]
+    assert np.abs(np.asarray(kernels[0] - kernels[1])).max() > 0.1
+    if name == "tiny_clip":
+        norms = np.linalg.norm(model.frozen["heads"], axis=2)
+        np.testing.assert_allclose(norms, [[1, 1, 1, 0], [1, 1, 1, 1]], atol=1e-6)
+        reordered = build(*reversed(tasks), **options)
+        np.testing.assert_array_equal(reordered.frozen["heads"][0], model.frozen["heads"][1])
+        features = np.asarray(jax.jit(model.features)(model.base, model.frozen, pictures))
+        cosines = features @ np.asarray(model.frozen["heads"][1]).T
+        cosines /= np.linalg.norm(features, axis=1, keepdims=True)
+        np.testing.assert_allclose(out, 100 * cosines, rtol=1e-3, atol=1e-3)
+
+
+def refusal(*tasks, **changes):
     with pytest.raises(ValueError, match=r"config\.model") as error:
-        models.build(ModelConfig(**changes), num_classes=10)
+        build(*tasks, **changes)
     return str(error.value)
 
 
 def test_mistakes_are_named(tmp_path):
     assert 'Did you mean "query"' in refusal(lora_targets=("querry",))
     assert "expected at least one" in refusal(lora_targets=())
+    assert "there are no adapters" in refusal(trainable="full", lora_dropout=0.1)
     assert "cannot be read" in refusal(checkpoint=str(tmp_path / "none.safetensors"))
+    assert "config.model.architecture too" in refusal(checkpoint="openai/clip-vit-base-patch32")
+    assert 'Did you mean "clip_vit_b32"' in refusal(architecture="clip_vitb32")
+    assert "text tower" in refusal(architecture="vit_b16", checkpoint="random")
+    assert "logit_scale: found 0" in refusal(logit_scale=0.0)
     (tmp_path / "broken").write_bytes(b"not safetensors")
     assert "cannot be read" in refusal(checkpoint=str(tmp_path / "broken"))
-    tensors = load_file(models.EMBEDDED_CHECKPOINT)
-    with models.safe_open(models.EMBEDDED_CHECKPOINT, framework="numpy") as file:
+    tensors = load_file(embedded.CHECKPOINT)
+    with safe_open(embedded.CHECKPOINT, framework="numpy") as file:
         metadata = file.metadata()
     save_file(tensors, tmp_path / "bare")
     assert "no model shape" in refusal(checkpoint=str(tmp_path / "bare"))
@@ -101,6 +230,17 @@ def test_mistakes_are_named(tmp_path):
     assert "unknown tensors extra" in refusal(checkpoint=str(tmp_path / "more"))
 
 
-def test_too_many_classes_for_the_label_vectors_are_refused():
-    with pytest.raises(ValueError, match="11 classes"):
-        models.build(ModelConfig(), num_classes=11)
+def test_mistakes_in_heads_and_tasks_are_named(tiny_file):
+    def refused(*tasks, **changes):
+        return refusal(*tasks, checkpoint=tiny_file, **changes)
+
+    assert 'Did you mean "digits"' in refused(task_heads=(("digit", "trained"),))
+    assert "expected 'frozen' or 'trained'" in refused(task_heads=(("digits", "linear"),))
+    assert "expected pairs" in refused(task_heads=("digits", "trained"))
+    assert "twice" in refused(task_heads=(("digits", "trained"), ("digits", "frozen")))
+    assert "task 'eleven' has 11 classes" in refused(task("eleven", 11))
+    build(task("eleven", 11), checkpoint=tiny_file, task_heads=(("eleven", "trained"),))
+    message = refused(task(), task("large", size=64))
+    assert "task 'large': images are [64, 64, 3]" in message
+    with pytest.raises(ValueError, match="tasks: found none"):
+        models.build(ModelConfig(), [])

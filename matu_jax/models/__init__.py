@@ -1,160 +1,143 @@
-"""Models as pure functions: what trains, what is frozen, and how features come out.
+"""Models as pure functions: what trains, what is frozen, and how features and logits come out.
 
 A model is built once with Flax NNX and split; the rest of the package sees plain trees of arrays
-and one pure function.
+and pure functions. The parts:
+
+- `architectures`: the real architectures in numbers, and the images they take;
+- `transformer`, `vit`, `towers`: the modules; `backbone` splits them;
+- `embedded`, `pretrained`: the benchmark's own backbone, and real checkpoints with `huggingface`
+  (their files), `checkpoint_config`, `tensor_names` and `heads` (zero-shot classification).
 """
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from safetensors import SafetensorError, safe_open
 
 from matu_jax.config import ModelConfig, did_you_mean
-from matu_jax.models.vit import PROJECTIONS, LoRAParam, LoRASpec, VisionTransformer, ViTShape
-from matu_jax.trees import PyTree, leaf_items
-
-EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded.safetensors"
+from matu_jax.data import Task
+from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.trees import PyTree
 
 
 class Model(NamedTuple):
     """A model, split.
 
     Attributes:
-      base: what trains, as it is before fine-tuning, leaves `[...]`. With trained heads it is
-        `{"shared": ..., "head": {"kernel": [features, classes], "bias": [classes]}}`.
-      frozen: what does not train, leaves `[...]`, "label_vectors" `[classes, features]` among them.
-      logits: `(params, frozen, images [batch, height, width, channels]) -> [batch, classes]`.
+      base: what trains, as it is before fine-tuning, leaves `[...]` float32. Where a task has a
+        trained head it is `{"shared": ..., "head": {"kernel": [features, classes], "bias":
+        [classes]}}`.
+      frozen: what does not train, leaves `[...]`: "backbone", "heads" float32 `[tasks, classes,
+        features]` (zeros for tasks with a trained head, and beyond a task's own classes), and,
+        where a task has a trained head, "trained" bool `[tasks]`.
+      logits: `(params, frozen, images [batch, height, width, channels], task, key=None) -> float32
+        [batch, classes]`; task is an int32 scalar, key what dropout is drawn from (None = no
+        dropout). Classes are those of the largest task: callers mask the ones a task lacks.
+      features: `(params, frozen, images, key=None) -> float32 [batch, features]`.
+      stochastic: whether logits and features use the key.
+      logit_scale: what the cosines of frozen heads are multiplied by.
     """
 
     base: PyTree
     frozen: PyTree
-    logits: Callable[[PyTree, PyTree, jax.Array], jax.Array]
+    logits: Callable[..., jax.Array]
+    features: Callable[..., jax.Array]
+    stochastic: bool
+    logit_scale: float
 
 
-def build(config: ModelConfig, *, num_classes: int, seed: int = 0) -> Model:
+def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model:
     """Builds the model of an experiment.
 
     Args:
-      config: checkpoint, adapters and head.
-      num_classes: the largest number of classes of any task.
-      seed: what adapters (and a "random" backbone) are drawn from.
+      config: architecture, checkpoint, adapters and heads.
+      tasks: their classes, and for zero-shot heads the names and prompts of these.
+      seed: what adapters are drawn from, and of a "random" checkpoint everything.
 
     Returns:
       The model; adapters start as the identity, trained heads as zeros.
 
     Raises:
-      ValueError: for an unknown projection, a checkpoint that cannot be read or lacks a tensor, or
-        more classes than label vectors.
+      ValueError: for a field of the config that does not fit the others or the tasks, or a
+        checkpoint that cannot be found, read or matched with the architecture.
     """
-    for target in config.lora_targets:
-        if target not in PROJECTIONS:
-            raise ValueError(
-                f"config.model.lora_targets: found {target!r}, no such projection."
-                + did_you_mean(str(target), PROJECTIONS)
-            )
-    lora = None
-    if config.trainable == "lora":
-        if not config.lora_targets:
-            raise ValueError("config.model.lora_targets: found none, expected at least one.")
-        lora = LoRASpec(tuple(config.lora_targets), config.lora_rank, config.lora_alpha)
+    # Here and not above, so that `matu_jax.models.architectures` can be had without Flax.
+    from matu_jax.models import embedded, pretrained
 
-    if config.checkpoint == "random":
-        shape, tensors = ViTShape(), None
-        square = np.random.default_rng(seed).normal(size=(shape.width, shape.width))
-        label_vectors = np.linalg.qr(square)[0].astype(np.float32)
+    if not tasks:
+        raise ValueError("tasks: found none, expected at least one.")
+    trained = _trained_heads(config, tasks)
+    frozen_tasks = [task for task, is_trained in zip(tasks, trained, strict=True) if not is_trained]
+    if config.architecture == "embedded":
+        if frozen_tasks and not config.logit_scale:
+            raise ValueError(
+                "config.model.logit_scale: found 0 (the checkpoint's own), but the embedded "
+                "backbone has none. Give one, such as 20."
+            )
+        backbone, rows = embedded.load(config, frozen_tasks, seed=seed)
+        logit_scale = config.logit_scale
+    elif config.architecture in ARCHITECTURES:
+        backbone, rows, own_scale = pretrained.load(config, frozen_tasks, seed=seed)
+        logit_scale = config.logit_scale or own_scale
     else:
-        path = EMBEDDED_CHECKPOINT if config.checkpoint == "embedded" else Path(config.checkpoint)
-        shape, tensors = _read(path)
-        label_vectors = tensors.pop("label_vectors")
-    if config.head == "frozen" and num_classes > len(label_vectors):
         raise ValueError(
-            f"config.model.head: a task has {num_classes} classes and the checkpoint only "
-            f"{len(label_vectors)} label vectors. Use config.model.head = 'trained'."
+            f"config.model.architecture: found {config.architecture!r}, no such architecture."
+            + did_you_mean(config.architecture, ["embedded", *ARCHITECTURES])
         )
 
-    module = VisionTransformer(shape, lora, rngs=nnx.Rngs(seed))
-    trains = LoRAParam if lora else nnx.Param
-    graph, train_state, rest_state = nnx.split(module, trains, ...)
-    base, frozen = nnx.to_pure_dict(train_state), nnx.to_pure_dict(rest_state)
-    if tensors is not None:
-        tensors = dict(tensors)
-        if lora:
-            frozen = _fill(frozen, tensors, config.checkpoint)
-        else:
-            base = _fill(base, tensors, config.checkpoint)
-        if tensors:
+    for task in tasks:
+        if task.train.images.shape[1:] != backbone.image_shape:
             raise ValueError(
-                f"config.model.checkpoint {config.checkpoint}: unknown tensors "
-                f"{', '.join(sorted(tensors))}. It was written for another model."
+                f"task {task.name!r}: images are {list(task.train.images.shape[1:])}, but "
+                f"config.model.architecture {config.architecture} takes "
+                f"{list(backbone.image_shape)}. Choose tasks and architecture that fit."
             )
-    frozen = {"backbone": frozen, "label_vectors": jnp.asarray(label_vectors[:num_classes])}
+    classes = max(task.num_classes for task in tasks)
+    heads = np.zeros((len(tasks), classes, backbone.features), np.float32)
+    for i, row in zip(np.flatnonzero(~np.array(trained)), rows, strict=True):
+        heads[i, : len(row)] = row
+    base, frozen = backbone.trainable, {"backbone": backbone.frozen, "heads": jnp.asarray(heads)}
+    if any(trained):
+        frozen["trained"] = jnp.asarray(trained)
+        kernel, bias = jnp.zeros((backbone.features, classes)), jnp.zeros(classes)
+        base = {"shared": base, "head": {"kernel": kernel, "bias": bias}}
 
-    def features(params, frozen, images):
-        first, second = _restored(train_state, params), _restored(rest_state, frozen["backbone"])
-        return nnx.merge(graph, first, second)(images)
+    def features(params, frozen, images, key=None):
+        shared = params["shared"] if any(trained) else params
+        return backbone.apply(shared, frozen["backbone"], images, key)
 
-    if config.head == "trained":
-        head = {
-            "kernel": jnp.zeros((shape.width, num_classes)),
-            "bias": jnp.zeros((num_classes,)),
-        }
+    def logits(params, frozen, images, task, key=None):
+        out = features(params, frozen, images, key)
+        if not any(trained):
+            return cosine(out, frozen["heads"][task])
+        linear = out @ params["head"]["kernel"] + params["head"]["bias"][None]
+        if all(trained):
+            return linear
+        return jnp.where(frozen["trained"][task], linear, cosine(out, frozen["heads"][task]))
 
-        def logits(params, frozen, images):
-            out = features(params["shared"], frozen, images) @ params["head"]["kernel"]
-            return out + params["head"]["bias"][None]
-
-        return Model({"shared": base, "head": head}, frozen, logits)
-
-    def logits(params, frozen, images):
-        out = features(params, frozen, images)
+    def cosine(out, vectors):
         out = out * jax.lax.rsqrt(jnp.sum(jnp.square(out), axis=-1, keepdims=True) + 1e-6)
-        return config.logit_scale * out @ frozen["label_vectors"].T
+        return logit_scale * out @ vectors.T
 
-    return Model(base, frozen, logits)
-
-
-def _restored(state: nnx.State, values: PyTree) -> nnx.State:
-    state = jax.tree.map(lambda x: x, state)
-    nnx.replace_by_pure_dict(state, values)
-    return state
+    return Model(base, frozen, logits, features, config.lora_dropout > 0, logit_scale)
 
 
-def _read(path: Path) -> tuple[ViTShape, dict[str, np.ndarray]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"config.model.checkpoint: {path} cannot be read as safetensors ({error}). Give "
-            "'embedded', 'random', or a file that experiments/pretrain_backbone.py wrote."
-        ) from None
-    if "shape" not in metadata or "label_vectors" not in tensors:
-        raise ValueError(
-            f"config.model.checkpoint: {path} has no model shape or no label vectors; expected a "
-            "file that experiments/pretrain_backbone.py wrote."
-        )
-    return ViTShape(**json.loads(metadata["shape"])), tensors
-
-
-def _fill(tree: PyTree, tensors: dict[str, Any], source: str) -> PyTree:
-    """Replaces every leaf by the tensor of its path, taking the tensor out of the dict."""
-    wrong, leaves = [], []
-    for path, leaf in leaf_items(tree):
-        tensor = tensors.pop(path, None)
-        if tensor is None or tensor.shape != leaf.shape:
-            found = "none" if tensor is None else str(tensor.shape)
-            wrong.append(f"  {path}: found {found}, expected {leaf.shape}")
-        leaves.append(jnp.asarray(tensor) if tensor is not None else leaf)
-    if wrong:
-        raise ValueError(
-            f"config.model.checkpoint {source}: tensors missing or of another shape\n"
-            + "\n".join(wrong)
-        )
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+def _trained_heads(config: ModelConfig, tasks: Sequence[Task]) -> list[bool]:
+    """Whether each task's head is trained."""
+    kinds, seen = {task.name: config.head for task in tasks}, set()
+    for entry in config.task_heads:
+        where = f"config.model.task_heads: found {entry!r}"
+        if not isinstance(entry, tuple) or len(entry) != 2:
+            raise ValueError(f"{where}, expected pairs such as (('svhn', 'trained'),).")
+        name, kind = entry
+        if name not in kinds:
+            raise ValueError(f"{where}, no such task.{did_you_mean(str(name), kinds)}")
+        if kind not in ("frozen", "trained"):
+            raise ValueError(f"{where}, expected 'frozen' or 'trained'.")
+        if name in seen:
+            raise ValueError(f"{where}, but this task is there twice. Keep one of the pairs.")
+        seen.add(name)
+        kinds[name] = kind
+    return [kinds[task.name] == "trained" for task in tasks]

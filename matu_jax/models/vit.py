@@ -1,19 +1,27 @@
-"""A vision transformer with LoRA, in Flax NNX.
+"""The small vision transformer of the embedded benchmark, in Flax NNX.
 
-Pre-norm blocks (Dosovitskiy et al. 2021, arXiv 2010.11929); LoRA adapters (Hu et al. 2022, arXiv
-2106.09685) on chosen projections: y = x W + b + (alpha / rank) (x A) B, with A random and B zero,
-so that an adapted model starts as the base model.
+Pre-norm blocks (Dosovitskiy et al. 2021, arXiv 2010.11929) behind a convolutional stem.
 """
 
 import dataclasses
 import itertools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-PROJECTIONS = ("query", "key", "value", "out", "mlp_in", "mlp_out")
+from matu_jax.models.architectures import TowerShape
+from matu_jax.models.transformer import (
+    EXACT,
+    Block,
+    Computing,
+    Linear,
+    LoRASpec,
+    Norm,
+    apply_block,
+    check_images,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,81 +44,6 @@ class ViTShape:
     stem_widths: tuple[int, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class LoRASpec:
-    """Which projections carry an adapter, its rank, and alpha (the scale is alpha / rank)."""
-
-    targets: tuple[str, ...] = ("query", "value")
-    rank: int = 8
-    alpha: float = 16.0
-
-
-class LoRAParam(nnx.Param):
-    """A parameter of a LoRA adapter; the filter that selects what trains."""
-
-
-class Linear(nnx.Module):
-    """A dense layer, with an optional LoRA adapter beside it: `[..., in] -> [..., out]`."""
-
-    def __init__(self, inputs: int, outputs: int, lora: LoRASpec | None, *, rngs: nnx.Rngs):
-        scale = math.sqrt(1.0 / inputs)
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) * scale)
-        self.bias = nnx.Param(jnp.zeros(outputs))
-        self.lora_scale = 0.0
-        if lora is not None:
-            bound = math.sqrt(3.0 / inputs)
-            self.lora_scale = lora.alpha / lora.rank
-            self.lora_a = LoRAParam(
-                jax.random.uniform(rngs.params(), (inputs, lora.rank), minval=-bound, maxval=bound)
-            )
-            self.lora_b = LoRAParam(jnp.zeros((lora.rank, outputs)))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer; the adapter's product is kept apart from the frozen one."""
-        y = x @ self.kernel[...]
-        if self.lora_scale:
-            y = y + self.lora_scale * ((x @ self.lora_a[...]) @ self.lora_b[...])
-        return y + _row(self.bias[...], y.ndim)
-
-
-def _row(vector: jax.Array, ndim: int) -> jax.Array:
-    return vector.reshape((1,) * (ndim - 1) + vector.shape)
-
-
-class Block(nnx.Module):
-    """Pre-norm self-attention and MLP: `[batch, tokens, width] -> [batch, tokens, width]`."""
-
-    def __init__(self, shape: ViTShape, lora: LoRASpec | None, *, rngs: nnx.Rngs):
-        def linear(name: str, inputs: int, outputs: int) -> Linear:
-            return Linear(
-                inputs, outputs, lora if lora and name in lora.targets else None, rngs=rngs
-            )
-
-        width = shape.width
-        self.heads = shape.heads
-        self.norm_attention = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.query = linear("query", width, width)
-        self.key = linear("key", width, width)
-        self.value = linear("value", width, width)
-        self.out = linear("out", width, width)
-        self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.mlp_in = linear("mlp_in", width, shape.mlp_width)
-        self.mlp_out = linear("mlp_out", shape.mlp_width, width)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies attention, then the MLP, each with its residual."""
-        batch, tokens, width = x.shape
-        normed = self.norm_attention(x)
-        heads = (batch, tokens, self.heads, width // self.heads)
-        attended = jax.nn.dot_product_attention(
-            self.query(normed).reshape(heads),
-            self.key(normed).reshape(heads),
-            self.value(normed).reshape(heads),
-        )
-        x = x + self.out(attended.reshape(batch, tokens, width))
-        return x + self.mlp_out(jax.nn.gelu(self.mlp_in(self.norm_mlp(x))))
-
-
 class StridedConvolution(nnx.Module):
     """A 3x3 convolution of stride 2, `[batch, 2h, 2w, in] -> [batch, h, w, out]`.
 
@@ -118,8 +51,8 @@ class StridedConvolution(nnx.Module):
     slower. Zeros are padded below and on the right, as "SAME" does for even sizes.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.project = Linear(9 * inputs, outputs, None, rngs=rngs)
+    def __init__(self, inputs: int, outputs: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.project = Linear(9 * inputs, outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Gathers each output's 3x3 neighbourhood and projects it."""
@@ -135,7 +68,7 @@ class StridedConvolution(nnx.Module):
 class ConvolutionalStem(nnx.Module):
     """`[batch, height, width, channels] -> [batch, tokens, width]` by strided convolutions."""
 
-    def __init__(self, shape: ViTShape, *, rngs: nnx.Rngs):
+    def __init__(self, shape: ViTShape, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         if 2 ** (len(shape.stem_widths) + 1) != shape.patch_size:
             raise ValueError(
                 f"stem_widths {shape.stem_widths} reduce the image by "
@@ -144,7 +77,7 @@ class ConvolutionalStem(nnx.Module):
         widths = [shape.channels, *shape.stem_widths, shape.width]
         self.convolutions = nnx.List(
             [
-                StridedConvolution(inputs, outputs, rngs=rngs)
+                StridedConvolution(inputs, outputs, dtype=dtype, rngs=rngs)
                 for inputs, outputs in itertools.pairwise(widths)
             ]
         )
@@ -159,9 +92,9 @@ class ConvolutionalStem(nnx.Module):
 class Patches(nnx.Module):
     """`[batch, height, width, channels] -> [batch, tokens, width]`, one dense layer per patch."""
 
-    def __init__(self, shape: ViTShape, *, rngs: nnx.Rngs):
+    def __init__(self, shape: ViTShape, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.size = shape.patch_size
-        self.project = Linear(self.size**2 * shape.channels, shape.width, None, rngs=rngs)
+        self.project = Linear(self.size**2 * shape.channels, shape.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Cuts the images into patches and projects them."""
@@ -175,30 +108,64 @@ class VisionTransformer(nnx.Module):
     """Images to one feature vector: the final norm of the class token.
 
     `[batch, height, width, channels]` uint8 (or floats in 0 to 255) in, `[batch, features]` out.
+
+    Args:
+      shape: sizes.
+      lora: adapters.
+      computing: dtype of activations, and remat.
+      rngs: what parameters are drawn from.
     """
 
-    def __init__(self, shape: ViTShape, lora: LoRASpec | None = None, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        shape: ViTShape,
+        lora: LoRASpec | None = None,
+        *,
+        computing: Computing = EXACT,
+        rngs: nnx.Rngs,
+    ):
         if shape.image_size % shape.patch_size:
             raise ValueError(
                 f"image_size {shape.image_size} is not a multiple of patch_size {shape.patch_size}."
             )
         if shape.width % shape.heads:
             raise ValueError(f"width {shape.width} is not a multiple of heads {shape.heads}.")
-        self.shape = shape
-        side = shape.image_size // shape.patch_size
-        self.stem = (ConvolutionalStem if shape.stem_widths else Patches)(shape, rngs=rngs)
+        self.shape, self.computing = shape, computing
+        side, dtype = shape.image_size // shape.patch_size, computing.dtype
+        stem = ConvolutionalStem if shape.stem_widths else Patches
+        self.stem = stem(shape, dtype=dtype, rngs=rngs)
         self.class_token = nnx.Param(jax.random.normal(rngs.params(), (1, 1, shape.width)) * 0.02)
         self.positions = nnx.Param(
             jax.random.normal(rngs.params(), (1, side * side + 1, shape.width)) * 0.02
         )
-        self.blocks = nnx.List([Block(shape, lora, rngs=rngs) for _ in range(shape.depth)])
-        self.norm = nnx.LayerNorm(shape.width, epsilon=1e-5, rngs=rngs)
+        tower = TowerShape(
+            shape.width, shape.depth, shape.heads, shape.mlp_width, "gelu_pytorch_tanh"
+        )
+        self.blocks = nnx.List(
+            [Block(tower, lora, dtype=dtype, rngs=rngs) for _ in range(shape.depth)]
+        )
+        self.norm = Norm(shape.width, tower.epsilon, rngs=rngs)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Computes features; pixels are scaled from 0..255 to -1..1."""
+    def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Computes features; pixels are scaled from 0..255 to -1..1.
+
+        Args:
+          images: `[batch, height, width, channels]`.
+          key: what the adapters' dropout is drawn from; None = no dropout.
+
+        Returns:
+          float32 `[batch, features]`.
+
+        Raises:
+          ValueError: for images of another size.
+        """
+        check_images(images, self.shape.image_size, self.shape.channels)
+        dtype = self.computing.dtype
         x = self.stem(images.astype(jnp.float32) / 127.5 - 1.0)
-        token = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, self.shape.width))
-        x = jnp.concatenate([token, x], axis=1) + self.positions[...]
-        for block in self.blocks:
-            x = block(x)
+        token = self.class_token[...].astype(dtype)
+        token = jnp.broadcast_to(token, (x.shape[0], 1, self.shape.width))
+        x = jnp.concatenate([token, x], axis=1) + self.positions[...].astype(dtype)
+        keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
+        for block, block_key in zip(self.blocks, keys, strict=True):
+            x = apply_block(block, x, block_key, remat=self.computing.remat)
         return self.norm(x[:, 0])

@@ -1,0 +1,34 @@
+"""MaTU on the thirty datasets of EMR-Merging, with ViT-B/16, LoRA and trained linear heads.
+
+    python -m matu_jax.prepare --config experiments/vitb16_emr30.py     # says what it needs
+    python -m matu_jax.train --config experiments/vitb16_emr30.py
+
+Add --config.model.checkpoint=random --config.data=synthetic to run it anywhere.
+
+The datasets are those that Huang et al. (EMR-Merging, arXiv 2405.17461) merge thirty models of;
+those that TFDS lacks are read from image folders, FOLDERS/<name>/<split>/<class>/*.jpg, where
+FOLDERS is config.data.folders. A plain vision transformer has no text tower: each task trains a
+linear head, averaged among its holders. Sixty clients hold two tasks each.
+
+Hardware: one accelerator with {MEMORY} of memory at bfloat16 and remat, as the program predicts;
+not run on one yet. The paper's numbers are of full fine-tuning from an ImageNet-21k checkpoint and
+merging once, not of rounds with adapters: there is none to compare with directly.
+"""
+
+import runpy
+from pathlib import Path
+
+
+def get_config():
+    config = runpy.run_path(str(Path(__file__).with_name("vitb32.py")))["get_config"]()
+    config.data.tasks = "emr30"
+    config.data.clients = 60
+    config.data.tasks_per_client = 2
+    config.rounds = 100
+    config.model.architecture = "vit_b16"
+    config.model.checkpoint = "google/vit-base-patch16-224"
+    config.model.head = "trained"
+    config.model.remat = True
+    config.local.parallel_slots = 10
+    config.evaluation.every_rounds = 25
+    return config

@@ -1,0 +1,27 @@
+"""MaTU on thirty TFDS datasets that need no manual download, with CLIP ViT-B/32 and LoRA.
+
+    python -m matu_jax.prepare --config experiments/vitb32_tfds30.py     # once; needs a network
+    python -m matu_jax.train --config experiments/vitb32_tfds30.py
+
+Add --config.model.checkpoint=random --config.data=synthetic to run it anywhere.
+
+Sixty clients hold two of the thirty datasets each; otherwise as experiments/vitb32.py. The
+datasets are those of matu_jax/data/datasets.py, set "tfds30": where TFDS has no official test
+split, the table says how it is made.
+
+Hardware: one accelerator with {MEMORY} of memory at bfloat16, as the program predicts; not run on
+one yet. No published number is for this set of datasets.
+"""
+
+import runpy
+from pathlib import Path
+
+
+def get_config():
+    config = runpy.run_path(str(Path(__file__).with_name("vitb32.py")))["get_config"]()
+    config.data.tasks = "tfds30"
+    config.data.clients = 60
+    config.data.tasks_per_client = 2
+    config.rounds = 100
+    config.evaluation.every_rounds = 25
+    return config

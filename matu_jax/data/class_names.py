@@ -1,0 +1,218 @@
+"""Class names to be read by people and text encoders, where a dataset's own are codes or missing.
+
+`CLASS_NAMES` holds names in the order of the labels, for the datasets whose own are numbers, codes
+or absent until the download; all others have good names, which `readable` cleans.
+"""
+
+import re
+
+__all__ = ["CLASS_NAMES", "readable"]
+
+_DIGITS = tuple("0123456789")
+
+_GTSRB = (
+    "speed limit 20 km/h",
+    "speed limit 30 km/h",
+    "speed limit 50 km/h",
+    "speed limit 60 km/h",
+    "speed limit 70 km/h",
+    "speed limit 80 km/h",
+    "end of speed limit 80 km/h",
+    "speed limit 100 km/h",
+    "speed limit 120 km/h",
+    "no overtaking",
+    "no overtaking for trucks",
+    "right of way at the next crossing",
+    "priority road",
+    "yield",
+    "stop",
+    "no vehicles",
+    "no trucks",
+    "no entry",
+    "general danger",
+    "dangerous curve to the left",
+    "dangerous curve to the right",
+    "double curve",
+    "bumpy road",
+    "slippery road",
+    "road narrows on the right",
+    "road works",
+    "traffic lights ahead",
+    "pedestrians",
+    "children crossing",
+    "bicycles crossing",
+    "beware of ice or snow",
+    "wild animals crossing",
+    "end of all speed and overtaking limits",
+    "turn right ahead",
+    "turn left ahead",
+    "straight ahead only",
+    "straight ahead or right",
+    "straight ahead or left",
+    "keep right",
+    "keep left",
+    "roundabout",
+    "end of no overtaking",
+    "end of no overtaking for trucks",
+)
+
+_CIFAR10 = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+_STL10 = (
+    "airplane",
+    "bird",
+    "car",
+    "cat",
+    "deer",
+    "dog",
+    "horse",
+    "monkey",
+    "ship",
+    "truck",
+)
+
+# One line per initial; the labels are in alphabetical order.
+_CIFAR100 = tuple(
+    name.replace("_", " ")
+    for name in (
+        "apple aquarium_fish "
+        "baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly "
+        "camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab "
+        "crocodile cup "
+        "dinosaur dolphin "
+        "elephant "
+        "flatfish forest fox "
+        "girl "
+        "hamster house "
+        "kangaroo keyboard "
+        "lamp lawn_mower leopard lion lizard lobster "
+        "man maple_tree motorcycle mountain mouse mushroom "
+        "oak_tree orange orchid otter "
+        "palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum "
+        "rabbit raccoon ray road rocket rose "
+        "sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower "
+        "sweet_pepper "
+        "table tank telephone television tiger tractor train trout tulip turtle "
+        "wardrobe whale willow_tree wolf woman worm"
+    ).split()
+)
+
+# The balanced split merges the lower-case letters that look like their capitals.
+_EMNIST = (
+    *_DIGITS,
+    *(f"capital letter {letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+    *(f"small letter {letter}" for letter in "abdefghnqrt"),
+)
+
+CLASS_NAMES: dict[str, tuple[str, ...]] = {
+    "mnist": _DIGITS,
+    "svhn": _DIGITS,
+    "cmaterdb": _DIGITS,
+    "emnist": _EMNIST,
+    "fashion_mnist": (
+        "t-shirt",
+        "trousers",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "ankle boot",
+    ),
+    "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+    "cifar10": _CIFAR10,
+    "cifar100": _CIFAR100,
+    "stl10": _STL10,
+    "gtsrb": _GTSRB,
+    "eurosat": (
+        "annual crop land",
+        "forest",
+        "meadow or shrubland",
+        "highway or road",
+        "industrial buildings",
+        "pasture",
+        "permanent crop land",
+        "residential buildings",
+        "river",
+        "sea or lake",
+    ),
+    "beans": ("angular leaf spot", "bean rust", "healthy"),
+    "cassava": (
+        "bacterial blight",
+        "brown streak disease",
+        "green mite damage",
+        "mosaic disease",
+        "healthy",
+    ),
+    "deep_weeds": (
+        "chinee apple",
+        "lantana",
+        "parkinsonia",
+        "parthenium",
+        "prickly acacia",
+        "rubber vine",
+        "siam weed",
+        "snake weed",
+        "no weed",
+    ),
+    "imagenette": (
+        "tench",
+        "English springer",
+        "cassette player",
+        "chain saw",
+        "church",
+        "French horn",
+        "garbage truck",
+        "gas pump",
+        "golf ball",
+        "parachute",
+    ),
+    "animal10n": (
+        "cat",
+        "lynx",
+        "wolf",
+        "coyote",
+        "cheetah",
+        "jaguar",
+        "chimpanzee",
+        "orangutan",
+        "hamster",
+        "guinea pig",
+    ),
+}
+"""Class names by the dataset's name in `matu_jax.data.datasets.DATASETS`, in the order of labels."""
+
+_PREFIX = re.compile(r"^(/[a-z](?=/)|n\d{8}[-_ ]+|\d{1,5}[._ -]+(?=\D))")
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+def readable(label: str) -> str:
+    """Cleans a label of a dataset, or the name of a class's folder, for prompts and tables.
+
+    Drops the prefixes that datasets sort by (`/a/abbey`, `001.Laysan_Albatross`,
+    `n02085620-chihuahua`), turns underscores and slashes into spaces, and splits and lowers what is
+    `WrittenLikeThis`. Labels with spaces of their own keep their capitals, since they are names.
+
+    Args:
+        label: Such as `"AnnualCrop"`.
+
+    Returns:
+        Such as `"annual crop"`; the label itself if nothing would be left.
+    """
+    text = _PREFIX.sub("", label.strip())
+    if not re.search(r"\s", text):
+        text = _HUMP.sub(" ", text).lower()
+    return " ".join(re.sub(r"[_/]+", " ", text).split()) or label

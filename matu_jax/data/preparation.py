@@ -1,0 +1,374 @@
+"""Writing the cache that `matu_jax.data.prepared` reads: each image is decoded and resized once.
+
+The work is done in `<name>-<key>.partial`, a chunk at a time. After each chunk everything is
+flushed to the disk before its number is noted, so that a preparation that was killed goes on there,
+and ends with the same bytes. The metadata is written last, and the whole folder renamed into place.
+
+Splits are made disjoint by the hash of the resized pixels. The official test split stays as it is
+(its duplicates are counted); what occurs in it, or earlier in the training split, is left out of
+the training split, and counted.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy
+
+from matu_jax.data import Transform, folders, prepared, tfds
+from matu_jax.data.datasets import DATASETS, Dataset, Source, check_names
+from matu_jax.data.prepared import FORMAT, PARTS
+
+__all__ = ["TEST_FRACTION", "open_source", "prepare"]
+
+TEST_FRACTION = 0.2
+"""Of a dataset without an official test split, what is tested on."""
+SEED = 0
+"""What the order of training images, and test splits that are not official, are drawn from."""
+CHUNK = 256
+"""Images between two flushes to the disk."""
+_REPORTED = 20
+"""Unreadable images that are collected before a preparation gives up."""
+
+
+def open_source(
+    dataset: Dataset,
+    *,
+    image_folders: str | os.PathLike[str] = "",
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Source:
+    """Opens the examples of a dataset: its image folder if there is one, else TFDS.
+
+    Raises:
+        ValueError: If they are neither there nor can be downloaded; the message says what to do.
+    """
+    folder = prepared.image_folder(dataset.name, image_folders, cache_dir)
+    if folder is None:
+        return tfds.source(dataset)
+    if not folder.is_dir():
+        layout = "train/<class>/<image> and test/<class>/<image>" if dataset.test else "<class>/*"
+        raise ValueError(
+            f"dataset {dataset.name!r}: found no {folder}; get it from {dataset.url} and lay it "
+            f"out there as {layout}"
+        )
+    return folders.source(dataset, folder)
+
+
+def prepare(
+    name: str,
+    *,
+    transform: Transform,
+    cache_dir: str | os.PathLike[str] | None = None,
+    image_folders: str | os.PathLike[str] = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict:
+    """Prepares a dataset, unless it is, going on where an earlier call was stopped.
+
+    Args:
+        name: A key of `DATASETS`.
+        transform: As the model demands.
+        cache_dir: See `prepared.load`.
+        image_folders: The `folders` of `prepared.load`.
+        progress: Called with the number of images done and of all, after each chunk.
+
+    Returns:
+        The metadata.
+
+    Raises:
+        ValueError: If the dataset cannot be had, images cannot be read (all are listed, up to 20),
+            the disk is too small, or another process prepares it at this moment.
+    """
+    check_names([name])
+    dataset = DATASETS[name]
+    final = prepared.location(name, transform=transform, cache_dir=cache_dir, folders=image_folders)
+    images = prepared.image_folder(name, image_folders, cache_dir)
+    with _lock(final, name):
+        if final.is_dir() and not _unusable(name, final, images):
+            return prepared.check(name, final)
+        source = open_source(dataset, image_folders=image_folders, cache_dir=cache_dir)
+        if len(set(source.class_names)) < len(source.class_names):
+            twice = [n for n in source.class_names if source.class_names.count(n) > 1]
+            raise ValueError(f"dataset {name!r}: two classes are called {twice[0]!r}")
+        partial = final.with_name(final.name + ".partial")
+        places = _places(source)
+        _write(dataset, source, places, transform, partial, progress)
+        metadata = _finish(dataset, source, places, transform, partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(final.parent)
+    return metadata
+
+
+@contextmanager
+def _lock(final: Path, name: str) -> Iterator[None]:
+    """Keeps other processes from preparing the same dataset."""
+    file = final.with_name(final.name + ".lock")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("w")
+    except OSError as error:
+        raise ValueError(
+            f"dataset {name!r}: {file.parent} cannot be written ({error.strerror}); set "
+            "MATU_JAX_CACHE to a directory that can"
+        ) from None
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"dataset {name!r}: another process is preparing it; wait for that one"
+            ) from None
+        yield
+
+
+def _unusable(name: str, final: Path, images: Path | None) -> bool:
+    try:
+        return prepared.outdated(name, final, images) or not prepared.check(name, final)
+    except ValueError:
+        return True  # Damaged; it is written anew.
+
+
+class _Places(NamedTuple):
+    """Where the examples of a source go: `part[i]` (0 train, 1 test) and the row there."""
+
+    part: np.ndarray
+    row: np.ndarray
+    counts: tuple[int, int]
+
+
+def _places(source: Source) -> _Places:
+    """Shuffles the training images; the last of all are the test split if there is none."""
+    count = len(source.train)
+    # By hashes, which are the same in every version of every library.
+    keys = [hashlib.sha256(f"{SEED}/{index}".encode()).digest() for index in range(count)]
+    rank = np.empty(count, np.int64)
+    rank[sorted(range(count), key=keys.__getitem__)] = np.arange(count)
+    if source.test is not None:
+        tested = len(source.test)
+        part = np.repeat(np.arange(2), (count, tested))
+        return _Places(part, np.concatenate([rank, np.arange(tested)]), (count, tested))
+    tested = max(1, round(TEST_FRACTION * count))
+    trained = count - tested
+    part = (rank >= trained).astype(np.int64)
+    return _Places(part, rank - trained * part, (trained, tested))
+
+
+def _write(
+    dataset: Dataset,
+    source: Source,
+    places: _Places,
+    transform: Transform,
+    partial: Path,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Fills the partial folder, from where it was left."""
+    total, size = len(places.part), transform.size
+    plan = {
+        "format": FORMAT,
+        "version": source.version,
+        "transform": dataclasses.asdict(transform),
+        "examples": places.counts,
+        "class_names": source.class_names,
+    }
+    noted = partial / "progress.json"
+    state = {"plan": json.loads(json.dumps(plan)), "done": 0}
+    try:
+        found = json.loads(noted.read_text())
+        if found["plan"] == state["plan"]:
+            state = found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # Nothing that could be gone on with.
+    mode = "r+" if state["done"] else "w+"
+    if not state["done"]:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    progress(state["done"], total)
+    if state["done"] == total:
+        return
+    needed, free = (total - state["done"]) * size * size * 3, shutil.disk_usage(partial).free
+    if needed > free:
+        raise ValueError(
+            f"dataset {dataset.name!r}: {needed / 1e9:.1f} GB are needed in {partial}, and "
+            f"{free / 1e9:.1f} are free; set MATU_JAX_CACHE to a larger disk"
+        )
+    arrays = [_open_arrays(partial, part, mode, places.counts, size) for part in (0, 1)]
+
+    def example(index: int) -> tuple[np.ndarray, int, bytes] | ValueError:
+        trained = len(source.train)
+        try:
+            image, label, name = (
+                source.train[index]
+                if source.test is None or index < trained
+                else source.test[index - trained]
+            )
+        except ValueError as error:
+            return error
+        try:
+            if not 0 <= label < dataset.num_classes:
+                raise ValueError(f"its label is {label}, expected 0 to {dataset.num_classes - 1}")
+            pixels = np.ascontiguousarray(folders.apply(image, transform))
+        except ValueError as error:
+            return ValueError(f"{name}: {error}")
+        return pixels, label, hashlib.sha256(pixels).digest()
+
+    errors: list[str] = []
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        for start in range(state["done"], total, CHUNK):
+            indices = range(start, min(start + CHUNK, total))
+            for index, result in zip(indices, threads.map(example, indices), strict=True):
+                if isinstance(result, ValueError):
+                    errors.append(str(result))
+                    continue
+                images, labels, hashes = arrays[places.part[index]]
+                row = places.row[index]
+                images[row], labels[row] = result[:2]
+                hashes[row] = np.frombuffer(result[2], np.uint8)
+            if len(errors) >= _REPORTED:
+                break
+            if not errors:
+                for array in (*arrays[0], *arrays[1]):
+                    array.flush()
+                state["done"] = indices.stop
+                _write_json(noted, state)
+            progress(indices.stop, total)
+    if errors:
+        raise ValueError(
+            f"dataset {dataset.name!r}: {len(errors)}{'+' * (len(errors) >= _REPORTED)} images "
+            "cannot be used:\n  " + "\n  ".join(errors)
+        )
+
+
+def _open_arrays(partial: Path, part: int, mode, counts, size: int) -> tuple[np.memmap, ...]:
+    """Images, and labels and hashes by rows, of one split."""
+    count, name = counts[part], PARTS[part]
+    return tuple(
+        npy.open_memmap(partial / file, mode, dtype, (count, *shape))
+        for file, dtype, shape in (
+            (f"{name}_images.npy", np.uint8, (size, size, 3)),
+            (f"{name}_all_labels.npy", np.int32, ()),
+            (f"{name}_all_hashes.npy", np.uint8, (32,)),
+        )
+    )
+
+
+def _finish(
+    dataset: Dataset, source: Source, places: _Places, transform: Transform, partial: Path
+) -> dict:
+    """Makes the splits disjoint and describes them.
+
+    May be killed anywhere and called again: the labels and hashes that it decides by are never
+    changed, and an image is only ever copied from rows that are kept to rows that are not.
+    """
+    labels, hashes = (
+        [np.load(partial / f"{part}_all_{what}.npy") for part in PARTS]
+        for what in ("labels", "hashes")
+    )
+    keys = [[row.tobytes() for row in part] for part in hashes]
+    tested, seen = set(keys[1]), set()
+    keep = np.zeros(len(keys[0]), bool)
+    in_test = 0
+    for row in places.row[places.part == 0]:  # in the source's order
+        key = keys[0][row]
+        in_test += key in tested
+        keep[row] = key not in tested and key not in seen
+        seen.add(key)
+    kept = int(keep.sum())
+    if kept < 2:
+        raise ValueError(
+            f"dataset {dataset.name!r}: {kept} of {len(keep)} training images are left without "
+            "those that also occur in the test split, or twice; expected 2 at least"
+        )
+    gaps, movers = np.flatnonzero(~keep[:kept]), kept + np.flatnonzero(keep[kept:])
+    file = partial / "train_images.npy"
+    images = npy.open_memmap(file, "r+")
+    if len(images) == len(keep):
+        for gap, mover in zip(gaps, movers, strict=True):
+            images[gap] = images[mover]
+        images.flush()
+    del images
+    for array in (labels[0], hashes[0]):
+        array[gaps] = array[movers]
+    _shorten(file, kept)
+    rows = (kept, len(keys[1]))
+    splits = {}
+    for part, count, label, digest in zip(PARTS, rows, labels, hashes, strict=True):
+        label = label[:count]
+        np.save(partial / f"{part}_labels.npy", label)
+        content = np.concatenate([digest[:count], label.astype("<i4")[:, None].view(np.uint8)], 1)
+        splits[part] = {
+            "examples": count,
+            "bytes": {
+                what: (partial / f"{part}_{what}.npy").stat().st_size
+                for what in ("images", "labels")
+            },
+            "labels_sha256": hashlib.sha256(label.tobytes()).hexdigest(),
+            "sha256": hashlib.sha256(content.tobytes()).hexdigest(),
+        }
+        for what in ("images", "labels"):
+            _sync(partial / f"{part}_{what}.npy")
+    metadata = {
+        "name": dataset.name,
+        "format": FORMAT,
+        "version": source.version,
+        "origin": source.origin,
+        "test_split": "official"
+        if source.test is not None
+        else f"seeded, no official test split ({TEST_FRACTION:g} of all images, seed {SEED})",
+        "transform": dataclasses.asdict(transform),
+        "class_names": list(source.class_names),
+        "published": {"train": len(source.train), "test": len(source.test or ())},
+        "left_out": {"train_in_test": in_test, "train_twice": len(keep) - kept - in_test},
+        "test_twice": len(keys[1]) - len(tested),
+        "notes": list(source.notes),
+        "splits": splits,
+        "sha256": hashlib.sha256("".join(splits[p]["sha256"] for p in PARTS).encode()).hexdigest(),
+    }
+    metadata["checksum"] = prepared.checksum(metadata)
+    _write_json(partial / "metadata.json", metadata)
+    for file in (*partial.glob("*_all_*.npy"), partial / "progress.json"):
+        file.unlink()
+    _sync(partial)
+    return metadata
+
+
+def _shorten(file: Path, rows: int) -> None:
+    """Cuts an .npy file to its first rows, in place."""
+    with file.open("r+b") as stream:
+        npy.read_magic(stream)
+        shape, _, dtype = npy.read_array_header_1_0(stream)
+        start = stream.tell()
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, *shape[1:])}
+        stream.seek(0)
+        npy.write_array_header_1_0(stream, header)
+        if stream.tell() != start:  # NumPy leaves room for any number of rows.
+            raise RuntimeError(f"{file}: the header of {rows} rows has another length")
+        stream.flush()
+        stream.truncate(start + int(np.prod(shape[1:])) * rows * dtype.itemsize)
+
+
+def _write_json(file: Path, content: dict) -> None:
+    """Writes a file whole or not at all."""
+    new = file.with_name(file.name + ".new")
+    with new.open("w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(file)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,225 @@
+"""The cache of real datasets: images that were resized once, read through memory maps.
+
+`matu_jax.data.preparation` writes one folder per dataset and transform:
+
+    <cache>/prepared/<name>-<key>/
+        train_images.npy    uint8 [examples, size, size, 3]
+        train_labels.npy    int32 [examples]
+        test_images.npy, test_labels.npy
+        metadata.json       counts, sizes, hashes, class names, where it all came from
+
+The key is a hash of the dataset's name, its version in TFDS (or that it is a folder), the transform
+and the version of this format. Training images lie in a fixed, shuffled order, so that training and
+validation are two slices of one file: `load` copies no image.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from matu_jax.data import Split, Task, Transform
+from matu_jax.data.datasets import DATASETS, check_names, resolve
+
+__all__ = ["check", "image_folder", "load", "location", "missing", "outdated", "resolve"]
+
+FORMAT = 1
+"""Of the cache; part of the key, to be raised by any change to what is written."""
+PARTS = ("train", "test")
+
+
+def image_folder(
+    name: str, folders: str | os.PathLike[str] = "", cache_dir: str | os.PathLike[str] | None = None
+) -> Path | None:
+    """Returns the image folder that a dataset is read from; None if it is read from TFDS.
+
+    Args:
+        name: A key of `DATASETS`.
+        folders: Where the image folders are; "" = `$MATU_JAX_FOLDERS`, or `folders` in the cache.
+        cache_dir: See `load`.
+    """
+    root = folders or os.environ.get("MATU_JAX_FOLDERS") or _cache(cache_dir) / "folders"
+    folder = Path(root) / name
+    return folder if folder.is_dir() or not DATASETS[name].tfds else None
+
+
+def location(
+    name: str,
+    *,
+    transform: Transform,
+    cache_dir: str | os.PathLike[str] | None = None,
+    folders: str | os.PathLike[str] = "",
+) -> Path:
+    """Returns where a dataset lies once it is prepared."""
+    version = "folder" if image_folder(name, folders, cache_dir) else DATASETS[name].tfds
+    parts = [FORMAT, name, version, dataclasses.astuple(transform)]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return _cache(cache_dir) / "prepared" / f"{name}-{key}"
+
+
+def missing(
+    names: Sequence[str],
+    *,
+    transform: Transform,
+    cache_dir: str | os.PathLike[str] | None = None,
+    folders: str | os.PathLike[str] = "",
+) -> list[str]:
+    """Returns the datasets that must be prepared before they can be loaded.
+
+    Takes milliseconds; image folders are listed, to see whether they changed, which takes about a
+    second for 100 000 images. A dataset whose folder was removed after its preparation is there.
+
+    Raises:
+        ValueError: If a name is unknown or given twice.
+    """
+    check_names(names)
+    absent = []
+    for name in names:
+        folder = location(name, transform=transform, cache_dir=cache_dir, folders=folders)
+        if not folder.is_dir() or outdated(name, folder, image_folder(name, folders, cache_dir)):
+            absent.append(name)
+    return absent
+
+
+def outdated(name: str, folder: Path, images: Path | None) -> bool:
+    """Whether an image folder is no longer what a prepared dataset was made from."""
+    if images is None or not images.is_dir():
+        return False
+    from matu_jax.data.folders import list_folder  # here, since it loads Pillow
+
+    return list_folder(images).digest != check(name, folder)["version"]
+
+
+def load(
+    names: Sequence[str],
+    *,
+    transform: Transform,
+    cache_dir: str | os.PathLike[str] | None = None,
+    folders: str | os.PathLike[str] = "",
+    validation_fraction: float = 0.1,
+) -> tuple[Task, ...]:
+    """Opens prepared datasets.
+
+    The last `validation_fraction` of the training images are the validation split; their order was
+    shuffled once and for all when the dataset was prepared, so that every run with the same
+    fraction validates on the same images.
+
+    Args:
+        names: Keys of `matu_jax.data.datasets.DATASETS`, each at most once.
+        transform: As the model demands.
+        cache_dir: By default the environment's `MATU_JAX_CACHE`, else `~/.cache/matu_jax`.
+        folders: Where image folders are; "" = `$MATU_JAX_FOLDERS`, or `folders` in the cache.
+        validation_fraction: Of the training images, more than 0 and less than 1; one image at
+            least.
+
+    Returns:
+        The tasks, in the order of `names`; their images are read-only memory maps. `fingerprint` is
+        the hash of all images and labels that was taken when they were prepared.
+
+    Raises:
+        ValueError: If a name is unknown or given twice, datasets are not prepared (all of them are
+            listed), or a file is missing or damaged.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"names must be several names, such as [{names!r}], got the one string")
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
+    absent = missing(names, transform=transform, cache_dir=cache_dir, folders=folders)
+    if absent:
+        raise ValueError(
+            f"{len(absent)} of {len(names)} datasets are not prepared for {transform}, or their "
+            f"image folder has changed since: {', '.join(absent)}; run "
+            "python -m matu_jax.prepare --config FILE"
+        )
+    tasks = []
+    for name in names:
+        folder = location(name, transform=transform, cache_dir=cache_dir, folders=folders)
+        metadata = check(name, folder)
+        images, labels = _arrays(folder, "train")
+        held_out = max(1, round(validation_fraction * len(labels)))
+        if held_out == len(labels):
+            raise ValueError(
+                f"dataset {name!r}: no training image is left of {len(labels)} if "
+                f"validation_fraction is {validation_fraction}; lower it"
+            )
+        tasks.append(
+            Task(
+                name=name,
+                label_space=name,
+                domain=name,
+                class_names=tuple(metadata["class_names"]),
+                train=Split(images[:-held_out], labels[:-held_out]),
+                validation=Split(images[-held_out:], labels[-held_out:]),
+                test=Split(*_arrays(folder, "test")),
+                templates=DATASETS[name].templates,
+                fingerprint=metadata["sha256"],
+            )
+        )
+    return tuple(tasks)
+
+
+def check(name: str, folder: Path) -> dict:
+    """Checks a prepared dataset without reading its images, and returns its metadata.
+
+    Checked are the metadata's own hash, every file's size and header, and the labels' hash.
+
+    Raises:
+        ValueError: If a file is missing or damaged.
+    """
+    remedy = f"remove {folder} and prepare it again"
+    file = folder / "metadata.json"
+    try:
+        metadata = json.loads(file.read_text())
+        intact = metadata["checksum"] == checksum(metadata)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"dataset {name!r}: {file} cannot be read ({error}); {remedy}") from None
+    if not intact:
+        raise ValueError(f"dataset {name!r}: {file} was changed; {remedy}")
+    for part in PARTS:
+        expected = metadata["splits"][part]
+        for what, size in expected["bytes"].items():
+            file = folder / f"{part}_{what}.npy"
+            found = file.stat().st_size if file.is_file() else "no file"
+            if found != size:
+                raise ValueError(
+                    f"dataset {name!r}: {file}: found {found}, expected {size} bytes; {remedy}"
+                )
+        try:
+            images, labels = _arrays(folder, part)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"dataset {name!r}: {folder}/{part}_*.npy cannot be read ({error}); {remedy}"
+            ) from None
+        size = metadata["transform"]["size"]
+        shape = (expected["examples"], size, size, 3)
+        if images.dtype != np.uint8 or images.shape != shape:
+            raise ValueError(
+                f"dataset {name!r}: {folder}/{part}_images.npy: found {images.dtype} "
+                f"{list(images.shape)}, expected uint8 {list(shape)}; {remedy}"
+            )
+        if hashlib.sha256(labels.tobytes()).hexdigest() != expected["labels_sha256"]:
+            raise ValueError(
+                f"dataset {name!r}: {folder}/{part}_labels.npy: its hash is another than in "
+                f"metadata.json; {remedy}"
+            )
+    return metadata
+
+
+def checksum(metadata: dict) -> str:
+    """SHA-256 of all of a dataset's metadata but the field `checksum`."""
+    rest = {key: value for key, value in metadata.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _cache(cache_dir: str | os.PathLike[str] | None) -> Path:
+    return Path(cache_dir or os.environ.get("MATU_JAX_CACHE") or Path.home() / ".cache/matu_jax")
+
+
+def _arrays(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """The images, memory-mapped, and the labels of a split."""
+    images = np.load(folder / f"{part}_images.npy", mmap_mode="r", allow_pickle=False)
+    return images, np.load(folder / f"{part}_labels.npy", allow_pickle=False)

@@ -1,0 +1,126 @@
+"""The real architectures, as numbers: what a checkpoint must have, and what images it takes.
+
+Importing this file loads neither JAX nor Flax, so that data preparation can read it.
+"""
+
+from dataclasses import dataclass
+
+from matu_jax.data import Transform
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The shape of a stack of pre-norm transformer blocks; sizes in features.
+
+    Attributes:
+      width: of the residual stream.
+      depth: number of blocks.
+      heads: attention heads of `width / heads` features each.
+      mlp_width: of the hidden layer of each MLP.
+      activation: of the MLPs: "quick_gelu", "gelu" (exact) or "gelu_pytorch_tanh".
+      epsilon: added to the variance in every layer norm.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    activation: str = "quick_gelu"
+    epsilon: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A vision tower, its text tower if it has one, and the images it takes.
+
+    Attributes:
+      name: the key in `ARCHITECTURES`.
+      family: "clip" (Radford et al. 2021, arXiv 2103.00020) or "vit" (Dosovitskiy et al. 2021,
+        arXiv 2010.11929).
+      hub_name: a checkpoint on the Hugging Face hub.
+      image_size: height and width in pixels.
+      patch_size: height and width of a patch in pixels.
+      vision: shape of the image tower.
+      text: shape of the text tower; None where there is none.
+      projection: features of the space that images and texts share; None = features are the vision
+        tower's own.
+      image_mean: of the pixels, from 0 to 1, per channel.
+      image_std: of the pixels, per channel.
+      transform: how an image file becomes such an image.
+      vocabulary: number of text tokens.
+      context: tokens of a text, padding included.
+      end_token: the token whose feature stands for the text; 2 (in checkpoints older than the
+        field's correction) = the highest token of a text.
+    """
+
+    name: str
+    family: str
+    hub_name: str
+    image_size: int
+    patch_size: int
+    vision: TowerShape
+    text: TowerShape | None
+    projection: int | None
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    transform: Transform
+    vocabulary: int = 0
+    context: int = 0
+    end_token: int = 2
+
+    @property
+    def features(self) -> int:
+        """Number of features that an image yields."""
+        return self.projection or self.vision.width
+
+
+def _clip(name: str, hub_name: str, patch_size: int, vision: TowerShape, text: TowerShape):
+    return Architecture(
+        name=name,
+        family="clip",
+        hub_name=hub_name,
+        image_size=224,
+        patch_size=patch_size,
+        vision=vision,
+        text=text,
+        projection=text.width,
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+        transform=Transform(224, "shortest_side", "bicubic"),
+        vocabulary=49408,
+        context=77,
+    )
+
+
+_BASE, _TEXT = TowerShape(768, 12, 12, 3072), TowerShape(512, 12, 8, 2048)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        _clip("clip_vit_b32", "openai/clip-vit-base-patch32", 32, _BASE, _TEXT),
+        _clip("clip_vit_b16", "openai/clip-vit-base-patch16", 16, _BASE, _TEXT),
+        _clip(
+            "clip_vit_l14",
+            "openai/clip-vit-large-patch14",
+            14,
+            TowerShape(1024, 24, 16, 4096),
+            TowerShape(768, 12, 12, 3072),
+        ),
+        Architecture(
+            name="vit_b16",
+            family="vit",
+            hub_name="google/vit-base-patch16-224",
+            image_size=224,
+            patch_size=16,
+            vision=TowerShape(768, 12, 12, 3072, "gelu", 1e-12),
+            text=None,
+            projection=None,
+            image_mean=(0.5, 0.5, 0.5),
+            image_std=(0.5, 0.5, 0.5),
+            transform=Transform(224, "squash", "bilinear"),
+        ),
+    )
+}

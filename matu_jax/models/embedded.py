@@ -1,0 +1,119 @@
+"""The backbone of the embedded benchmark: its checkpoint, its shape and its label vectors."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+
+from matu_jax.config import ModelConfig
+from matu_jax.data import Task
+from matu_jax.models.backbone import (
+    Backbone,
+    adapters,
+    build_backbone,
+    computing,
+    parameter_shapes,
+)
+from matu_jax.models.vit import VisionTransformer, ViTShape
+from matu_jax.trees import PyTree, leaf_items
+
+CHECKPOINT = Path(__file__).parent / "embedded.safetensors"
+
+
+def load(
+    config: ModelConfig, frozen_tasks: Sequence[Task], *, seed: int
+) -> tuple[Backbone, list[np.ndarray]]:
+    """Makes the small vision transformer and the frozen heads of tasks.
+
+    Args:
+      config: checkpoint ("embedded", "random" or a file) and adapters.
+      frozen_tasks: tasks whose heads are frozen; they share the label vectors.
+      seed: what adapters, and a "random" backbone with its label vectors, are drawn from.
+
+    Returns:
+      The backbone, and float32 `[classes, features]` for each of `frozen_tasks`.
+
+    Raises:
+      ValueError: for a checkpoint that cannot be read or lacks a tensor, or a task with more
+        classes than there are label vectors.
+    """
+    if config.checkpoint == "random":
+        shape, tensors = ViTShape(), None
+        square = np.random.default_rng(seed).normal(size=(shape.width, shape.width))
+        label_vectors = np.linalg.qr(square)[0].astype(np.float32)
+    else:
+        shape, tensors = _read(config.checkpoint)
+        label_vectors = tensors.pop("label_vectors")
+    for task in frozen_tasks:
+        if task.num_classes > len(label_vectors):
+            raise ValueError(
+                f"config.model.head: task {task.name!r} has {task.num_classes} classes and the "
+                f"checkpoint only {len(label_vectors)} label vectors. Use config.model.head = "
+                f"'trained', or config.model.task_heads = (({task.name!r}, 'trained'),)."
+            )
+
+    lora, how = adapters(config), computing(config)
+
+    def module(rngs: nnx.Rngs) -> VisionTransformer:
+        return VisionTransformer(shape, lora, computing=how, rngs=rngs)
+
+    values = None
+    if tensors is not None:
+        values = _fill(parameter_shapes(module), tensors, config.checkpoint)
+    backbone = build_backbone(
+        module,
+        shape.width,
+        (shape.image_size, shape.image_size, shape.channels),
+        lora=lora is not None,
+        dtype=how.dtype,
+        seed=seed,
+        values=values,
+    )
+    return backbone, [label_vectors[: task.num_classes] for task in frozen_tasks]
+
+
+def _read(checkpoint: str) -> tuple[ViTShape, dict[str, np.ndarray]]:
+    path = CHECKPOINT if checkpoint == "embedded" else Path(checkpoint)
+    hint = (
+        "With config.model.architecture = 'embedded', give 'embedded', 'random', or a file that "
+        "experiments/pretrain_backbone.py wrote; for a Hugging Face checkpoint set "
+        "config.model.architecture too, for instance to 'clip_vit_b32'."
+    )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"config.model.checkpoint: {path} cannot be read as safetensors ({error}). {hint}"
+        ) from None
+    if "shape" not in metadata or "label_vectors" not in tensors:
+        raise ValueError(
+            f"config.model.checkpoint: {path} has no model shape or no label vectors. {hint}"
+        )
+    return ViTShape(**json.loads(metadata["shape"])), tensors
+
+
+def _fill(shapes: PyTree, tensors: dict[str, np.ndarray], source: str) -> PyTree:
+    """Puts the tensor of its path in the place of every shape."""
+    wrong, tensors = [], dict(tensors)
+    items = [(path, leaf, tensors.pop(path, None)) for path, leaf in leaf_items(shapes)]
+    for path, leaf, tensor in items:
+        if tensor is None or tensor.shape != leaf.shape:
+            found = "none" if tensor is None else str(tensor.shape)
+            wrong.append(f"  {path}: found {found}, expected {leaf.shape}")
+    if wrong:
+        raise ValueError(
+            f"config.model.checkpoint {source}: tensors missing or of another shape\n"
+            + "\n".join(wrong)
+        )
+    if tensors:
+        raise ValueError(
+            f"config.model.checkpoint {source}: unknown tensors {', '.join(sorted(tensors))}. It "
+            "was written for another model."
+        )
+    return jax.tree.unflatten(jax.tree.structure(shapes), [tensor for _, _, tensor in items])

@@ -1,0 +1,186 @@
+"""Fine-tuned parameters as the ecosystem keeps them: PEFT adapters and merged checkpoints.
+
+PEFT (Mangrulkar et al. 2022) keeps lora_A as (rank, in) and lora_B as (out, rank), and adds
+lora_alpha / r times their product, which is what `transformer.Linear` computes.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from matu_jax.config import ModelConfig
+from matu_jax.models import huggingface
+from matu_jax.models.architectures import Architecture
+from matu_jax.models.tensor_names import CLIP_PROJECTIONS, to_huggingface
+from matu_jax.trees import PyTree
+
+# PEFT names the modules as transformers 5 has them in memory, which for plain vision transformers
+# is not what checkpoint files call them.
+_VIT_MODULES = {
+    "query": "attention.q_proj",
+    "key": "attention.k_proj",
+    "value": "attention.v_proj",
+    "out": "attention.o_proj",
+    "mlp_in": "mlp.fc1",
+    "mlp_out": "mlp.fc2",
+}
+_MODULES = {
+    "clip": ("vision_model.encoder.layers", CLIP_PROJECTIONS, "CLIPVisionModelWithProjection"),
+    "vit": ("vit.layers", _VIT_MODULES, "ViTForImageClassification"),
+}
+
+
+def write_adapter(
+    folder: Path, adapters: PyTree, config: ModelConfig, architecture: Architecture
+) -> str:
+    """Writes a folder that `peft.PeftModel.from_pretrained` loads.
+
+    Args:
+      folder: where adapter_config.json and adapter_model.safetensors go.
+      adapters: `{"blocks": {projection: {"lora_a": [depth, in, rank], "lora_b": [depth, rank,
+        out]}}}`.
+      config: rank, alpha, targets and dropout.
+      architecture: the base model's.
+
+    Returns:
+      The name of the transformers class that the adapter fits.
+
+    Raises:
+      ValueError: if every lora_b is zero, so that the adapter would change nothing.
+    """
+    prefix, names, model_class = _MODULES[architecture.family]
+    tensors = {}
+    for projection, pair in adapters["blocks"].items():
+        for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+            for layer, matrix in enumerate(np.asarray(pair[ours], np.float32)):
+                name = f"{prefix}.{layer}.{names[projection]}.{theirs}.weight"
+                tensors[f"base_model.model.{name}"] = matrix.T.copy(order="C")
+    if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
+        raise ValueError(
+            "every lora_B is zero: the adapter would change nothing. The run has not trained it."
+        )
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    targets = "|".join(re.escape(names[projection]) for projection in adapters["blocks"])
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": config.checkpoint,
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": rf"{re.escape(prefix)}\.\d+\.({targets})",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "task_type": None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return model_class
+
+
+def merged_tower(params: PyTree, frozen: PyTree, config: ModelConfig) -> PyTree:
+    """The image tower with its adapters added into the kernels, float32, blocks stacked.
+
+    Args:
+      params: what was trained, without heads: adapters, or the whole tower.
+      frozen: the rest of the tower; not used where everything was trained.
+      config: rank and alpha.
+    """
+    if config.trainable == "full":
+        return params
+    tower = {**frozen, "blocks": dict(frozen["blocks"])}
+    for projection, pair in params["blocks"].items():
+        a, b = (np.asarray(pair[name], np.float64) for name in ("lora_a", "lora_b"))
+        layer = tower["blocks"][projection]
+        kernel = np.asarray(layer["kernel"], np.float64)
+        kernel = kernel + config.lora_alpha / config.lora_rank * (a @ b)
+        tower["blocks"][projection] = {**layer, "kernel": kernel.astype(np.float32)}
+    return tower
+
+
+def write_merged(
+    folder: Path,
+    tower: PyTree,
+    architecture: Architecture,
+    source: Path | None,
+    *,
+    class_names: Sequence[str],
+    head: dict[str, np.ndarray],
+) -> str:
+    """Writes a checkpoint that transformers' `from_pretrained` loads.
+
+    Args:
+      folder: where config.json and model.safetensors go, and the tokenizer's and preprocessor's
+        files of the source.
+      tower: the image tower's parameters, adapters merged.
+      architecture: the tower's.
+      source: the checkpoint that was fine-tuned, whose other tensors are kept (CLIP's text tower);
+        None = the image tower alone is written.
+      class_names: of the head.
+      head: "weight" `[classes, features]`, and "bias" `[classes]` of a trained one. A plain vision
+        transformer takes it as its classifier.
+
+    Returns:
+      The name of the transformers class to load it with.
+    """
+    kind = "clip_vision" if architecture.family == "clip" else "vit"
+    tensors = to_huggingface(tower, kind)
+    model_class = _MODULES[architecture.family][2]
+    config = _config_json(architecture) if source is None else None
+    if source is not None:
+        config = huggingface.read_json(source / "config.json")
+        for name in ("preprocessor_config.json", *huggingface.TOKENIZER_FILES):
+            if (source / name).is_file():
+                shutil.copy(source / name, folder / name)
+    assert config is not None
+    if kind == "vit":
+        bias = head.get("bias", np.zeros(len(class_names), np.float32))
+        tensors |= {"classifier.weight": head["weight"], "classifier.bias": bias}
+        config["architectures"] = [model_class]
+        config["id2label"] = {str(i): name for i, name in enumerate(class_names)}
+        config["label2id"] = {name: i for i, name in enumerate(class_names)}
+    elif source is not None:
+        files = huggingface.tensor_files(source)
+        others = [name for name in files if name not in tensors and "position_ids" not in name]
+        kept = huggingface.read_tensors(files, others)
+        tensors = {files[name][1] if name in files else name: x for name, x in tensors.items()}
+        tensors |= {files[name][1]: tensor for name, tensor in kept.items()}
+        if architecture.projection is None:
+            model_class = "CLIPVisionModel"
+        elif "vision_config" in config:
+            # Where CLIPVisionModelWithProjection looks for it; some checkpoints leave it out there.
+            config["vision_config"]["projection_dim"] = architecture.projection
+    save_file(
+        {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()},
+        folder / huggingface.WEIGHTS,
+        {"format": "pt"},
+    )
+    config.pop("torch_dtype", None)
+    config["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return model_class
+
+
+def _config_json(architecture: Architecture) -> dict[str, Any]:
+    """config.json of an image tower alone."""
+    shape = dataclasses.asdict(architecture.vision)
+    model_class = _MODULES[architecture.family][2]
+    return {
+        "architectures": [model_class],
+        "model_type": "clip_vision_model" if architecture.family == "clip" else "vit",
+        "hidden_size": shape["width"],
+        "num_hidden_layers": shape["depth"],
+        "num_attention_heads": shape["heads"],
+        "intermediate_size": shape["mlp_width"],
+        "hidden_act": shape["activation"],
+        "layer_norm_eps": shape["epsilon"],
+        "image_size": architecture.image_size,
+        "patch_size": architecture.patch_size,
+        **({"projection_dim": architecture.projection} if architecture.projection else {}),
+    }

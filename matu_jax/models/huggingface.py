@@ -1,0 +1,246 @@
+"""Hugging Face checkpoints: finding the folder, its tensors, and its tokenizer.
+
+Nothing here needs torch. huggingface_hub and transformers are imported where they are used, so that
+experiments with local folders, or without prompts, do without them.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from matu_jax.config import did_you_mean
+from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.models.tensor_names import full_names
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+WANTED_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    *TOKENIZER_FILES,
+    WEIGHTS,
+    INDEX,
+    "model-*.safetensors",
+)
+PROBE_SECONDS = 1.0
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@\S+)?")
+
+
+def checkpoint_folder(checkpoint: str, architecture: str) -> Path:
+    """The local folder of a checkpoint, downloaded if it has to be and can be.
+
+    Args:
+      checkpoint: a local folder, or a hub name such as "openai/clip-vit-base-patch32", with
+        "@revision" behind it for another revision than the main one. The cache is looked into
+        first; without a network the answer comes within about a second.
+      architecture: the name of what it is wanted for, so that errors can suggest a checkpoint.
+
+    Returns:
+      A folder with config.json and model.safetensors, or its shards and their index.
+
+    Raises:
+      ValueError: for an unknown architecture; if there is no such folder, it lacks files, or the
+        hub cannot be reached or refuses.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"config.model.architecture: found {architecture!r}, no such architecture."
+            + did_you_mean(architecture, ["embedded", *ARCHITECTURES])
+        )
+    where = f"config.model.checkpoint {checkpoint!r}"
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return _complete(folder, where)
+    looks_local = checkpoint.startswith((".", "/", "~")) or folder.exists()
+    if looks_local or checkpoint == "embedded" or not _HUB_NAME.fullmatch(checkpoint):
+        raise ValueError(
+            f"{where}: no such folder. With config.model.architecture = {architecture!r} give "
+            f"a folder with a Hugging Face checkpoint, a hub name such as "
+            f"{ARCHITECTURES[architecture].hub_name!r}, or 'random'; 'embedded' belongs to "
+            "config.model.architecture = 'embedded'."
+        )
+
+    import huggingface_hub
+
+    repository, _, revision = checkpoint.partition("@")
+    options: dict[str, Any] = {"revision": revision or None, "allow_patterns": list(WANTED_FILES)}
+    try:
+        cached = huggingface_hub.snapshot_download(repository, local_files_only=True, **options)
+        if not _missing_files(Path(cached)):
+            return Path(cached)
+    except OSError:
+        pass  # not in the cache: the ordinary case, which the download below answers
+    obstacle = _obstacle(huggingface_hub)
+    if not obstacle:
+        try:
+            fetched = huggingface_hub.snapshot_download(repository, **options)
+            return _complete(Path(fetched), where)
+        except OSError as error:
+            obstacle = f"the hub refuses or breaks off: {error}"
+    raise ValueError(
+        f"{where}: is not in the local cache, and cannot be downloaded: {obstacle}\n"
+        f"Download it where there is a network, and give the folder:\n"
+        f"  hf download {checkpoint.replace('@', ' --revision ')} --local-dir FOLDER\n"
+        f"  --config.model.checkpoint=FOLDER\n"
+        f"Needed are config.json, {WEIGHTS} (or its shards), preprocessor_config.json and the "
+        f"tokenizer's files ({', '.join(TOKENIZER_FILES)}). HTTPS_PROXY and HF_ENDPOINT are obeyed."
+    )
+
+
+def _obstacle(hub: Any) -> str:
+    """Why the hub cannot be reached; "" if it can."""
+    if hub.constants.HF_HUB_OFFLINE:
+        return "the environment variable HF_HUB_OFFLINE forbids it."
+    endpoint, outcome = hub.constants.ENDPOINT, []
+
+    def ask() -> None:
+        try:
+            hub.utils.get_session().head(endpoint, timeout=PROBE_SECONDS)
+            outcome.append("")
+        except Exception as error:  # whatever the HTTP library raises is said to the user
+            outcome.append(f"{type(error).__name__}: {error}")
+
+    # In a thread, since looking up a host's name obeys no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    answer = outcome[0] if outcome else f"no answer within {PROBE_SECONDS:g} s"
+    return f"{endpoint} cannot be reached ({answer}); is there a network?" if answer else ""
+
+
+def _missing_files(folder: Path) -> list[str]:
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        missing.append(WEIGHTS)
+    return missing
+
+
+def _complete(folder: Path, where: str) -> Path:
+    missing = _missing_files(folder)
+    if missing == [WEIGHTS]:
+        raise ValueError(
+            f"{where}: {folder} holds no {WEIGHTS}, perhaps only the older pytorch_model.bin. "
+            'Convert it where torch is installed:\n  python -c "from transformers import '
+            "AutoModel, AutoTokenizer; AutoModel.from_pretrained('NAME').save_pretrained('FOLDER');"
+            " AutoTokenizer.from_pretrained('NAME').save_pretrained('FOLDER')\"\nand give the "
+            "folder: --config.model.checkpoint=FOLDER. If the hub keeps a conversion under another "
+            "revision, give NAME@REVISION, such as NAME@refs/pr/1."
+        )
+    if missing:
+        raise ValueError(
+            f"{where}: {folder} lacks {', '.join(missing)}. Expected the files of a Hugging Face "
+            "checkpoint, as save_pretrained writes them."
+        )
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      ValueError: if the file cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found {type(value).__name__}, expected a JSON object.")
+    return value
+
+
+def tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Where every tensor of a checkpoint is, sharded or not.
+
+    Returns:
+      The file, and the name there, of each tensor, by its name with the tower's prefix.
+
+    Raises:
+      ValueError: if a file is missing, cut off or not safetensors.
+    """
+    paths = [folder / WEIGHTS]
+    if not paths[0].is_file():
+        index = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
+            raise ValueError(f"{folder / INDEX}: found no weight_map of tensors to files.")
+        paths = [folder / name for name in sorted(set(index.values()))]
+    found: dict[str, Path] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} cannot be read as safetensors ({error}). It is missing, damaged or cut "
+                "off; fetch it again."
+            ) from None
+    return {full: (found[name], name) for full, name in full_names(found).items()}
+
+
+def read_tensors(files: dict[str, tuple[Path, str]], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Reads tensors as float32; names that are not there are left out.
+
+    Args:
+      files: from `tensor_files`.
+      names: which ones.
+
+    Raises:
+      ValueError: for a tensor that is not float32, float16 or bfloat16.
+    """
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        if name in files:
+            by_file.setdefault(files[name][0], []).append(name)
+    tensors = {}
+    for path, members in by_file.items():
+        with safe_open(path, framework="numpy") as file:
+            for name in members:
+                tensor = file.get_tensor(files[name][1])
+                if str(tensor.dtype) not in ("float32", "float16", "bfloat16"):
+                    raise ValueError(
+                        f"{path}: tensor {name} is {tensor.dtype}, expected float32, float16 or "
+                        "bfloat16. Quantised checkpoints are not supported."
+                    )
+                tensors[name] = tensor.astype(np.float32)
+    return tensors
+
+
+def tokenizer(folder: Path, vocabulary: int) -> Any:
+    """The checkpoint's CLIPTokenizer.
+
+    Args:
+      folder: of the checkpoint.
+      vocabulary: number of tokens that the text tower knows.
+
+    Raises:
+      ValueError: if the files are not there. transformers then hands out a tokenizer with a handful
+        of tokens and says nothing, which would make every prompt the same.
+    """
+    from transformers import CLIPTokenizer
+
+    wanted = "tokenizer.json, or vocab.json and merges.txt,"
+    try:
+        found = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: the tokenizer cannot be read ({error}). Put {wanted} of the checkpoint "
+            "into the folder."
+        ) from None
+    if len(found) != vocabulary:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(found)} tokens, the text tower {vocabulary}. Put "
+            f"{wanted} of the checkpoint into the folder."
+        )
+    return found

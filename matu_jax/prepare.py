@@ -1,0 +1,228 @@
+"""Prepares the datasets of an experiment: `python -m matu_jax.prepare --config FILE`.
+
+    --config FILE             an experiment: a Python file with get_config()
+    --config.FIELD=VALUE      changes a field, such as --config.data.tasks=dtd,svhn or
+                              --config.data.folders=/data/images
+    --dry-run                 only tells what would be done, and how large it would be
+
+Every image goes once through the model's transform into the cache ($MATU_JAX_CACHE, or
+~/.cache/matu_jax). A dataset is taken from the image folder <folders>/<name> if there is one
+(config.data.folders, or $MATU_JAX_FOLDERS, or `folders` in the cache), and else from TensorFlow
+Datasets. Folders are laid out as <name>/train/<class>/<image> and <name>/test/<class>/<image>, or,
+for datasets without an official test split, as <name>/<class>/<image>. What is prepared already is
+left alone, unless its image folder has changed; what was interrupted is gone on with.
+
+Exit codes: 0 all datasets are prepared (with --dry-run: are, or can be as far as can be told
+without a download); 2 some are not, or there is a mistake in the command or the config; 130
+interrupted with Ctrl-C.
+"""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from matu_jax.commandline import UserError, read_config
+from matu_jax.config import Config, did_you_mean
+from matu_jax.data import Transform, datasets, preparation, prepared
+from matu_jax.data.datasets import DATASETS
+from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.report import human_bytes
+
+
+@dataclass
+class _Row:
+    """A line of the table at the end."""
+
+    name: str
+    source: str = "?"
+    train: int | None = None
+    test: int | None = None
+    size: int | None = None
+    left_out: str = ""
+    state: str = ""
+    failed: bool = False
+
+
+def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
+    """Prepares the datasets of an experiment, one after the other, and prints a table.
+
+    Args:
+      config: the experiment; its `data` and the transform of its architecture count.
+      console: what to print to.
+      dry_run: whether only to tell what would be done.
+
+    Returns:
+      Whether all datasets are prepared, or seem preparable if `dry_run`.
+
+    Raises:
+      UserError: for an unknown dataset or architecture, or a directory that is not there.
+    """
+    generated = config.data.tasks in ("embedded8", "embedded30") or "/" in config.data.tasks
+    if config.model.architecture == "embedded" or generated:
+        console.print("The embedded benchmark is generated as it is needed; nothing to prepare.")
+        return True
+    if config.model.architecture not in ARCHITECTURES:
+        hint = did_you_mean(config.model.architecture, ARCHITECTURES)
+        raise UserError(
+            f"config.model.architecture: found {config.model.architecture!r}, an unknown one.{hint}"
+        )
+    try:
+        names = datasets.resolve(config.data.tasks)
+    except ValueError as error:
+        raise UserError(f"config.data.tasks: {error}") from None
+    if config.data.source == "synthetic":
+        console.print(
+            "config.data.source is 'synthetic': stand-ins are generated as they are needed; "
+            "nothing to prepare."
+        )
+        return True
+    if config.data.folders and not Path(config.data.folders).is_dir():
+        raise UserError(f"config.data.folders: {config.data.folders}: there is no such directory.")
+    transform = ARCHITECTURES[config.model.architecture].transform
+    console.print(
+        f"Images of {transform.size} pixels ({transform.resize}, {transform.resample}), into "
+        f"{prepared.location(names[0], transform=transform).parent}",
+        markup=False,
+        highlight=False,
+    )
+    rows = []
+    for name in names:
+        row = _Row(name)
+        rows.append(row)
+        try:
+            _one(row, transform, config.data.folders, console, dry_run)
+        except (ValueError, OSError) as error:
+            row.state, row.failed = "not prepared", True
+            console.print(f"{name}: {error}", style="red", markup=False, highlight=False)
+    console.print(_table(rows))
+    failed = [row.name for row in rows if row.failed]
+    if failed:
+        console.print(
+            f"{len(failed)} of {len(rows)} datasets cannot be prepared: {', '.join(failed)}; the "
+            "reasons stand above. Mend them, and the same command goes on.",
+            markup=False,
+            highlight=False,
+        )
+    return not failed
+
+
+def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_run: bool) -> None:
+    """Prepares one dataset where that is needed, and fills its row."""
+    images = prepared.image_folder(row.name, folders)
+    row.source = f"folder {images}" if images else f"TFDS {DATASETS[row.name].tfds}"
+    target = prepared.location(row.name, transform=transform, folders=folders)
+    anew = ""
+    if target.is_dir():
+        try:
+            if not prepared.outdated(row.name, target, images):
+                _fill(row, prepared.check(row.name, target), "prepared")
+                return
+            anew = "anew, since the image folder has changed"
+        except ValueError as error:
+            anew = "anew, since it is damaged"
+            console.print(str(error), markup=False, highlight=False)
+    if dry_run:
+        row.state = f"would be prepared {anew}".strip()
+        if images is None:
+            row.state += ", after a download if it is not there"
+            return
+        source = preparation.open_source(DATASETS[row.name], image_folders=folders)
+        count = len(source.train) + len(source.test or ())
+        row.size = count * transform.size**2 * 3
+        fifth = max(1, round(preparation.TEST_FRACTION * count))
+        row.test = fifth if source.test is None else len(source.test)
+        row.train = count - row.test
+        return
+    if images is None:
+        console.print(f"{row.name}: looks for {row.source}", markup=False, highlight=False)
+    _fill(row, _run(row.name, transform, folders, console), f"prepared {anew or 'now'}")
+
+
+def _run(name: str, transform: Transform, folders: str, console: Console) -> dict:
+    """Prepares a dataset behind a progress bar."""
+    image_bytes = transform.size**2 * 3
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        job = bar.add_task(name, total=None, rate="")
+
+        def progress(done: int, total: int) -> None:
+            speed = bar.tasks[0].speed
+            rate = f"{speed:.0f} images/s, " if speed else ""
+            rate += f"{human_bytes(done * image_bytes)} of {human_bytes(total * image_bytes)}"
+            bar.update(job, completed=done, total=total, rate=rate)
+
+        return preparation.prepare(
+            name, transform=transform, image_folders=folders, progress=progress
+        )
+
+
+def _fill(row: _Row, metadata: dict, state: str) -> None:
+    splits, left_out = metadata["splits"], metadata["left_out"]
+    row.source = metadata["origin"]
+    row.train, row.test = splits["train"]["examples"], splits["test"]["examples"]
+    row.size = sum(size for split in splits.values() for size in split["bytes"].values())
+    row.left_out = f"{left_out['train_in_test']} + {left_out['train_twice']}"
+    notes = [state, *metadata["notes"]]
+    if metadata["test_split"] != "official":
+        notes.append(f"test: {metadata['test_split']}")
+    if metadata["test_twice"]:
+        notes.append(f"{metadata['test_twice']} images are in test more than once")
+    row.state = "; ".join(notes)
+
+
+def _table(rows: Sequence[_Row]) -> Table:
+    table = Table(
+        caption="left out of train: images that are in test + images that are twice in train",
+        caption_justify="left",
+    )
+    table.add_column("dataset", no_wrap=True)
+    table.add_column("source", overflow="fold")
+    for column in ("train", "test", "size", "left out"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("state")
+    for row in rows:
+        train, test = ("?" if n is None else f"{n:,}" for n in (row.train, row.test))
+        size = "?" if row.size is None else human_bytes(row.size)
+        cells = (row.name, row.source, train, test, size, row.left_out, row.state)
+        table.add_row(*(Text(cell) for cell in cells), style="red" if row.failed else "")
+    sizes = [row.size for row in rows if row.size is not None]
+    if len(rows) > 1 and sizes:
+        table.add_section()
+        table.add_row("all", "", "", "", human_bytes(sum(sizes)), "", "", style="bold")
+    return table
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; returns the exit code."""
+    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    # An image too large to be decoded safely is an error, and no warning before it.
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    try:
+        config, _, options = read_config(argv, __doc__ or "", flags=["dry-run"])
+        return 0 if prepare(config, console, dry_run="dry-run" in options) else 2
+    except UserError as error:
+        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("Interrupted. The same command goes on.", markup=False)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

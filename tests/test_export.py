@@ -1,0 +1,294 @@
+"""What leaves a run is loaded by torch, transformers and PEFT, and computes what we compute."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_clip
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from matu_jax import export, models, rounds, train
+from matu_jax.config import default, freeze
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def tiny_architectures(monkeypatch):
+    tiny_clip.register(monkeypatch)
+
+
+def config_of(architecture, checkpoint, **model):
+    config = default()
+    config.rounds = 2
+    config.data.tasks = "mnist,svhn,dtd"
+    config.data.source = "synthetic"
+    config.data.clients = 3
+    config.data.examples_per_slot = 8
+    config.model.architecture = architecture
+    config.model.checkpoint = str(checkpoint)
+    config.model.logit_scale = 0.0
+    config.model.lora_rank = 2
+    for name, value in model.items():
+        config.model[name] = value
+    config.local.steps = 2
+    config.local.batch_examples = 4
+    config.local.learning_rate = 0.01
+    config.evaluation.max_examples = 8
+    config.evaluation.every_rounds = 2
+    return freeze(config)
+
+
+def run(workdir, config):
+    train.prepare_workdir(workdir, config)
+    train.train(config, "tiny", workdir, QUIET)
+    return workdir
+
+
+def our_logits(workdir, exported, images):
+    """From the exported vector, through the package's own model."""
+    config = exported.config
+    federation = rounds.federate(config)
+    model = models.build(config.model, federation.tasks, seed=config.seed)
+    number = [task.name for task in federation.tasks].index(exported.task.name)
+    params = exported.params
+    if "trained" in model.frozen:
+        head = exported.head
+        width = model.base["head"]["bias"].shape[0] - len(head["weight"])
+        if "bias" not in head:
+            head = {"weight": np.zeros_like(head["weight"]), "bias": np.zeros(len(head["weight"]))}
+        kernel = np.pad(head["weight"], ((0, width), (0, 0))).T
+        bias = np.pad(head["bias"], (0, width)).astype(np.float32)
+        params = {"shared": params, "head": {"kernel": kernel, "bias": bias}}
+    params = jax.tree.map(jnp.asarray, params)
+    logits = model.logits(params, model.frozen, images, jnp.int32(number))
+    return np.asarray(logits)[:, : exported.task.num_classes]
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def classified(folder, embeds):
+    """Zero-shot logits from image embeddings and the exported head, as the card says."""
+    head = load_file(folder / "head.safetensors")
+    features = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+    return head["logit_scale"] * features @ head["weight"].T
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    tiny_clip.save(tiny_clip.clip_model(), folder)
+    tiny_clip.write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip_run(tmp_path_factory, clip_folder):
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_clip.register(patch)
+        targets = ("query", "value", "out", "mlp_in", "mlp_out")
+        config = config_of("tiny_clip", clip_folder, lora_targets=targets)
+        yield run(tmp_path_factory.mktemp("run"), config)
+
+
+def load(model_class, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model_class.from_pretrained(folder).eval()
+
+
+def embeds_of(model, images, architecture=tiny_clip.TINY_CLIP):
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model(tiny_clip.pixel_values(images, architecture)).image_embeds.numpy()
+
+
+def test_a_peft_adapter_gives_our_logits(tmp_path, clip_run, clip_folder):
+    images, out = tiny_clip.images(), tmp_path / "out"
+    exported = export.read_run(clip_run, "svhn")
+    export.write(exported, "peft", out)
+    base = load(transformers.CLIPVisionModelWithProjection, clip_folder)
+    before = classified(out, embeds_of(base, images))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(base, out).eval()
+    b = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert len(b) == 5 * tiny_clip.TINY_CLIP.vision.depth
+    assert all(bool(p.abs().max() > 0) for p in b)
+    expected = our_logits(clip_run, exported, images)
+    close(classified(out, embeds_of(adapted, images)), expected)
+    with pytest.raises(AssertionError):
+        close(before, expected)
+
+
+def test_a_merged_clip_checkpoint_gives_our_logits_and_keeps_the_text_tower(
+    tmp_path, clip_run, clip_folder
+):
+    images, out = tiny_clip.images(), tmp_path / "out"
+    exported = export.read_run(clip_run, "dtd")
+    export.write(exported, "merged", out)
+    model = load(transformers.CLIPVisionModelWithProjection, out)
+    close(classified(out, embeds_of(model, images)), our_logits(clip_run, exported, images))
+    whole, source = load(transformers.CLIPModel, out), load(transformers.CLIPModel, clip_folder)
+    for name, parameter in source.text_model.named_parameters():
+        assert torch.equal(dict(whole.text_model.named_parameters())[name], parameter), name
+    assert torch.equal(whole.logit_scale, source.logit_scale)
+    assert (out / "vocab.json").read_bytes() == (clip_folder / "vocab.json").read_bytes()
+
+
+def test_a_run_on_a_random_tower_and_of_all_parameters_leaves_too(tmp_path):
+    config = config_of("tiny_clip", "random", trainable="full")
+    workdir, out = run(tmp_path / "run", config), tmp_path / "out"
+    exported = export.read_run(workdir, "mnist")
+    export.write(exported, "merged", out)
+    images = tiny_clip.images()
+    model = load(transformers.CLIPVisionModelWithProjection, out)
+    close(classified(out, embeds_of(model, images)), our_logits(workdir, exported, images))
+    with pytest.raises(export.UserError, match="there is no adapter"):
+        export.write(exported, "peft", tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["merged", "peft"])
+def test_a_plain_vision_transformer_leaves_with_its_trained_head(tmp_path, kind):
+    folder = tmp_path / "vit"
+    sizes = tiny_clip.vision_sizes(hidden_act="gelu", layer_norm_eps=1e-12)
+    torch_model = tiny_clip.randomised(
+        transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=7))
+    )
+    tiny_clip.save(torch_model, folder)
+    config = config_of("tiny_vit", folder, head="trained")
+    workdir, out = run(tmp_path / "run", config), tmp_path / "out"
+    exported = export.read_run(workdir, "svhn")
+    export.write(exported, kind, out)
+    images = tiny_clip.images()
+    pixels = tiny_clip.pixel_values(images, tiny_clip.TINY_VIT)
+    expected = our_logits(workdir, exported, images)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind == "merged":
+            model = load(transformers.ViTForImageClassification, out)
+            close(model(pixels).logits.numpy(), expected)
+            assert list(model.config.id2label.values()) == list(exported.task.class_names)
+        else:
+            base = load(transformers.ViTForImageClassification, folder)
+            adapted = peft.PeftModel.from_pretrained(base, out).eval()
+            b = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+            assert b
+            assert all(bool(p.abs().max() > 0) for p in b)
+            states = adapted(pixels, output_hidden_states=True).hidden_states[-1]
+            features = adapted.base_model.model.vit.layernorm(states)[:, 0].numpy()
+            head = load_file(out / "head.safetensors")
+            close(features @ head["weight"].T + head["bias"], expected)
+
+
+def test_the_raw_task_vector_is_tuned_minus_base(tmp_path, clip_run):
+    exported, out = export.read_run(clip_run, "svhn"), tmp_path / "out"
+    export.write(exported, "safetensors", out)
+    vector = load_file(out / "task_vector.safetensors")
+    config = exported.config
+    federation = rounds.federate(config)
+    base = models.build(config.model, federation.tasks, seed=config.seed).base
+    assert sorted(vector) == sorted(
+        f"blocks/{target}/{name}"
+        for target in config.model.lora_targets
+        for name in ("lora_a", "lora_b")
+    )
+    for target, pair in base["blocks"].items():
+        for name, leaf in pair.items():
+            found = np.asarray(leaf) + vector[f"blocks/{target}/{name}"]
+            np.testing.assert_array_equal(found, exported.params["blocks"][target][name])
+
+
+def test_the_card_says_how_it_was_made(tmp_path, clip_run, clip_folder):
+    exported, out = export.read_run(clip_run, "svhn", client=None), tmp_path / "out"
+    export.write(exported, "peft", out)
+    card = (out / "README.md").read_text()
+    summary = json.loads((clip_run / "summary.json").read_text())
+    accuracy = summary["accuracy"]["per_slot"]
+    holders = [
+        (client, accuracy[i])
+        for i, (client, task) in enumerate(
+            zip(summary["slots"]["client"], summary["slots"]["task"], strict=True)
+        )
+        if task == 1
+    ]
+    assert (exported.client, exported.accuracy) in holders
+    for words in ("library_name: peft", "matu", "2 of 2", "LoRA of rank 2", str(clip_folder)):
+        assert words in card
+    assert json.loads(card.split("```json\n")[1].split("```")[0])["rounds"] == 2
+
+
+def test_every_holder_can_be_asked_for(clip_run):
+    config = export.read_run(clip_run, "svhn").config
+    slots = rounds.federate(config).slots
+    holders = slots.client[slots.task == 1].tolist()
+    assert len(holders) == 2
+    first, second = (export.read_run(clip_run, "svhn", client) for client in holders)
+    assert [first.client, second.client] == holders
+    (other,) = set(range(3)) - set(holders)
+    with pytest.raises(export.UserError, match=f"--client {other}: does not hold"):
+        export.read_run(clip_run, "svhn", other)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task": "svnh"}, "svhn"),
+        ({"workdir": "nowhere"}, "config.json cannot be read"),
+        ({"out": "taken"}, "is there already"),
+        ({"client": "9"}, "does not hold"),
+    ],
+)
+def test_mistakes_are_one_message(tmp_path, clip_run, capsys, change, words):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    given = {"workdir": str(clip_run), "task": "svhn", "out": "new", **change}
+    if change.get("workdir"):
+        given["workdir"] = str(tmp_path / "nowhere")
+    given["out"] = str(tmp_path / given["out"])
+    argv = [word for name, value in given.items() for word in (f"--{name}", value)]
+    assert export.main(["export", *argv]) == 2
+    error = capsys.readouterr().err
+    assert words in " ".join(error.split())
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob(".export-*"))
+
+
+def test_the_program_says_what_it_wrote(tmp_path, clip_run, capsys):
+    argv = ["--workdir", str(clip_run), "--task", "svhn", "--out", str(tmp_path / "new")]
+    assert export.main(["export", *argv, "--format", "merged"]) == 0
+    assert "after round 2, as merged" in " ".join(capsys.readouterr().out.split())
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "README.md",
+        "config.json",
+        "head.safetensors",
+        "merges.txt",
+        "model.safetensors",
+        "vocab.json",
+    ]
+
+
+def test_the_embedded_model_leaves_as_a_task_vector_only(tmp_path):
+    config = default()
+    config.rounds = 1
+    config.data.tasks = "hue/grating,hue/plaid"
+    config.data.clients = 1
+    config.data.examples_per_slot = 8
+    config.local.steps = 1
+    config.evaluation.max_examples = 4
+    workdir = run(tmp_path / "run", freeze(config))
+    exported = export.read_run(workdir, "hue/plaid")
+    with pytest.raises(export.UserError, match="--format safetensors"):
+        export.write(exported, "merged", tmp_path / "merged")
+    export.write(exported, "safetensors", tmp_path / "out")
+    assert (tmp_path / "out" / "task_vector.safetensors").is_file()
