@@ -63,7 +63,8 @@ class ModelConfig:
       checkpoint: "embedded" (the backbone that comes with the package), "random", or, for
         architecture "embedded", the path of a safetensors file that
         experiments/pretrain_backbone.py wrote; for the others a Hugging Face hub name, such as
-        "openai/clip-vit-base-patch32", or a local folder with the same files.
+        "openai/clip-vit-base-patch32" (with "@revision" for another than the main one), or a local
+        folder with the same files.
       trainable: "lora" (adapters over a frozen backbone) or "full" (every parameter of the image
         tower).
       lora_rank: rank of the adapters.

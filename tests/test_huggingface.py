@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -245,7 +246,7 @@ def test_prompts_that_cannot_be_made(folder):
     assert "no templates" in refusal(folder, [tiny_clip.task(templates=())])
     assert "no {}" in refusal(folder, [tiny_clip.task(templates=("a photo",))])
     long = tiny_clip.task(classes=("cat", "dog", "x y " * 20))
-    assert "tokens, but the text tower takes 24" in refusal(folder, [long])
+    assert "tokens, but the text tower takes 48" in refusal(folder, [long])
 
 
 def test_images_of_another_size_are_refused_before_training(folder):
@@ -317,6 +318,45 @@ def test_with_a_network_only_the_needed_files_are_fetched(monkeypatch, tmp_path,
     assert "model.safetensors" in patterns
     assert not any(pattern.endswith(".bin") for pattern in patterns)
     assert "refuses or breaks off: 404" in refusal("someone/gone")
+
+
+def test_an_older_checkpoint_is_taken_from_the_hubs_own_conversion(
+    monkeypatch, tmp_path, whole, caplog
+):
+    hub, asked = unreachable(monkeypatch, tmp_path), []
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_text("{}")
+
+    def proposal(number, title, author):
+        return SimpleNamespace(num=number, title=title, author=author)
+
+    title = "Adding `safetensors` variant of this model"
+    proposals = [
+        proposal(3, title, "somebody"),
+        proposal(4, "Update README", "SFconvertbot"),
+        proposal(5, title, "SFconvertbot"),
+    ]
+
+    class Hub:
+        def get_repo_discussions(self, repository, **_):
+            return iter(proposals)
+
+    def download(repository, *, revision, local_files_only=False, **_):
+        if local_files_only:
+            raise FileNotFoundError(repository)
+        asked.append(revision)
+        return str(whole if revision else old)
+
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface, "_obstacle", lambda hub: "")
+    assert huggingface.checkpoint_folder("some/model", "tiny_clip") == whole
+    assert asked == [None, "refs/pr/5"]
+    assert "some/model@refs/pr/5 is taken" in caplog.text
+    proposals.pop()
+    with pytest.raises(ValueError, match="holds no model"):
+        huggingface.checkpoint_folder("some/model", "tiny_clip")
 
 
 def test_tables_cover_full_size_towers():

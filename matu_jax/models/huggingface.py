@@ -5,6 +5,7 @@ experiments with local folders, or without prompts, do without them.
 """
 
 import json
+import logging
 import re
 import threading
 from collections.abc import Iterable
@@ -35,6 +36,7 @@ WANTED_FILES = (
     "model-*.safetensors",
 )
 PROBE_SECONDS = 1.0
+_CONVERTER, _CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@\S+)?")
 
 
@@ -75,18 +77,30 @@ def checkpoint_folder(checkpoint: str, architecture: str) -> Path:
     import huggingface_hub
 
     repository, _, revision = checkpoint.partition("@")
-    options: dict[str, Any] = {"revision": revision or None, "allow_patterns": list(WANTED_FILES)}
-    try:
-        cached = huggingface_hub.snapshot_download(repository, local_files_only=True, **options)
-        if not _missing_files(Path(cached)):
-            return Path(cached)
-    except OSError:
-        pass  # not in the cache: the ordinary case, which the download below answers
+
+    def snapshot(revision: str | None, **options: Any) -> Path:
+        patterns = list(WANTED_FILES)
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=patterns, **options
+            )
+        )
+
+    for known in [revision or None] if revision else [None, *_cached_conversions(repository)]:
+        try:
+            cached = snapshot(known, local_files_only=True)
+        except OSError:
+            continue  # not in the cache: the ordinary case, which the download below answers
+        if not _missing_files(cached):
+            return cached
     obstacle = _obstacle(huggingface_hub)
     if not obstacle:
         try:
-            fetched = huggingface_hub.snapshot_download(repository, **options)
-            return _complete(Path(fetched), where)
+            fetched = snapshot(revision or None)
+            if not revision and _missing_files(fetched) == [WEIGHTS]:
+                converted = _conversion(huggingface_hub, repository)
+                fetched = snapshot(converted) if converted else fetched
+            return _complete(fetched, where)
         except OSError as error:
             obstacle = f"the hub refuses or breaks off: {error}"
     raise ValueError(
@@ -97,6 +111,37 @@ def checkpoint_folder(checkpoint: str, architecture: str) -> Path:
         f"Needed are config.json, {WEIGHTS} (or its shards), preprocessor_config.json and the "
         f"tokenizer's files ({', '.join(TOKENIZER_FILES)}). HTTPS_PROXY and HF_ENDPOINT are obeyed."
     )
+
+
+def _conversion(hub: Any, repository: str) -> str | None:
+    """The revision with the hub's own safetensors conversion of an older checkpoint, if any.
+
+    The hub's conversion service proposes it as a pull request, which some repositories, OpenAI's
+    CLIP ViT-B/32 among them, have never merged. transformers looks for it by the same title.
+    """
+    proposals = hub.HfApi().get_repo_discussions(
+        repository, author=_CONVERTER, discussion_type="pull_request"
+    )
+    for proposal in proposals:
+        if proposal.title == _CONVERSION and proposal.author == _CONVERTER:
+            revision = f"refs/pr/{proposal.num}"
+            logging.getLogger(__name__).warning(
+                "%s has no %s; its conversion %s@%s is taken.",
+                repository,
+                WEIGHTS,
+                repository,
+                revision,
+            )
+            return revision
+    return None
+
+
+def _cached_conversions(repository: str) -> list[str]:
+    """Pull requests of which the cache holds a snapshot."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / ("models--" + repository.replace("/", "--"))
+    return [f"refs/pr/{path.name}" for path in sorted((folder / "refs" / "refs" / "pr").glob("*"))]
 
 
 def _obstacle(hub: Any) -> str:
