@@ -13,8 +13,8 @@ task's training images are divided among its holders by Dirichlet(0.5) over them
 Zero-shot heads from class names are frozen; adapters of rank 16 train.
 
 Hardware: one accelerator with 22 GiB of free memory at bfloat16 and 20 of the 60 slots at a
-time, as the program predicts; it has not been run on one yet, so neither time nor accuracy is known.
-Learning rate, steps and rounds are first guesses, not tuned.
+time, as the program predicts; it has not been run on one yet, so neither time nor accuracy is
+known. Learning rate, steps and rounds are first guesses, not tuned.
 
 Published for openai/clip-vit-base-patch32 fine-tuned in full on all data of each task (mean test
 accuracy over the eight, %): zero-shot 48.0, fine-tuned per task 90.5, weight averaging 65.8, task

@@ -90,7 +90,7 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
     transform = ARCHITECTURES[config.model.architecture].transform
     console.print(
         f"Images of {transform.size} pixels ({transform.resize}, {transform.resample}), into "
-        f"{prepared.location(names[0], transform=transform).parent}",
+        f"{prepared.location(names[0], transform=transform).parent}.",
         markup=False,
         highlight=False,
     )
@@ -102,7 +102,8 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
             _one(row, transform, config.data.folders, console, dry_run)
         except (ValueError, OSError) as error:
             row.state, row.failed = "not prepared", True
-            console.print(f"{name}: {error}", style="red", markup=False, highlight=False)
+            where = "" if repr(name) in str(error) else f"dataset {name!r}: "
+            console.print(f"{where}{error}", style="red", markup=False, highlight=False)
     console.print(_table(rows))
     failed = [row.name for row in rows if row.failed]
     if failed:
@@ -118,7 +119,7 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
 def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_run: bool) -> None:
     """Prepares one dataset where that is needed, and fills its row."""
     images = prepared.image_folder(row.name, folders)
-    row.source = f"folder {images}" if images else f"TFDS {DATASETS[row.name].tfds}"
+    row.source = "folder" if images else f"TFDS {DATASETS[row.name].tfds}"
     target = prepared.location(row.name, transform=transform, folders=folders)
     anew = ""
     if target.is_dir():
@@ -131,9 +132,9 @@ def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_ru
             anew = "anew, since it is damaged"
             console.print(str(error), markup=False, highlight=False)
     if dry_run:
-        row.state = f"would be prepared {anew}".strip()
+        row.state = f"to be prepared {anew}".strip()
         if images is None:
-            row.state += ", after a download if it is not there"
+            row.state += ", downloaded if need be"
             return
         source = preparation.open_source(DATASETS[row.name], image_folders=folders)
         count = len(source.train) + len(source.test or ())
@@ -142,9 +143,8 @@ def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_ru
         row.test = fifth if source.test is None else len(source.test)
         row.train = count - row.test
         return
-    if images is None:
-        console.print(f"{row.name}: looks for {row.source}", markup=False, highlight=False)
     _fill(row, _run(row.name, transform, folders, console), f"prepared {anew or 'now'}")
+    console.print(f"{row.name}: {row.train:,} images for train, {row.test:,} for test")
 
 
 def _run(name: str, transform: Transform, folders: str, console: Console) -> dict:
@@ -157,8 +157,11 @@ def _run(name: str, transform: Transform, folders: str, console: Console) -> dic
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as bar:
-        job = bar.add_task(name, total=None, rate="")
+        # Until the number of images is known, a download may be going on.
+        job = bar.add_task(name, total=None, rate="opening")
 
         def progress(done: int, total: int) -> None:
             speed = bar.tasks[0].speed
@@ -173,7 +176,6 @@ def _run(name: str, transform: Transform, folders: str, console: Console) -> dic
 
 def _fill(row: _Row, metadata: dict, state: str) -> None:
     splits, left_out = metadata["splits"], metadata["left_out"]
-    row.source = metadata["origin"]
     row.train, row.test = splits["train"]["examples"], splits["test"]["examples"]
     row.size = sum(size for split in splits.values() for size in split["bytes"].values())
     row.left_out = f"{left_out['train_in_test']} + {left_out['train_twice']}"
@@ -190,8 +192,8 @@ def _table(rows: Sequence[_Row]) -> Table:
         caption="left out of train: images that are in test + images that are twice in train",
         caption_justify="left",
     )
-    table.add_column("dataset", no_wrap=True)
-    table.add_column("source", overflow="fold")
+    for column in ("dataset", "source"):
+        table.add_column(column, overflow="fold")
     for column in ("train", "test", "size", "left out"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("state")

@@ -82,31 +82,34 @@ _STL10 = (
     "truck",
 )
 
-# One line per initial; the labels are in alphabetical order.
-_CIFAR100 = tuple(
-    name.replace("_", " ")
-    for name in (
-        "apple aquarium_fish "
-        "baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly "
-        "camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab "
-        "crocodile cup "
-        "dinosaur dolphin "
-        "elephant "
-        "flatfish forest fox "
-        "girl "
-        "hamster house "
-        "kangaroo keyboard "
-        "lamp lawn_mower leopard lion lizard lobster "
-        "man maple_tree motorcycle mountain mouse mushroom "
-        "oak_tree orange orchid otter "
-        "palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum "
-        "rabbit raccoon ray road rocket rose "
-        "sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower "
-        "sweet_pepper "
-        "table tank telephone television tiger tractor train trout tulip turtle "
-        "wardrobe whale willow_tree wolf woman worm"
-    ).split()
+# fmt: off
+_CIFAR100 = (
+    "apple", "aquarium fish",
+    "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy",
+    "bridge", "bus", "butterfly",
+    "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock", "cloud",
+    "cockroach", "couch", "crab",
+    "crocodile", "cup",
+    "dinosaur", "dolphin",
+    "elephant",
+    "flatfish", "forest", "fox",
+    "girl",
+    "hamster", "house",
+    "kangaroo", "keyboard",
+    "lamp", "lawn mower", "leopard", "lion", "lizard", "lobster",
+    "man", "maple tree", "motorcycle", "mountain", "mouse", "mushroom",
+    "oak tree", "orange", "orchid", "otter",
+    "palm tree", "pear", "pickup truck", "pine tree", "plain", "plate", "poppy", "porcupine",
+    "possum",
+    "rabbit", "raccoon", "ray", "road", "rocket", "rose",
+    "sea", "seal", "shark", "shrew", "skunk", "skyscraper", "snail", "snake", "spider",
+    "squirrel", "streetcar", "sunflower",
+    "sweet pepper",
+    "table", "tank", "telephone", "television", "tiger", "tractor", "train", "trout", "tulip",
+    "turtle",
+    "wardrobe", "whale", "willow tree", "wolf", "woman", "worm",
 )
+# fmt: on
 
 # The balanced split merges the lower-case letters that look like their capitals.
 _EMNIST = (
@@ -193,7 +196,7 @@ CLASS_NAMES: dict[str, tuple[str, ...]] = {
         "guinea pig",
     ),
 }
-"""Class names by the dataset's name in `matu_jax.data.datasets.DATASETS`, in the order of labels."""
+"""In the order of the labels, by the name in `matu_jax.data.datasets.DATASETS`."""
 
 _PREFIX = re.compile(r"^(/[a-z](?=/)|n\d{8}[-_ ]+|\d{1,5}[._ -]+(?=\D))")
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")

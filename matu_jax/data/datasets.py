@@ -173,24 +173,25 @@ DATASETS: dict[str, Dataset] = {
 }
 """All datasets by name."""
 
+# fmt: off
 SETS: dict[str, tuple[str, ...]] = {
-    "vision8": tuple("sun397 cars resisc45 eurosat svhn gtsrb mnist dtd".split()),
+    "vision8": ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd"),
     "tfds30": tuple(row.name for row in _TABLE if row.tfds and not row.manual),
-    "emr30": tuple(
-        (
-            "mnist cifar10 vegetables food101 kvasir_v2 intel_images cars eurosat weather "
-            "cats_vs_dogs mango_leaf_bd beans cifar100 gtsrb svhn stanford_dogs fashion_mnist "
-            "oxford_iiit_pet landscape flowers_recognition stl10 caltech_birds2011 emnist dtd "
-            "resisc45 sun397 kenyan_food13 animal10n garbage fruits360"
-        ).split()
+    "emr30": (
+        "mnist", "cifar10", "vegetables", "food101", "kvasir_v2", "intel_images", "cars",
+        "eurosat", "weather", "cats_vs_dogs", "mango_leaf_bd", "beans", "cifar100", "gtsrb",
+        "svhn", "stanford_dogs", "fashion_mnist", "oxford_iiit_pet", "landscape",
+        "flowers_recognition", "stl10", "caltech_birds2011", "emnist", "dtd", "resisc45",
+        "sun397", "kenyan_food13", "animal10n", "garbage", "fruits360",
     ),
 }
+# fmt: on
 """Named sets of datasets.
 
 - `vision8`: the eight of task arithmetic (Ilharco et al. 2023, arXiv 2212.04089);
 - `tfds30`: the thirty that TFDS downloads by itself;
-- `emr30`: the thirty of EMR-Merging (Huang et al. 2024, arXiv 2405.17461). The paper leaves open
-  which split of EMNIST it takes (here: balanced) and how those without a test split were divided.
+- `emr30`: the thirty of EMR-Merging (Huang et al. 2024, arXiv 2405.17461). Of EMNIST the balanced
+  split is taken; there, and where no test split is published, the paper may have done otherwise.
 """
 
 

@@ -29,9 +29,12 @@ from matu_jax.data.datasets import Dataset, Example, Source
 
 __all__ = ["EXTENSIONS", "Listing", "apply", "decode", "list_folder", "source"]
 
-EXTENSIONS = frozenset(
-    ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
-)
+# fmt: off
+EXTENSIONS = frozenset((
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif",
+    ".tiff", ".webp",
+))
+# fmt: on
 """Of files that are taken for images, in lower case."""
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("val", "valid", "validation"), "validation"
@@ -58,14 +61,17 @@ def decode(content: Path | bytes, name: str) -> Image.Image:
         An image in mode RGB.
 
     Raises:
-        ValueError: If there is no whole image in it, or one of more pixels than Pillow takes for a
-            decompression bomb (179 million).
+        ValueError: If there is no whole image in it, or one with more than Pillow's
+            `MAX_IMAGE_PIXELS` (89 million), which may be made to fill the memory.
     """
     try:
         data = content if isinstance(content, bytes) else content.read_bytes()
         if not data:
             raise ValueError("the file is empty")
         with Image.open(io.BytesIO(data)) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and image.width * image.height > limit:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {limit}")
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError:
@@ -91,7 +97,9 @@ def decode(content: Path | bytes, name: str) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its pixels go from {values.min()} to {values.max()}, beyond 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, expected 8 or 16 bits")
     if image.has_transparency_data:

@@ -216,10 +216,10 @@ def _write(
         try:
             if not 0 <= label < dataset.num_classes:
                 raise ValueError(f"its label is {label}, expected 0 to {dataset.num_classes - 1}")
-            pixels = np.ascontiguousarray(folders.apply(image, transform))
+            pixels = folders.apply(image, transform)
         except ValueError as error:
             return ValueError(f"{name}: {error}")
-        return pixels, label, hashlib.sha256(pixels).digest()
+        return pixels, label, hashlib.sha256(pixels.tobytes()).digest()
 
     errors: list[str] = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
