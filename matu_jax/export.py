@@ -184,6 +184,11 @@ def write(exported: Exported, kind: str, out: Path) -> None:
             "--format peft: the run trained every parameter, so there is no adapter. Use --format "
             "merged."
         )
+    if kind == "peft" and model.checkpoint == "random":
+        raise UserError(
+            "--format peft: the run's image tower was drawn at random, so nobody has the base model "
+            "that the adapter belongs to. Use --format merged."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already. Give a new folder.")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """What leaves a run is loaded by torch, transformers and PEFT, and computes what we compute."""
 
+import dataclasses
 import json
 import warnings
 
@@ -156,6 +157,10 @@ def test_a_run_on_a_random_tower_and_of_all_parameters_leaves_too(tmp_path):
     close(classified(out, embeds_of(model, images)), our_logits(workdir, exported, images))
     with pytest.raises(export.UserError, match="there is no adapter"):
         export.write(exported, "peft", tmp_path / "other")
+    lora = dataclasses.replace(config.model, trainable="lora")
+    drawn = dataclasses.replace(exported, config=dataclasses.replace(config, model=lora))
+    with pytest.raises(export.UserError, match="drawn at random"):
+        export.write(drawn, "peft", tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["merged", "peft"])

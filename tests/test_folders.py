@@ -95,7 +95,7 @@ def test_version_follows_the_listing(tmp_path):
 
 def test_names_of_classes(tmp_path):
     tree(tmp_path / "n", *(f"{i}/1.png" for i in range(11)))
-    words = tuple("red,tree frog,c,d,e,f,g,h,i,j,k".split(","))
+    words = ("red", "tree frog", *"cdefghijk")
     numbered = folders.source(toys(11, words, ""), tmp_path / "n")
     assert numbered.class_names == words
     assert [name.split("/")[-2] for name, _ in labelled(numbered.train)] == list(
@@ -105,7 +105,7 @@ def test_names_of_classes(tmp_path):
     tree(tmp_path / "w", *(f"{word.replace(' ', '_')}/1.png" for word in words))
     assert folders.source(toys(11, words, ""), tmp_path / "w").class_names == tuple(sorted(words))
     (tmp_path / "n/10").rename(tmp_path / "n/12")
-    with pytest.raises(ValueError, match="found class folders 0 to 12 .*expected 0 to 10"):
+    with pytest.raises(ValueError, match=r"found class folders 0 to 12 .*expected 0 to 10"):
         folders.source(toys(11, words, ""), tmp_path / "n")
 
 
@@ -247,7 +247,7 @@ def test_unreadable_images_are_told(tmp_path, content, message):
 def test_a_somewhat_large_image_is_refused_too(tmp_path, monkeypatch):
     noise(40, 40).save(tmp_path / "l.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # twice this is an error of Pillow's
-    with pytest.raises(ValueError, match="it cannot be read: .*decompression bomb"):
+    with pytest.raises(ValueError, match=r"it cannot be read: .*decompression bomb"):
         folders.decode(tmp_path / "l.png", "it")
 
 

@@ -257,17 +257,13 @@ def load(
                 folder = None  # one warning is enough
         _check_disjoint(domain, pool)
         pools[domain] = pool
+
+    def split(spec: TaskSpec, part: str) -> Split:
+        pool = pools[spec.domain]
+        return Split(pool[f"{part}/images"], pool[f"{part}/{spec.label_space}"])
+
     return tuple(
-        Task(
-            *spec,
-            *(
-                Split(
-                    pools[spec.domain][f"{part}/images"],
-                    pools[spec.domain][f"{part}/{spec.label_space}"],
-                )
-                for part in counts
-            ),
-        )
+        Task(*spec, split(spec, "train"), split(spec, "validation"), split(spec, "test"))
         for spec in specs
     )
 

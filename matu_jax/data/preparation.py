@@ -93,6 +93,7 @@ def prepare(
     images = prepared.image_folder(name, image_folders, cache_dir)
     with _lock(final, name):
         if final.is_dir() and not _unusable(name, final, images):
+            _tidy(final)
             return prepared.check(name, final)
         source = open_source(dataset, image_folders=image_folders, cache_dir=cache_dir)
         if len(set(source.class_names)) < len(source.class_names):
@@ -106,6 +107,7 @@ def prepare(
             shutil.rmtree(final)
         partial.rename(final)
         _sync(final.parent)
+        _tidy(final)
     return metadata
 
 
@@ -196,12 +198,16 @@ def _write(
     if state["done"] == total:
         return
     needed, free = (total - state["done"]) * size * size * 3, shutil.disk_usage(partial).free
+    full = ValueError(
+        f"dataset {dataset.name!r}: {needed / 1e9:.1f} GB are needed in {partial}, and "
+        f"{free / 1e9:.1f} are free; set MATU_JAX_CACHE to a larger disk"
+    )
     if needed > free:
-        raise ValueError(
-            f"dataset {dataset.name!r}: {needed / 1e9:.1f} GB are needed in {partial}, and "
-            f"{free / 1e9:.1f} are free; set MATU_JAX_CACHE to a larger disk"
-        )
-    arrays = [_open_arrays(partial, part, mode, places.counts, size) for part in (0, 1)]
+        raise full
+    try:
+        arrays = [_open_arrays(partial, part, mode, places.counts, size) for part in (0, 1)]
+    except OSError as error:
+        raise full from error
 
     def example(index: int) -> tuple[np.ndarray, int, bytes] | ValueError:
         trained = len(source.train)
@@ -250,15 +256,19 @@ def _write(
 
 def _open_arrays(partial: Path, part: int, mode, counts, size: int) -> tuple[np.memmap, ...]:
     """Images, and labels and hashes by rows, of one split."""
-    count, name = counts[part], PARTS[part]
-    return tuple(
-        npy.open_memmap(partial / file, mode, dtype, (count, *shape))
-        for file, dtype, shape in (
-            (f"{name}_images.npy", np.uint8, (size, size, 3)),
-            (f"{name}_all_labels.npy", np.int32, ()),
-            (f"{name}_all_hashes.npy", np.uint8, (32,)),
-        )
-    )
+    arrays = []
+    for what, dtype, shape in (
+        ("images", np.uint8, (size, size, 3)),
+        ("all_labels", np.int32, ()),
+        ("all_hashes", np.uint8, (32,)),
+    ):
+        file = partial / f"{PARTS[part]}_{what}.npy"
+        arrays.append(npy.open_memmap(file, mode, dtype, (counts[part], *shape)))
+        if hasattr(os, "posix_fallocate"):
+            # Writing through a map to a disk that has become full would kill the process.
+            with file.open("r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    return tuple(arrays)
 
 
 def _finish(
@@ -335,10 +345,14 @@ def _finish(
     }
     metadata["checksum"] = prepared.checksum(metadata)
     _write_json(partial / "metadata.json", metadata)
-    for file in (*partial.glob("*_all_*.npy"), partial / "progress.json"):
-        file.unlink()
     _sync(partial)
     return metadata
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what only an unfinished preparation needs; not before, lest it cannot be resumed."""
+    for file in (*folder.glob("*_all_*.npy"), folder / "progress.json"):
+        file.unlink(missing_ok=True)
 
 
 def _shorten(file: Path, rows: int) -> None:

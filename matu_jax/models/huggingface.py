@@ -79,7 +79,7 @@ def checkpoint_folder(checkpoint: str, architecture: str) -> Path:
     repository, _, revision = checkpoint.partition("@")
 
     def snapshot(revision: str | None, **options: Any) -> Path:
-        patterns = list(WANTED_FILES)
+        patterns: list[str] = [*WANTED_FILES]
         return Path(
             huggingface_hub.snapshot_download(
                 repository, revision=revision, allow_patterns=patterns, **options

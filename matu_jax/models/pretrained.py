@@ -147,7 +147,7 @@ def read_towers(
             raise ValueError(f"{folder}: tensor logit_scale is missing, expected one number.")
         logit_scale = float(np.exp(scale.item()))
     if left_out:
-        logging.getLogger(__name__).info("%s: not needed: %s", folder, ", ".join(left_out))
+        logging.getLogger(__name__).warning("%s: not needed: %s", folder, ", ".join(left_out))
     return trees[vision_kind], trees.get("clip_text"), logit_scale
 
 

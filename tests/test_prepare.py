@@ -1,0 +1,228 @@
+"""The program that prepares datasets, on generated image folders."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import matu_jax
+from matu_jax import prepare
+from matu_jax.data import prepared
+from matu_jax.models.architectures import ARCHITECTURES
+
+EXPERIMENT = str(Path(matu_jax.__file__).parents[1] / "experiments" / "vitb32.py")
+TRANSFORM = ARCHITECTURES["clip_vit_b32"].transform
+INTERRUPTED = """
+import os, signal, sys
+from matu_jax import prepare
+from matu_jax.data import folders, preparation
+preparation.CHUNK, left, apply = 8, iter(range(40)), folders.apply
+def interrupted(*arguments):
+    if next(left, None) == 39:
+        os.kill(os.getpid(), signal.{signal})
+    return apply(*arguments)
+folders.apply = interrupted
+sys.exit(prepare.main(sys.argv))
+"""
+
+
+def dataset(root, name, classes, train=6, test=2):
+    """Writes an image folder; the first image of class 0 in test is one of train, too."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for label in range(classes):
+            folder = root / name / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    (root / name / "test/0/0.png").write_bytes((root / name / "train/0/0.png").read_bytes())
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    monkeypatch.setenv("MATU_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MATU_JAX_FOLDERS", str(tmp_path / "images"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("COLUMNS", "160")
+    dataset(tmp_path / "images", "mnist", 10)
+    return tmp_path / "images"
+
+
+def run(*arguments):
+    return prepare.main(["prepare", "--config", EXPERIMENT, *arguments])
+
+
+def row(text, name):
+    """The cells of a dataset's line in the printed table."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"│ {name} ")]
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def content(cache):
+    return {
+        str(file.relative_to(cache)): file.read_bytes()
+        for file in cache.rglob("*")
+        if file.is_file() and file.suffix != ".lock"
+    }
+
+
+def test_as_a_user(images, tmp_path):
+    command = [sys.executable, "-m", "matu_jax.prepare", "--config", EXPERIMENT]
+    done = subprocess.run(
+        [*command, "--config.data.tasks=mnist", f"--config.data.folders={images}"],
+        cwd=Path(EXPERIMENT).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert row(done.stdout, "mnist") == [
+        "mnist", "folder", "59", "20", "11.3 MiB", "1 + 0", "prepared now",
+    ]  # fmt: skip
+    assert "mnist: 59 images for train, 20 for test" in done.stdout
+    assert str(tmp_path / "cache" / "prepared") in done.stdout
+    (task,) = prepared.load(["mnist"], transform=TRANSFORM)
+    assert [len(split.labels) for split in (task.train, task.validation, task.test)] == [53, 6, 20]
+
+
+def test_what_is_prepared_is_left_alone_unless_the_folder_changes(images, tmp_path, capsys):
+    assert run("--config.data.tasks=mnist") == 0
+    before = content(tmp_path / "cache")
+    capsys.readouterr()
+    assert run("--config.data.tasks=mnist") == 0
+    assert row(capsys.readouterr().out, "mnist")[-1] == "prepared"
+    assert content(tmp_path / "cache") == before
+    (images / "mnist/train/3/0.png").unlink()
+    assert prepared.missing(["mnist"], transform=TRANSFORM) == ["mnist"]
+    assert run("--config.data.tasks=mnist", "--dry-run") == 0
+    expected = "to be prepared anew, since the image folder has changed"
+    assert row(capsys.readouterr().out, "mnist")[-1] == expected
+    assert content(tmp_path / "cache") == before
+    assert run("--config.data.tasks=mnist") == 0
+    assert row(capsys.readouterr().out, "mnist")[2:] == [
+        "58", "20", "11.2 MiB", "1 + 0", "prepared anew, since the image folder has changed",
+    ]  # fmt: skip
+    assert prepared.missing(["mnist"], transform=TRANSFORM) == []
+
+
+def test_what_is_damaged_is_prepared_anew(images, tmp_path, capsys):
+    assert run("--config.data.tasks=mnist") == 0
+    before = content(tmp_path / "cache")
+    file = prepared.location("mnist", transform=TRANSFORM) / "train_images.npy"
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"train_images\.npy"):
+        prepared.load(["mnist"], transform=TRANSFORM)
+    capsys.readouterr()
+    assert run("--config.data.tasks=mnist") == 0
+    out = capsys.readouterr().out
+    assert row(out, "mnist")[-1] == "prepared anew, since it is damaged"
+    assert "train_images.npy: found" in out
+    assert content(tmp_path / "cache") == before
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_the_same_command_goes_on_after_an_interruption(images, tmp_path, monkeypatch, name):
+    code = INTERRUPTED.format(signal=name)
+    command = [sys.executable, "-c", code, "--config", EXPERIMENT, "--config.data.tasks=mnist"]
+    stopped = subprocess.run(command, capture_output=True, text=True)
+    if name == "SIGKILL":
+        assert stopped.returncode == -signal.SIGKILL
+    else:
+        assert stopped.returncode == 130
+        assert stopped.stderr == "Interrupted. The same command goes on.\n"
+    assert prepared.missing(["mnist"], transform=TRANSFORM) == ["mnist"]
+    with pytest.raises(ValueError, match=r"mnist; run python -m matu_jax\.prepare"):
+        prepared.load(["mnist"], transform=TRANSFORM)
+    (partial,) = (tmp_path / "cache/prepared").glob("mnist-*.partial")
+    assert (partial / "progress.json").exists()
+    decoded = []
+    monkeypatch.setattr(prepare.preparation, "CHUNK", 8)
+    apply = prepare.preparation.folders.apply
+    monkeypatch.setattr(
+        prepare.preparation.folders, "apply", lambda *a: decoded.append(0) or apply(*a)
+    )
+    assert run("--config.data.tasks=mnist") == 0
+    assert 40 <= len(decoded) < 80  # of 80 in all; the others were done before
+    monkeypatch.setenv("MATU_JAX_CACHE", str(tmp_path / "whole"))
+    assert run("--config.data.tasks=mnist") == 0
+    assert content(tmp_path / "cache") == content(tmp_path / "whole")
+
+
+def test_one_failing_dataset_keeps_none_back(images, capsys):
+    dataset(images, "beans", 3)
+    for name in ("1.png", "4.png"):
+        (images / "beans/train/1" / name).write_bytes(b"no image")
+    tasks = "--config.data.tasks=beans,garbage,mnist"
+    assert run(tasks, "--dry-run") == 2
+    out = capsys.readouterr().out
+    assert row(out, "beans")[1:] == ["folder", "18", "6", "3.45 MiB", "", "to be prepared"]
+    assert row(out, "mnist")[1:] == ["folder", "60", "20", "11.5 MiB", "", "to be prepared"]
+    assert row(out, "garbage")[-1] == "not prepared"
+    assert run(tasks) == 2
+    out = capsys.readouterr().out
+    for name in ("1.png", "4.png"):
+        assert f"{images}/beans/train/1/{name} cannot be read: it is no image" in out
+    assert f"dataset 'garbage': found no {images}/garbage; get it from https://" in out
+    states = [row(out, name)[-1] for name in ("beans", "garbage", "mnist")]
+    assert states == ["not prepared", "not prepared", "prepared now"]
+    assert "2 of 3 datasets cannot be prepared: beans, garbage;" in out
+    for name in ("1.png", "4.png"):
+        (images / "beans/train/1" / name).unlink()
+    assert run("--config.data.tasks=beans,mnist") == 0
+    out = capsys.readouterr().out
+    assert [row(out, name)[-1] for name in ("beans", "mnist")] == ["prepared now", "prepared"]
+
+
+def test_a_test_split_that_is_not_official_is_said(images, capsys):
+    dataset(images / "all", "train", 6, train=5, test=1)
+    (images / "all/train/train").rename(images / "garbage")
+    assert run("--config.data.tasks=garbage", "--dry-run") == 0
+    assert row(capsys.readouterr().out, "garbage")[2:4] == ["24", "6"]
+    assert run("--config.data.tasks=garbage") == 0
+    out = capsys.readouterr().out
+    assert row(out, "garbage")[2:4] == ["24", "6"]
+    assert "prepared now; test: seeded, no official test split" in " ".join(row(out, "garbage"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.data.tasks=mnis"], "config.data.tasks: unknown dataset 'mnis'; did you mean"),
+        (["--config.data.folders=/nowhere"], "config.data.folders: /nowhere: there is no such"),
+        (["--config.model.architecture=clip_vit_b23"], 'Did you mean "clip_vit_b32"?'),
+        (["--dryrun"], 'Did you mean "dry-run"?'),
+        (["--dry-run=yes"], "--dry-run: found 'yes', expected no value."),
+    ],
+)
+def test_mistakes_are_told(images, capsys, arguments, message):
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.architecture=embedded"], "The embedded benchmark is generated"),
+        (["--config.data.tasks=hue/noise"], "The embedded benchmark is generated"),
+        (["--config.data=synthetic"], "stand-ins are generated"),
+    ],
+)
+def test_nothing_to_prepare(images, tmp_path, capsys, arguments, message):
+    assert run(*arguments) == 0
+    assert message in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_a_folder_it_is_tfds(images, capsys):
+    assert run("--config.data.tasks=dtd", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert row(out, "dtd")[1].startswith("TFDS dtd")
+    assert row(out, "dtd")[-1] == "to be prepared, downloaded if need be"

@@ -1,0 +1,440 @@
+"""The cache: what is kept, killed and resumed preparations, damage, duplicates, seeded splits."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from matu_jax.data import Transform, preparation, prepared
+
+SMALL = Transform(8, "squash", "bilinear")
+OFFICIAL, SEEDED = "intel_images", "garbage"  # 6 classes each; the latter without a test split
+
+
+def paint(file, value, size=(10, 12)):
+    """An image of one colour, so that equal values are equal pixels after any transform."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    colour = (value % 251, value // 251, 7)
+    Image.new("RGB", size, colour).save(file)
+
+
+def official(root, train=5, test=2, name=OFFICIAL):
+    """An image folder of 6 classes with `train` and `test` images each; none equals another."""
+    for label in range(6):
+        for i in range(train):
+            paint(root / name / "train" / f"class_{label}" / f"{i}.png", 100 * label + i)
+        for i in range(test):
+            paint(root / name / "test" / f"class_{label}" / f"{i}.png", 100 * label + 50 + i)
+    return root
+
+
+def seeded(root, each=10):
+    for label in range(6):
+        for i in range(each):
+            paint(root / SEEDED / f"class_{label}" / f"{i}.png", 100 * label + i)
+    return root
+
+
+@pytest.fixture
+def places(tmp_path):
+    return {"cache_dir": tmp_path / "cache", "folders": tmp_path / "folders"}
+
+
+def prepare(name, places, transform=SMALL, **options):
+    return preparation.prepare(
+        name,
+        transform=transform,
+        cache_dir=places["cache_dir"],
+        image_folders=places["folders"],
+        **options,
+    )
+
+
+def load(name, places, **options):
+    return prepared.load([name], transform=SMALL, **places, **options)[0]
+
+
+def shown(split):
+    """The value that `paint` drew, for each image."""
+    first = split.images[:, 0, 0].astype(int)
+    return (first[:, 0] + 251 * first[:, 1]).tolist()
+
+
+def content(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_what_goes_in_comes_out(places):
+    official(places["folders"])
+    metadata = prepare(OFFICIAL, places)
+    task = load(OFFICIAL, places)
+    assert task.name == task.label_space == task.domain == OFFICIAL
+    assert task.class_names == tuple(f"class {i}" for i in range(6))
+    assert task.fingerprint == metadata["sha256"]
+    assert len(task.fingerprint) == 64
+    assert task.templates
+    train, validation, test = map(shown, (task.train, task.validation, task.test))
+    assert test == [100 * label + 50 + i for label in range(6) for i in range(2)]
+    assert sorted(train + validation) == [100 * label + i for label in range(6) for i in range(5)]
+    assert (len(train), len(validation)) == (27, 3)
+    assert train != sorted(train), "in the folder's order, a slice of it would hold few classes"
+    for split in (task.train, task.validation, task.test):
+        assert split.images.shape[1:] == (8, 8, 3)
+        assert [value // 100 for value in shown(split)] == split.labels.tolist()
+        assert isinstance(split.images, np.memmap)
+        assert not split.images.flags.writeable
+    assert task.train.images.base is task.validation.images.base, "slices of one file"
+    assert metadata["test_split"] == "official"
+    assert metadata["published"] == {"train": 30, "test": 12}
+    assert metadata["left_out"] == {"train_in_test": 0, "train_twice": 0}
+
+
+def test_validation_is_the_tail_of_one_order(places):
+    official(places["folders"])
+    prepare(OFFICIAL, places)
+    few, many = (load(OFFICIAL, places, validation_fraction=f) for f in (0.1, 0.5))
+    assert shown(few.train) + shown(few.validation) == shown(many.train) + shown(many.validation)
+    assert shown(many.validation)[-3:] == shown(few.validation)
+    assert len(shown(load(OFFICIAL, places, validation_fraction=1e-9).validation)) == 1
+    with pytest.raises(ValueError, match="no training image is left of 30"):
+        load(OFFICIAL, places, validation_fraction=0.999)
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
+        load(OFFICIAL, places, validation_fraction=1.5)
+
+
+def test_a_missing_test_split_is_seeded_and_said(places):
+    seeded(places["folders"])
+    metadata = prepare(SEEDED, places)
+    task = load(SEEDED, places)
+    everything = shown(task.train) + shown(task.validation) + shown(task.test)
+    assert sorted(everything) == [100 * label + i for label in range(6) for i in range(10)]
+    assert len(task.test.labels) == 12
+    assert len(set(task.test.labels.tolist())) > 3
+    assert metadata["test_split"].startswith("seeded, no official test split")
+    again = places["cache_dir"].with_name("old")
+    places["cache_dir"].rename(again)
+    prepare(SEEDED, places)
+    one, other = (content(next(f.glob(f"{SEEDED}-*[0-9a-f]")))
+                  for f in (again / "prepared", places["cache_dir"] / "prepared"))  # fmt: skip
+    assert one == other
+
+
+def test_an_official_test_split_must_be_there(places):
+    seeded(places["folders"])
+    shutil.move(places["folders"] / SEEDED, places["folders"] / OFFICIAL)
+    with pytest.raises(ValueError, match=r"'intel_images': found no .*/test, expected the off"):
+        prepare(OFFICIAL, places)
+
+
+def test_duplicates_leave_train_and_stay_in_test(places):
+    root = official(places["folders"]) / OFFICIAL
+    paint(root / "train/class_3/copy_of_test.png", 50)  # labelled otherwise, and still a copy
+    paint(root / "train/class_5/copy_of_test.png", 551)
+    paint(root / "train/class_0/9_copy.png", 0)
+    paint(root / "train/class_1/9_copy.png", 0)
+    paint(root / "test/class_0/9_copy.png", 50)
+    metadata = prepare(OFFICIAL, places)
+    assert metadata["published"] == {"train": 34, "test": 13}
+    assert metadata["left_out"] == {"train_in_test": 2, "train_twice": 2}
+    assert metadata["test_twice"] == 1
+    task = load(OFFICIAL, places)
+    kept = shown(task.train) + shown(task.validation)
+    assert sorted(kept) == [100 * label + i for label in range(6) for i in range(5)]
+    assert shown(task.test).count(50) == 2
+    labels = [*task.train.labels, *task.validation.labels]
+    assert labels == [value // 100 for value in kept], "labels moved with their images"
+
+
+@pytest.mark.parametrize("make", [official, seeded])
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_an_interrupted_preparation_goes_on_to_the_same_bytes(places, monkeypatch, make, stop):
+    name = {official: OFFICIAL, seeded: SEEDED}[make]
+    make(places["folders"])
+    paint(places["folders"] / name / ("train" if make is official else "") / "class_0/z.png", 1)
+    whole = {**places, "cache_dir": places["cache_dir"].with_name("whole")}
+    monkeypatch.setattr(preparation, "CHUNK", 10)
+    prepare(name, whole)
+    calls = []
+
+    def interrupt(done, total):
+        calls.append(done)
+        if len(calls) == stop + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(name, places, progress=interrupt)
+    assert prepared.missing([name], transform=SMALL, **places) == [name]
+    with pytest.raises(ValueError, match="not prepared"):
+        load(name, places)
+    seen = []
+    prepare(name, places, progress=lambda done, total: seen.append(done))
+    assert seen[0] == calls[-1] > 0
+    folders = [prepared.location(name, transform=SMALL, **where) for where in (whole, places)]
+    assert content(folders[0]) == content(folders[1])
+    assert {f.suffix for f in folders[1].parent.iterdir()} == {"", ".lock"}
+
+
+@pytest.mark.parametrize(
+    "broken", ["np.save", "Path.unlink", "Path.rename", "_shorten", "_sync", "_write_json"]
+)
+def test_a_kill_at_the_end_does_no_harm(places, monkeypatch, broken):
+    """Stops in each step of the last stage, after and before it did its work."""
+    official(places["folders"])
+    for i in range(8):
+        paint(places["folders"] / OFFICIAL / f"train/class_2/copy{i}.png", 50 + i // 4)
+    whole = {**places, "cache_dir": places["cache_dir"].with_name("whole")}
+    prepare(OFFICIAL, whole)
+    owner, attribute = {
+        "np.save": (np, "save"),
+        "Path.unlink": (Path, "unlink"),
+        "Path.rename": (Path, "rename"),
+    }.get(broken, (preparation, broken))
+    real = getattr(owner, attribute)
+    for before in (True, False):
+        for call in range(1, 4):
+            count = []
+
+            def stopping(*args, before=before, call=call, count=count, **options):
+                count.append(1)
+                if before and len(count) == call:
+                    raise KeyboardInterrupt
+                real(*args, **options)
+                if len(count) == call:
+                    raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, attribute, stopping)
+                with contextlib.suppress(KeyboardInterrupt):
+                    prepare(OFFICIAL, places)
+            prepare(OFFICIAL, places)
+            one, other = (
+                prepared.location(OFFICIAL, transform=SMALL, **where) for where in (whole, places)
+            )
+            assert content(one) == content(other)
+            shutil.rmtree(places["cache_dir"])
+
+
+def test_kill_9_and_resume(places):
+    official(places["folders"])
+    whole = {**places, "cache_dir": places["cache_dir"].with_name("whole")}
+    prepare(OFFICIAL, whole)
+    code = textwrap.dedent(f"""
+        import sys, time
+        from matu_jax.data import Transform, preparation
+        preparation.CHUNK = 6
+        def progress(done, total):
+            print(done, flush=True)
+            time.sleep(30 if done == 24 else 0)
+        preparation.prepare({OFFICIAL!r}, transform={SMALL!r}, progress=progress,
+            cache_dir={str(places["cache_dir"])!r}, image_folders={str(places["folders"])!r})
+        """)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.strip() == "24":
+            break
+    with pytest.raises(ValueError, match="another process is preparing it"):
+        prepare(OFFICIAL, places)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    seen = []
+    prepare(OFFICIAL, places, progress=lambda done, total: seen.append(done))
+    assert seen[0] == 24
+    one, other = (
+        prepared.location(OFFICIAL, transform=SMALL, **where) for where in (whole, places)
+    )
+    assert content(one) == content(other)
+
+
+def test_a_begun_preparation_of_other_data_is_not_gone_on_with(places, monkeypatch):
+    official(places["folders"])
+    monkeypatch.setattr(preparation, "CHUNK", 10)
+
+    def interrupt(done, total):
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(OFFICIAL, places, progress=interrupt)
+    paint(places["folders"] / OFFICIAL / "train/class_0/new.png", 99)
+    seen = []
+    prepare(OFFICIAL, places, progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == (0, 43)
+    assert 99 in shown(load(OFFICIAL, places).train) + shown(load(OFFICIAL, places).validation)
+
+
+def test_what_is_prepared_is_left_alone(places, monkeypatch):
+    official(places["folders"])
+    first = prepare(OFFICIAL, places)
+    monkeypatch.setattr(preparation, "open_source", None)
+    assert prepare(OFFICIAL, places) == first
+
+
+def test_a_changed_folder_is_noticed_and_a_removed_one_is_not_needed(places):
+    official(places["folders"])
+    prepare(OFFICIAL, places)
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == []
+    other = Transform(9, "squash", "bilinear")
+    assert prepared.missing([OFFICIAL], transform=other, **places) == [OFFICIAL]
+    paint(places["folders"] / OFFICIAL / "train/class_0/new.png", 99)
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == [OFFICIAL]
+    with pytest.raises(ValueError, match="or their image folder has changed since: intel_images"):
+        load(OFFICIAL, places)
+    assert prepare(OFFICIAL, places)["published"]["train"] == 31
+    shutil.rmtree(places["folders"])
+    assert len(load(OFFICIAL, places).test.labels) == 12
+
+
+def test_all_missing_ones_are_listed_with_the_command(places):
+    official(places["folders"])
+    prepare(OFFICIAL, places)
+    with pytest.raises(ValueError, match=r"2 of 3 datasets .*gtsrb, mnist; run python -m matu_jax"):
+        prepared.load(["gtsrb", OFFICIAL, "mnist"], transform=SMALL, **places)
+    with pytest.raises(ValueError, match="unknown dataset 'mnits'; did you mean 'mnist'"):
+        prepared.missing(["mnits"], transform=SMALL, **places)
+    with pytest.raises(ValueError, match=r"such as \['mnist'\], got the one string"):
+        prepared.load("mnist", transform=SMALL, **places)
+
+
+def damage(folder, file, how):
+    path = folder / file
+    if how == "remove":
+        path.unlink()
+    elif how == "truncate":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "flip":
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    elif how == "header":
+        path.write_bytes(b"\0" * 10 + path.read_bytes()[10:])
+    else:
+        metadata = json.loads(path.read_text())
+        metadata["class_names"].reverse()
+        path.write_text(json.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("file", "how", "message"),
+    [
+        ("train_images.npy", "remove", r"train_images\.npy: found no file, expected \d+ bytes"),
+        ("test_images.npy", "truncate", r"test_images\.npy: found \d+, expected \d+ bytes"),
+        ("test_images.npy", "header", r"test_\*\.npy cannot be read"),
+        ("train_labels.npy", "flip", r"train_labels\.npy: its hash is another"),
+        ("metadata.json", "remove", r"metadata\.json cannot be read"),
+        ("metadata.json", "truncate", r"metadata\.json cannot be read"),
+        ("metadata.json", "edit", r"metadata\.json was changed"),
+    ],
+)
+def test_damage_is_named_and_mended(places, file, how, message):
+    official(places["folders"])
+    first = prepare(OFFICIAL, places)
+    damage(prepared.location(OFFICIAL, transform=SMALL, **places), file, how)
+    with pytest.raises(ValueError, match=rf"'intel_images': .*{message}.*; remove .* prepare"):
+        load(OFFICIAL, places)
+    assert prepare(OFFICIAL, places) == first
+    assert load(OFFICIAL, places).fingerprint == first["sha256"]
+
+
+def test_all_unreadable_images_are_named(places, monkeypatch):
+    root = official(places["folders"]) / OFFICIAL
+    monkeypatch.setattr(preparation, "CHUNK", 10)
+    (root / "train/class_3/0.png").write_bytes(b"")
+    (root / "test/class_4/0.png").write_bytes(b"<html>")
+    Image.new("RGB", (1, 200_000_000 // 8**2)).save(root / "test/class_5/1.png")
+    with pytest.raises(ValueError, match=r"3 images cannot be used:") as caught:
+        prepare(OFFICIAL, places, transform=Transform(8))
+    for wanted in (
+        "class_3/0.png cannot be read: the file is empty; replace or remove it",
+        "class_4/0.png cannot be read: it is no image",
+        "class_5/1.png: an image of 1 x 3125000 pixels is too thin",
+    ):
+        assert wanted in str(caught.value)
+    assert not prepared.location(OFFICIAL, transform=Transform(8), **places).exists()
+
+
+def test_many_unreadable_images_end_it_early(places):
+    root = official(places["folders"], train=30) / OFFICIAL
+    for file in root.glob("train/*/*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"\d+\+ images cannot be used"):
+        prepare(OFFICIAL, places)
+
+
+def test_too_small_a_disk_is_told_before_the_work(places, monkeypatch):
+    official(places["folders"])
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10)
+    )
+    with pytest.raises(ValueError, match=r"'intel_images': 0\.0 GB are needed in .*MATU_JAX_CACHE"):
+        prepare(OFFICIAL, places)
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told(places, monkeypatch):
+    def full(descriptor, start, length):
+        raise OSError(28, "No space left on device")
+
+    official(places["folders"])
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"GB are needed in .*, and .* are free; set MATU_JAX_CA"):
+        prepare(OFFICIAL, places)
+    monkeypatch.undo()
+    prepare(OFFICIAL, places)
+
+
+def test_nothing_left_to_train_on_is_told(places):
+    root = official(places["folders"], train=1, test=1) / OFFICIAL
+    for file in root.glob("test/*/*.png"):
+        shutil.copy(file, root / "train" / file.parent.name / "0.png")
+    with pytest.raises(ValueError, match="0 of 6 training images are left"):
+        prepare(OFFICIAL, places)
+
+
+def test_a_folder_that_is_not_there_names_where_to_get_it(places):
+    with pytest.raises(ValueError, match=r"found no .*/gtsrb; get it from https://.*train/<class>"):
+        prepare("gtsrb", places)
+
+
+def test_an_unwritable_cache_is_told(places):
+    places["cache_dir"].write_text("in the way")
+    with pytest.raises(ValueError, match=r"cannot be written .*MATU_JAX_CACHE"):
+        prepare(OFFICIAL, places)
+
+
+def test_defaults_follow_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MATU_JAX_CACHE", str(tmp_path))
+    monkeypatch.delenv("MATU_JAX_FOLDERS", raising=False)
+    assert prepared.location("mnist", transform=SMALL).parent == tmp_path / "prepared"
+    assert prepared.image_folder("mnist") is None
+    assert prepared.image_folder("gtsrb") == tmp_path / "folders" / "gtsrb"
+    monkeypatch.setenv("MATU_JAX_FOLDERS", str(tmp_path / "mine"))
+    (tmp_path / "mine/mnist").mkdir(parents=True)
+    assert prepared.image_folder("mnist") == tmp_path / "mine/mnist", "a folder goes before TFDS"
+    assert prepared.image_folder("mnist", tmp_path / "other") is None
+
+
+def test_missing_loads_nothing_heavy_and_is_quick(tmp_path):
+    code = textwrap.dedent(f"""
+        import sys, time
+        from matu_jax.data import Transform, prepared
+        start = time.perf_counter()
+        names = prepared.resolve("vision8")
+        assert prepared.missing(names, transform=Transform(), cache_dir={str(tmp_path)!r}) == [
+            *names]
+        assert time.perf_counter() - start < 1
+        heavy = "PIL tensorflow_datasets tensorflow array_record flax scipy"
+        print([name for name in heavy.split() if name in sys.modules])
+        """)
+    start = time.perf_counter()
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert printed.stdout.strip() == "[]", printed.stderr
+    assert time.perf_counter() - start < 60
