@@ -186,8 +186,8 @@ def write(exported: Exported, kind: str, out: Path) -> None:
         )
     if kind == "peft" and model.checkpoint == "random":
         raise UserError(
-            "--format peft: the run's image tower was drawn at random, so nobody has the base model "
-            "that the adapter belongs to. Use --format merged."
+            "--format peft: the run's image tower was drawn at random, so nobody has the base that "
+            "the adapter belongs to. Use --format merged."
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already. Give a new folder.")
