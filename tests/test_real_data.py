@@ -1,0 +1,93 @@
+"""From image files and a Hugging Face checkpoint to a trained run: every part is the real one."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny_clip
+from PIL import Image
+from rich.console import Console
+
+from matu_jax import prepare, rounds, train
+from matu_jax.config import default, freeze
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+TASKS = ("eurosat", "mnist")
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Image folders of two datasets whose classes differ in colour, and a tiny CLIP."""
+    tiny_clip.register(monkeypatch)
+    monkeypatch.setenv("MATU_JAX_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for name in TASKS:
+        for split, count in (("train", 12), ("test", 4)):
+            for label in range(10):
+                folder = tmp_path / "folders" / name / split / f"{label}"
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    colour = np.array([25 * label, 255 - 25 * label, 128])
+                    pixels = np.clip(colour + rng.integers(-20, 20, (20, 24, 3)), 0, 255)
+                    Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    tiny_clip.save(tiny_clip.clip_model(), tmp_path / "clip")
+    tiny_clip.write_tokenizer(tmp_path / "clip")
+    return tmp_path
+
+
+def config_of(places):
+    config = default()
+    config.rounds = 3
+    config.data.tasks = ",".join(TASKS)
+    config.data.folders = str(places / "folders")
+    config.data.clients = 2
+    config.data.tasks_per_client = 2
+    config.data.examples_per_slot = 0
+    config.model.architecture = "tiny_clip"
+    config.model.checkpoint = str(places / "clip")
+    config.model.logit_scale = 0.0
+    config.local.steps = 40
+    config.local.batch_examples = 16
+    config.local.learning_rate = 0.003
+    config.evaluation.every_rounds = 3
+    return freeze(config)
+
+
+def test_prepare_then_train_learns(places):
+    config, console = config_of(places), Console(quiet=True)
+    with pytest.raises(train.UserError, match="2 of 2 datasets are not prepared"):
+        train.check_inputs(config, places / "experiment.py")
+    assert prepare.prepare(config, console)
+    train.check_inputs(config, places / "experiment.py")
+    federation = rounds.federate(config)
+    for task in federation.tasks:
+        assert isinstance(task.train.images, np.memmap)
+        assert (len(task.train.labels), len(task.validation.labels)) == (108, 12)
+        assert len(task.test.labels) == 40
+        assert task.fingerprint
+    indices = [federation.indices[row] for row in np.flatnonzero(federation.slots.task == 0)]
+    assert sorted(np.concatenate(indices)) == list(range(108))
+
+    workdir = places / "run"
+    train.prepare_workdir(workdir, config)
+    summary = train.train(config, "tiny", workdir, console)
+    records = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert summary["accuracy"]["mean"] > 0.25, summary["accuracy"]  # chance is 0.1
+    assert summary["data_fingerprint"]["mnist"] == federation.tasks[1].fingerprint
+
+
+def test_real_datasets_and_the_embedded_model_do_not_mix(places):
+    config = config_of(places)
+    small = dataclasses.replace(config.model, architecture="embedded", checkpoint="embedded")
+    with pytest.raises(ValueError, match=r"config\.model\.architecture: found 'embedded'"):
+        rounds.federate(dataclasses.replace(config, model=small))
+    generated = dataclasses.replace(config.data, tasks="embedded8")
+    with pytest.raises(ValueError, match="images of 32 pixels"):
+        rounds.federate(dataclasses.replace(config, data=generated))
+    typo = dataclasses.replace(config.data, tasks="mnist,eurosta")
+    with pytest.raises(ValueError, match="eurosat"):
+        rounds.federate(dataclasses.replace(config, data=typo))
