@@ -95,6 +95,11 @@ class ModelConfig:
     compute_dtype: str = _field("float32", choices=("float32", "bfloat16"))
     remat: bool = False
 
+    @property
+    def trains_heads(self) -> bool:
+        """Whether parameters are `{"shared": ..., "head": ...}`: some task may train its head."""
+        return self.head == "trained" or any("trained" in pair for pair in self.task_heads)
+
 
 @dataclasses.dataclass(frozen=True)
 class LocalConfig:

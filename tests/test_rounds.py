@@ -129,6 +129,25 @@ def test_partial_participation_runs_for_every_algorithm(federation, model, name)
     assert np.isfinite(results[-1].record["accuracy"]["test_mean"])
 
 
+@pytest.mark.parametrize("name", ["matu", "individual"])
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_heads_of_both_kinds_in_one_run(federation, model, name, head):
+    """The exception is task 2; a frozen head stays zero at clients and server."""
+    other = {"frozen": "trained", "trained": "frozen"}[head]
+    choices = dataclasses.replace(
+        TINY.model, checkpoint="random", head=head, task_heads=(("hue/plaid", other),)
+    )
+    config = dataclasses.replace(TINY, algorithm=name, rounds=1, model=choices)
+    mixed = models.build(config.model, federation.tasks)
+    (result,) = run(config, federation, mixed)
+    assert np.isfinite(result.record["accuracy"]["test_mean"])
+    slots = federation.slots
+    vectors = algorithms.build(config).download(result.state, slots)
+    moved = np.abs(np.asarray(vectors["head"]["kernel"])).sum(axis=(1, 2)) > 0
+    kind = np.where(slots.task == 2, other, head)
+    np.testing.assert_array_equal(moved, kind == "trained")
+
+
 def test_participants_are_drawn_anew_and_every_round_trains_as_many_slots():
     config = dataclasses.replace(
         TINY, clients_per_round=2, data=dataclasses.replace(TINY.data, clients=4)

@@ -24,7 +24,10 @@ def value(split, i):
 
 
 class MatuTiny(tensorflow_datasets.core.GeneratorBasedBuilder):
-    """Three classes; the red of an image tells its split, its number and, modulo 3, its class."""
+    """Three classes; the red of an image tells its split, its number and, modulo 3, its class.
+
+    The blue pixel is in the right upper corner.
+    """
 
     VERSION = tensorflow_datasets.core.Version("1.2.0")
 
@@ -47,7 +50,9 @@ class MatuTiny(tensorflow_datasets.core.GeneratorBasedBuilder):
     def _generate_examples(self, split):
         for i in range(COUNTS[split]):
             files = io.BytesIO(), io.BytesIO()
-            Image.new("RGB", (12, 10), (value(split, i), 5, 5)).save(files[0], "png")
+            image = Image.new("RGB", (12, 10), (value(split, i), 5, 5))
+            image.putpixel((11, 0), (value(split, i), 5, 250))
+            image.save(files[0], "png")
             Image.new("L", (12, 10), i).save(files[1], "png")
             for file in files:
                 file.seek(0)
@@ -101,6 +106,15 @@ def test_examples_in_a_fixed_order_over_all_splits(tiny):
     for index in (26, -1):
         with pytest.raises(IndexError):
             source.train[index]
+
+
+@pytest.mark.parametrize(
+    ("transposed", "size", "blue"), [(False, (12, 10), (11, 0)), (True, (10, 12), (0, 11))]
+)
+def test_transposed_images_are_turned(tiny, transposed, size, blue):
+    image = tfds.source(dataclasses.replace(tiny, transposed=transposed)).train[0].image
+    assert image.size == size
+    assert image.getpixel(blue)[2] == 250  # type: ignore[index]
 
 
 def test_tfds_is_imported_when_it_is_asked_for():

@@ -33,4 +33,4 @@ def build(config: Config) -> Algorithm:
             + did_you_mean(config.algorithm, ALGORITHMS)
         )
     algorithm = ALGORITHMS[config.algorithm](config)
-    return with_heads(algorithm) if config.model.head == "trained" else algorithm
+    return with_heads(algorithm) if config.model.trains_heads else algorithm

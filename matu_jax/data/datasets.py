@@ -38,6 +38,8 @@ class Dataset:
         url: Where to get a dataset that is not downloaded automatically.
         label: The feature of the builder that holds the label.
         class_names: In the order of the labels; empty where the source's own are used.
+        transposed: Whether TFDS publishes the images with rows and columns exchanged; they are
+            turned upright. Image folders are taken as they are.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Dataset:
     url: str = ""
     label: str = "label"
     class_names: tuple[str, ...] = ()
+    transposed: bool = False
 
 
 class Example(NamedTuple):
@@ -120,7 +123,7 @@ _TABLE = (
     Dataset("mnist", "mnist:3.0.1", "train", "test", 10, _DIGIT),
     Dataset("fashion_mnist", "fashion_mnist:3.0.1", "train", "test", 10, _CLOTHES),
     Dataset("kmnist", "kmnist:3.0.1", "train", "test", 10, _KANA),
-    Dataset("emnist", "emnist/balanced:3.1.0", "train", "test", 47, _CHARACTER),
+    Dataset("emnist", "emnist/balanced:3.1.0", "train", "test", 47, _CHARACTER, transposed=True),
     Dataset("cmaterdb", "cmaterdb/bangla:1.0.0", "train", "test", 10, _DIGIT),
     Dataset("cifar10", "cifar10:3.0.2", "train", "test", 10, _PHOTO),
     Dataset("cifar100", "cifar100:3.0.2", "train", "test", 100, _PHOTO),

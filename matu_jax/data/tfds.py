@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from matu_jax.data.class_names import readable
 from matu_jax.data.datasets import Dataset, Example, Source
 from matu_jax.data.folders import decode
@@ -69,6 +71,7 @@ class _Examples(Sequence):
             if isinstance(feature, features.Image)
         }
         self.where, self.label, self.splits = where, dataset.label, splits
+        self.transposed = dataset.transposed
         self.parts = []
         for split in splits:
             if split not in builder.info.splits:
@@ -95,7 +98,10 @@ class _Examples(Sequence):
         row = index - (self.ends[part] - len(self.parts[part]))
         example = self.parts[part][row]
         name = f"{self.where}: split {self.splits[part]!r}, example {row}"
-        return Example(decode(example["image"], name), int(example[self.label]), name)
+        image = decode(example["image"], name)
+        if self.transposed:
+            image = image.transpose(Image.Transpose.TRANSPOSE)
+        return Example(image, int(example[self.label]), name)
 
 
 def _builder(dataset: Dataset) -> Any:

@@ -26,12 +26,12 @@ class Model(NamedTuple):
     """A model, split.
 
     Attributes:
-      base: what trains, as it is before fine-tuning, leaves `[...]` float32. Where a task has a
-        trained head it is `{"shared": ..., "head": {"kernel": [features, classes], "bias":
-        [classes]}}`.
+      base: what trains, as it is before fine-tuning, leaves `[...]` float32. Where tasks may have
+        a trained head (`ModelConfig.trains_heads`) it is `{"shared": ..., "head": {"kernel":
+        [features, classes], "bias": [classes]}}`.
       frozen: what does not train, leaves `[...]`: "backbone", "heads" float32 `[tasks, classes,
         features]` (zeros for tasks with a trained head, and beyond a task's own classes), and,
-        where a task has a trained head, "trained" bool `[tasks]`.
+        where tasks may have a trained head, "trained" bool `[tasks]`.
       logits: `(params, frozen, images [batch, height, width, channels], task, key=None) -> float32
         [batch, classes]`; task is an int32 scalar, key what dropout is drawn from (None = no
         dropout). Classes are those of the largest task: callers mask the ones a task lacks.
@@ -99,18 +99,18 @@ def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model
     for i, row in zip(np.flatnonzero(~np.array(trained)), rows, strict=True):
         heads[i, : len(row)] = row
     base, frozen = backbone.trainable, {"backbone": backbone.frozen, "heads": jnp.asarray(heads)}
-    if any(trained):
+    if config.trains_heads:
         frozen["trained"] = jnp.asarray(trained)
         kernel, bias = jnp.zeros((backbone.features, classes)), jnp.zeros(classes)
         base = {"shared": base, "head": {"kernel": kernel, "bias": bias}}
 
     def features(params, frozen, images, key=None):
-        shared = params["shared"] if any(trained) else params
+        shared = params["shared"] if config.trains_heads else params
         return backbone.apply(shared, frozen["backbone"], images, key)
 
     def logits(params, frozen, images, task, key=None):
         out = features(params, frozen, images, key)
-        if not any(trained):
+        if not config.trains_heads:
             return cosine(out, frozen["heads"][task])
         linear = out @ params["head"]["kernel"] + params["head"]["bias"][None]
         if all(trained):
