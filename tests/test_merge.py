@@ -433,8 +433,8 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_the_models(tmp_path):
-    # 12 MiB a model: sixteen are 168 MiB more than two.
-    names, shape = [f"m{i}" for i in range(16)], (3, 1 << 20)
+    # 20 MiB a model: sixteen are 280 MiB more than two. Half of it is for the allocator's whims.
+    names, shape = [f"m{i}" for i in range(16)], (5, 1 << 20)
     generator = np.random.default_rng(0)
     trees = [{"w": generator.standard_normal(shape, np.float32)}] * 17
     paths = _save(tmp_path / "in", trees[0], trees[1:], names)
@@ -449,7 +449,7 @@ def test_memory_does_not_grow_with_the_models(tmp_path):
             check=True,
         )
         peaks[count] = int(done.stdout.split()[-1]) / 1024
-    assert peaks[16] < peaks[2] + 60, peaks
+    assert peaks[16] < peaks[2] + 140, peaks
 
 
 # ------------------------------------------------------------------ inputs

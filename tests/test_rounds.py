@@ -226,6 +226,20 @@ def test_predicted_memory_is_near_what_xla_needs(federation):
     assert 0.5 < predicted["activations"] / analysis.temp_size_in_bytes < 2
 
 
+def test_pieces_over_several_devices_equal_a_round_in_one_go(federation, model, monkeypatch):
+    local = dataclasses.replace(TINY.local, optimizer="sgd", learning_rate=0.01)
+    config = dataclasses.replace(TINY, rounds=1, local=local)
+    (whole,) = run(config, federation, model)
+    mesh = jax.make_mesh((4,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    for name in ("grid", "EvaluationSet"):
+        monkeypatch.setattr(rounds, name, functools.partial(getattr(rounds, name), budget_bytes=1))
+    assert rounds.round_grid(config, federation, mesh) == (2, 4, 2, 1)  # 6 slots, 2 of them twice
+    (pieces,) = run(config, federation, model, mesh=mesh)
+    chex.assert_trees_all_close(pieces.state, whole.state, atol=1e-6, rtol=1e-4)
+    assert pieces.record["accuracy"] == whole.record["accuracy"]
+    assert pieces.record["loss"] == pytest.approx(whole.record["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("budget", [6 * 4 * 3072, 2 * 4 * 3072])
 def test_a_round_fed_in_pieces_equals_a_round_in_one_go(
     uninterrupted, federation, model, budget, monkeypatch

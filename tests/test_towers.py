@@ -121,7 +121,8 @@ def test_vision_tower_shapes(architecture):
 def test_text_tower_is_causal_and_takes_texts_padded_to_any_length():
     tower = drawn(lambda: TextTower(tiny_clip.TINY_CLIP, rngs=nnx.Rngs(0)))
     end = tiny_clip.TINY_CLIP.vocabulary - 1
-    tokens = np.full((2, 24), end, np.int32)
+    context = tiny_clip.TINY_CLIP.context
+    tokens = np.full((2, context), end, np.int32)
     tokens[:, :6] = np.arange(12).reshape(2, 6)
     features = run(tower, tokens)
     assert features.shape == (2, tiny_clip.TINY_CLIP.projection)
@@ -130,8 +131,8 @@ def test_text_tower_is_causal_and_takes_texts_padded_to_any_length():
     np.testing.assert_allclose(run(tower, tokens), features, rtol=1e-4, atol=1e-5)
     tokens[:, 2] += 1
     assert np.abs(np.asarray(run(tower, tokens) - features)).max() > 1e-2
-    with pytest.raises(ValueError, match=r"expected \[batch, at most 24\]"):
-        tower(jnp.zeros((2, 25), jnp.int32))
+    with pytest.raises(ValueError, match=rf"expected \[batch, at most {context}\]"):
+        tower(jnp.zeros((2, context + 1), jnp.int32))
 
 
 @pytest.mark.parametrize("causal", [False, True])
