@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm, message_bits
-from matu_jax.config import Config
+from matu_jax.config import Config, did_you_mean
 from matu_jax.data import Task, datasets, embedded, prepared, synthetic
 from matu_jax.data.batching import gather, round_indices
 from matu_jax.data.feed import Grid, grid, prefetched
@@ -62,8 +62,13 @@ def task_names(config: Config) -> tuple[str, ...]:
 
     Raises:
       ValueError: for real datasets and the embedded model, or the other way round, or an unknown
-        name.
+        architecture or dataset.
     """
+    if config.model.architecture not in ("embedded", *ARCHITECTURES):
+        raise ValueError(
+            f"config.model.architecture: found {config.model.architecture!r}, no such architecture."
+            + did_you_mean(config.model.architecture, ["embedded", *ARCHITECTURES])
+        )
     sets = {"embedded8": embedded.EIGHT, "embedded30": tuple(embedded.TASKS)}
     words = [name.strip() for name in config.data.tasks.split(",") if name.strip()]
     names = sets.get(config.data.tasks) or tuple(words)
@@ -81,7 +86,10 @@ def task_names(config: Config) -> tuple[str, ...]:
             f"tasks {config.data.tasks!r} are none of the embedded benchmark. Choices for real "
             f"datasets: {', '.join(ARCHITECTURES)}; or give config.data.tasks = 'embedded8'."
         )
-    return names if generated else datasets.resolve(config.data.tasks)
+    try:
+        return names if generated else datasets.resolve(config.data.tasks)
+    except ValueError as error:
+        raise ValueError(f"config.data.tasks: {error}") from None
 
 
 def load_tasks(config: Config) -> tuple[Task, ...]:

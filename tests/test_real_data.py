@@ -88,6 +88,9 @@ def test_real_datasets_and_the_embedded_model_do_not_mix(places):
     generated = dataclasses.replace(config.data, tasks="embedded8")
     with pytest.raises(ValueError, match="images of 32 pixels"):
         rounds.federate(dataclasses.replace(config, data=generated))
+    unknown = dataclasses.replace(config.model, architecture="tiny_clap")
+    with pytest.raises(train.UserError, match='Did you mean "tiny_clip"'):
+        train.check_inputs(dataclasses.replace(config, model=unknown), places / "experiment.py")
     typo = dataclasses.replace(config.data, tasks="mnist,eurosta")
     with pytest.raises(ValueError, match="eurosat"):
         rounds.federate(dataclasses.replace(config, data=typo))
