@@ -271,3 +271,15 @@ def test_config_mistakes_in_the_data_are_named():
         config = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, **change))
         with pytest.raises(ValueError, match=words):
             rounds.federate(config)
+
+
+def test_slots_at_once_and_one_by_one_give_the_same_run(federation, model):
+    """At once as on accelerators: downloads, carries and what is donated must not get mixed up."""
+    local = dataclasses.replace(TINY.local, optimizer="sgd", learning_rate=0.01)
+    config = dataclasses.replace(TINY, algorithm="fedprox", rounds=2, fedprox_mu=1.0, local=local)
+    at_once = dataclasses.replace(
+        config, local=dataclasses.replace(local, parallel_slots=len(federation.slots.task))
+    )
+    one, other = (list(run(c, federation, model)) for c in (config, at_once))
+    chex.assert_trees_all_close(other[0].state, one[0].state, atol=1e-5, rtol=1e-3)
+    assert other[1].record["loss"] == pytest.approx(one[1].record["loss"], rel=1e-3)
