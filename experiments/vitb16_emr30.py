@@ -10,8 +10,8 @@ those that TFDS lacks are read from image folders, FOLDERS/<name>/<split>/<class
 FOLDERS is config.data.folders. A plain vision transformer has no text tower: each task trains a
 linear head, averaged among its holders. Sixty clients hold two tasks each.
 
-Hardware: one accelerator with 9 GiB of free memory at bfloat16 and remat, as the program predicts;
-not run on one yet. The paper's numbers are of full fine-tuning from an ImageNet-21k checkpoint and
+Hardware: one accelerator with 13 GiB of free memory at bfloat16 and remat (predicted, and a third
+more); not run on one yet. The paper's numbers are of full fine-tuning from an ImageNet-21k checkpoint and
 merging once, not of rounds with adapters: there is none to compare with directly.
 """
 

@@ -12,7 +12,7 @@ Thirty clients hold two of SUN397, Cars, RESISC45, EuroSAT, SVHN, GTSRB, MNIST a
 task's training images are divided among its holders by Dirichlet(0.5) over them, class by class.
 Zero-shot heads from class names are frozen; adapters of rank 16 train.
 
-Hardware: one accelerator with 22 GiB of free memory at bfloat16 and 20 of the 60 slots at a
+Hardware: one accelerator with 24 GiB of free memory at bfloat16 and 20 of the 60 slots at a
 time, as the program predicts; it has not been run on one yet, so neither time nor accuracy is
 known. Learning rate, steps and rounds are first guesses, not tuned.
 
@@ -47,6 +47,6 @@ def get_config():
     config.local.parallel_slots = 20
     config.matu.magnitude = "mean"
     config.evaluation.every_rounds = 10
-    config.evaluation.batch_examples = 128
+    config.evaluation.batch_examples = 32
     config.evaluation.max_examples = 2000
     return config

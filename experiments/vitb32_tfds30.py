@@ -9,7 +9,7 @@ Sixty clients hold two of the thirty datasets each; otherwise as experiments/vit
 datasets are those of matu_jax/data/datasets.py, set "tfds30": where TFDS has no official test
 split, the table says how it is made.
 
-Hardware: one accelerator with 24 GiB of free memory at bfloat16, as the program predicts; not
+Hardware: one accelerator with 25 GiB of free memory at bfloat16, as the program predicts; not
 run on one yet. No published number is for this set of datasets.
 """
 

@@ -100,7 +100,11 @@ def read_run(workdir: Path, task_name: str, client: int | None = None) -> Export
         raise UserError(str(error)) from None
     if restored is None:
         raise UserError(f"--workdir {workdir}: has no checkpoint yet; train for a round first.")
-    records = [r for r in MetricsLog(workdir / "metrics.jsonl").records() if r["accuracy"]]
+    records = [
+        record
+        for record in MetricsLog(workdir / "metrics.jsonl").records()
+        if record["accuracy"] and record["round"] <= restored[0]
+    ]
     measured = records[-1]["accuracy"] if records else None
     number = names.index(task_name)
     row = _holder(slots, number, client, measured, task_name)
@@ -237,13 +241,14 @@ def _write_model(exported: Exported, kind: str, folder: Path) -> str:
 
 def _card(exported: Exported, kind: str, loaded_by: str, config: Config) -> str:
     model, data, task = config.model, config.data, exported.task
-    hub = model.checkpoint not in ("random", "embedded") and not Path(model.checkpoint).exists()
+    checkpoint, revision = exporting.base_model(model.checkpoint)
     header: dict[str, Any] = {"library_name": "peft" if kind == "peft" else "transformers"}
-    if hub:
-        header["base_model"] = model.checkpoint
+    if model.checkpoint not in ("random", "embedded") and not Path(checkpoint).exists():
+        header["base_model"] = checkpoint
+    at = f", revision={revision!r}" if revision else ""
     loading = {
-        "peft": "# with transformers 5 or newer\n"
-        f"base = transformers.{loaded_by}.from_pretrained({model.checkpoint!r})\n"
+        "peft": "# with transformers 5.23 or newer\n"
+        f"base = transformers.{loaded_by}.from_pretrained({checkpoint!r}{at})\n"
         'model = peft.PeftModel.from_pretrained(base, "FOLDER")',
         "merged": f'model = transformers.{loaded_by}.from_pretrained("FOLDER")',
         "safetensors": "# Add the tensors to base parameters of the same names.\n"

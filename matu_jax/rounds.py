@@ -209,7 +209,8 @@ def predicted_bytes(
 
     Activations are the residuals of one gradient's backward pass, as its abstract evaluation
     lists them, less the frozen parameters among them, for as many slots as train at once; with
-    remat, those of one block that is computed again are added.
+    remat, those of one block that is computed again are added, but not what its backward pass holds
+    besides: XLA was seen to need 1.6 times as much then (ViT-B/16, float32, on CPU).
     """
     slots, local = federation.slots, config.local
     pixels = federation.tasks[0].train.images.shape[1:]

@@ -171,7 +171,7 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
     _print_plan(config, algorithm, model, federation, mesh, workdir, console)
 
     log = MetricsLog(workdir / "metrics.jsonl")
-    target = jax.jit(algorithm.init)(model.base, federation.slots)
+    target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         zero = np.zeros((len(federation.tasks),) * 2, np.float32)

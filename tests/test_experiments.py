@@ -42,7 +42,7 @@ def test_every_experiment_can_be_read_and_its_tasks_are_held(file):
     assert "{" not in text.split('"""')[1]  # nothing left to fill in
 
 
-def test_without_network_and_checkpoint_one_message_says_what_to_do_within_two_seconds(tmp_path):
+def test_without_network_and_checkpoint_one_quick_message_says_what_to_do(tmp_path):
     empty = {"HF_HOME": str(tmp_path / "hub"), "MATU_JAX_CACHE": str(tmp_path / "cache")}
     seconds = []
     for _ in range(3):  # the quickest of three, since other tests share the processors

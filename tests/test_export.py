@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_clip
+from jax.sharding import AxisType
 from rich.console import Console
 from safetensors.numpy import load_file
 
@@ -231,6 +232,27 @@ def test_the_card_says_how_it_was_made(tmp_path, clip_run, clip_folder):
     for words in ("library_name: peft", "matu", "2 of 2", "LoRA of rank 2", str(clip_folder)):
         assert words in card
     assert json.loads(card.split("```json\n")[1].split("```")[0])["rounds"] == 2
+
+
+def test_what_is_exported_is_what_was_measured(clip_run):
+    """Test accuracy of the exported parameters = that of the slot in the run's last record."""
+    summary = json.loads((clip_run / "summary.json").read_text())
+    config = export.read_run(clip_run, "svhn").config
+    federation = rounds.federate(config)
+    mesh = jax.make_mesh((1,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    drawn = rounds._evaluation_sets(config, federation, mesh)["test"]
+    images, labels = drawn.load(0)
+    vectors = []
+    for slot, (client, number) in enumerate(
+        zip(federation.slots.client, federation.slots.task, strict=True)
+    ):
+        exported = export.read_run(clip_run, federation.tasks[number].name, int(client))
+        logits = our_logits(clip_run, exported, images[number].reshape(-1, *images.shape[3:]))
+        targets = labels[number].reshape(-1)
+        accuracy = (logits.argmax(1) == targets)[targets >= 0].mean()
+        assert accuracy == pytest.approx(summary["accuracy"]["per_slot"][slot])
+        vectors.append(np.concatenate([x.ravel() for x in jax.tree.leaves(exported.vector)]))
+    assert len(np.unique(np.stack(vectors), axis=0)) == len(vectors)  # no two slots alike
 
 
 def test_every_holder_can_be_asked_for(clip_run):

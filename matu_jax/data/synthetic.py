@@ -22,7 +22,7 @@ def load(
     names: Sequence[str],
     *,
     transform: Transform,
-    train_examples: int = 512,
+    train_examples: int = 256,
     validation_examples: int = 64,
     test_examples: int = 128,
     seed: int = 0,
@@ -49,7 +49,7 @@ def _task(name: str, size: int, counts: dict[str, int], seed: int) -> Task:
     classes = dataset.num_classes
     looks = np.random.default_rng((seed, zlib.crc32(name.encode())))
     angle, frequency = looks.uniform(0, np.pi, classes), looks.uniform(2, 12, classes)
-    colours = looks.uniform(0, 255, (classes, 2, 3))
+    colours = looks.uniform(0, 255, (classes, 2, 3)).astype(np.float32)
     splits = {}
     for number, (split, count) in enumerate(counts.items()):
         rng = np.random.default_rng((seed, zlib.crc32(name.encode()), number))
@@ -59,10 +59,14 @@ def _task(name: str, size: int, counts: dict[str, int], seed: int) -> Task:
         row, column = np.meshgrid(*2 * [np.linspace(0, 1, size, dtype=np.float32)], indexing="ij")
         for image, label in zip(images, labels, strict=True):
             turn = angle[label] + rng.normal(0, 0.05)
-            wave = 2 * np.pi * frequency[label] * (np.cos(turn) * row + np.sin(turn) * column)
-            wave = (1 + np.sin(wave + rng.uniform(0, 2 * np.pi)))[..., None] / 2
-            mixed = wave * colours[label, 0] + (1 - wave) * colours[label, 1]
-            image[:] = np.clip(mixed + rng.normal(0, 8, 3), 0, 255)
+            across, along, start = (2 * np.pi * frequency[label] * part for part in (
+                np.cos(turn), np.sin(turn), rng.uniform()
+            ))  # fmt: skip
+            wave = np.sin(row * np.float32(across) + column * np.float32(along) + np.float32(start))
+            high, low = np.clip(colours[label] + rng.normal(0, 8, 3), 0, 255).astype(np.float32)
+            for channel in range(3):
+                middle, half = (high + low)[channel] / 2, (high - low)[channel] / 2
+                image[..., channel] = middle + half * wave
         splits[split] = Split(images, labels)
     digest = hashlib.sha256()
     for split in splits.values():

@@ -37,6 +37,14 @@ _MODULES = {
 }
 
 
+def base_model(checkpoint: str) -> tuple[str, str | None]:
+    """A base model as others find it: an absolute folder, or a hub name and its revision."""
+    if Path(checkpoint).expanduser().is_dir():
+        return str(Path(checkpoint).expanduser().resolve()), None
+    name, _, revision = checkpoint.partition("@")
+    return name, revision or None
+
+
 def write_adapter(
     folder: Path, adapters: PyTree, config: ModelConfig, architecture: Architecture
 ) -> str:
@@ -70,7 +78,8 @@ def write_adapter(
     targets = "|".join(re.escape(names[projection]) for projection in adapters["blocks"])
     settings = {
         "peft_type": "LORA",
-        "base_model_name_or_path": config.checkpoint,
+        "base_model_name_or_path": base_model(config.checkpoint)[0],
+        "revision": base_model(config.checkpoint)[1],
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,

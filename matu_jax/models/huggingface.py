@@ -169,6 +169,10 @@ def _missing_files(folder: Path) -> list[str]:
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         missing.append(WEIGHTS)
+    elif not (folder / WEIGHTS).is_file():
+        shards = read_json(folder / INDEX).get("weight_map")
+        shards = sorted(set(shards.values())) if isinstance(shards, dict) else []
+        missing += [str(name) for name in shards if not (folder / str(name)).is_file()]
     return missing
 
 

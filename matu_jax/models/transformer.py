@@ -180,8 +180,8 @@ class Block(nnx.Module):
         batch, tokens, width = x.shape
         normed = self.norm_attention(x).astype(self.dtype)
         heads = (batch, tokens, self.heads, width // self.heads)
-        # The two small products of attention are float32, as their softmax is: a hundredth of the
-        # work, and mixed dtypes in them have no gradient under strict promotion.
+        # The two small products of attention are float32, as their softmax is: a few hundredths
+        # of the work, and mixed dtypes in them have no gradient under strict promotion.
         attended = jax.nn.dot_product_attention(
             *(
                 projection(normed, part).astype(jnp.float32).reshape(heads)
