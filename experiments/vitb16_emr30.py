@@ -11,8 +11,8 @@ FOLDERS is config.data.folders. A plain vision transformer has no text tower: ea
 linear head, averaged among its holders. Sixty clients hold two tasks each.
 
 Hardware: one accelerator with 13 GiB of free memory at bfloat16 and remat (predicted, and a third
-more); not run on one yet. The paper's numbers are of full fine-tuning from an ImageNet-21k checkpoint and
-merging once, not of rounds with adapters: there is none to compare with directly.
+more); not run on one yet. The paper's numbers are of full fine-tuning from an ImageNet-21k
+checkpoint and merging once, not of rounds with adapters: there is none to compare with directly.
 """
 
 import runpy
