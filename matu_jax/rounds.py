@@ -431,11 +431,14 @@ def _measuring(
                 else prefetched(whole.load, 0, len(whole.pieces))
             )
             waiting: list[tuple[Any, jax.Array]] = []
+            group, vectors = None, None
             for piece, examples in zip(whole.pieces, loaded, strict=True):
                 examples = jax.device_put(examples, everywhere)
                 for before, counted in waiting:  # of the piece before: two are there at most
                     counts[before.slots[: before.rows]] += np.asarray(counted)[: before.rows]
-                vectors = jax.device_put(vectors_of(piece.slots), over_slots)
+                if piece.slots is not group:  # the pieces of one group of slots share its array
+                    group, vectors = piece.slots, None  # the group before makes room first
+                    vectors = jax.device_put(vectors_of(group), over_slots)
                 counted = program(
                     (*parameters, *examples),
                     vectors,
