@@ -184,6 +184,14 @@ class Config:
       rounds: communication rounds.
       clients_per_round: clients that take part in a round, drawn anew each time; 0 = all.
       fedprox_mu: weight of FedProx's proximal term; the other algorithms have none.
+      personal_blocks: how many of the last transformer blocks' parameters FedPer and FedRep keep at
+        their slot.
+      fedrep_personal_fraction: part of a round's steps in which FedRep trains what is personal;
+        in the others it trains what is shared.
+      matfl_grouping: MaT-FL's weights: "soft" (by similarity) or "hard" (by groups).
+      matfl_threshold: added to the cosine of two deviations; a sum above 0 makes them share.
+      ties_keep: part of a vector's entries, the largest, that TIES keeps.
+      lora_b_trains_a: whether Fed-LoRA-B trains A too, as a personal part, or freezes it.
       data: see DataConfig.
       model: see ModelConfig.
       local: see LocalConfig.
@@ -197,6 +205,12 @@ class Config:
     rounds: int = _field(10, at_least=1)
     clients_per_round: int = _field(0, at_least=0)
     fedprox_mu: float = _field(0.01, at_least=0)
+    personal_blocks: int = _field(1, at_least=1)
+    fedrep_personal_fraction: float = _field(0.5, above=0, at_most=1)
+    matfl_grouping: str = _field("soft", choices=("soft", "hard"))
+    matfl_threshold: float = _field(0.0, at_least=-1, at_most=1)
+    ties_keep: float = _field(0.2, above=0, at_most=1)
+    lora_b_trains_a: bool = False
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)

@@ -115,12 +115,21 @@ def local_training(
             value = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
             return value + rule.penalty(vector, download) if rule.penalty else value
 
+        def trained(tree: PyTree, carry: Carry) -> PyTree:
+            """Zeros where a parameter does not train: neither the optimiser nor it shall move."""
+            if rule.trains is None:
+                return tree
+            progress = carry.steps.astype(jnp.float32) / config.steps
+            factors = rule.trains(carry.vector, progress)
+            return jax.tree.map(lambda x, f: x * jnp.asarray(f, x.dtype), tree, factors)
+
         def step(carry: Carry, batch):
             drawn = jax.random.fold_in(key, carry.steps) if model.stochastic else None
             value, gradient = jax.value_and_grad(loss)(carry.vector, *batch, drawn)
+            gradient = trained(gradient, carry)
             with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
                 updates, state = tx.update(gradient, carry.optimizer, carry.vector)
-            vector = optax.apply_updates(carry.vector, updates)
+            vector = optax.apply_updates(carry.vector, trained(updates, carry))
             return Carry(vector, state, carry.loss + value, carry.steps + 1), None
 
         return jax.lax.scan(step, carry, (images, labels))[0]

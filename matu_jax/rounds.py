@@ -20,7 +20,7 @@ from matu_jax.data.partition import assign, partition
 from matu_jax.evaluate import EvaluationSet, evaluation, per_task
 from matu_jax.local import Trained, local_training
 from matu_jax.metrics import relatedness_auc
-from matu_jax.models import Model
+from matu_jax.models import Model, linearised
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.backbone import recomputed_bytes
 from matu_jax.parallel import AXIS, padded_rows, slot_mesh, slots_at_once
@@ -278,13 +278,18 @@ def run(
     over_slots = NamedSharding(mesh, PartitionSpec(AXIS))
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
+    model = linearised(model) if algorithm.local.linearised else model
     local = local_training(model, config.local, algorithm.local, mesh, seed=config.seed)
     begin, finish = jax.jit(local.begin), jax.jit(local.finish, donate_argnums=0)
     advance = jax.jit(local.advance, donate_argnums=1)
 
-    @jax.jit
-    def download(state: Any, slots: Slots, rows: jax.Array) -> PyTree:
-        return jax.tree.map(lambda x: x[rows], algorithm.download(state, slots))
+    def some(vectors: Callable[[Any, Slots], PyTree]) -> Callable[..., PyTree]:
+        return jax.jit(
+            lambda state, slots, rows: jax.tree.map(lambda x: x[rows], vectors(state, slots))
+        )
+
+    download = some(algorithm.download)
+    evaluated = some(algorithm.evaluated) if algorithm.evaluated else download
 
     @jax.jit
     def upload(trained: list[PyTree], slots: Slots, rows: jax.Array) -> Any:
@@ -342,9 +347,10 @@ def run(
         clock.lap("server_aggregation", (state, metrics))
         del downloads, results, trained, uploads, carry, examples
 
+        sends = not algorithm.one_shot or index + 1 == config.rounds
         accuracy = None
         if (index + 1) % config.evaluation.every_rounds == 0 or index + 1 == config.rounds:
-            accuracy = measure(functools.partial(download, state, slots))
+            accuracy = measure(functools.partial(evaluated, state, slots))
             clock.lap("evaluation")
 
         similarity = np.asarray(metrics["similarity"]) if "similarity" in metrics else None
@@ -361,8 +367,9 @@ def run(
                 if similarity is None
                 else relatedness_auc(similarity, related(tasks)),
                 "clients": np.flatnonzero(chosen).tolist(),
-                "uplink_bits": int(message_bits(messages[0], present).sum()),
-                "downlink_bits": int(message_bits(messages[1], _chosen(slots, chosen)).sum()),
+                "uplink_bits": sends * int(message_bits(messages[0], present).sum()),
+                "downlink_bits": sends
+                * int(message_bits(messages[1], _chosen(slots, chosen)).sum()),
                 "dropped": [
                     {
                         "client": int(slots.client[row]),

@@ -16,10 +16,17 @@ class LocalRule(NamedTuple):
 
     Attributes:
       penalty: `(vector, download) -> scalar` added to the loss, both one slot's task vectors,
-        leaves `[...]`; None for no penalty.
+        leaves `[...]`, trained heads among them; None for no penalty.
+      trains: `(vector, progress) -> factors`, a tree like the vector whose leaves broadcast against
+        its leaves: 1 where a parameter trains in this step, 0 where it does not. Progress is the
+        part of the round's steps that is done, a float32 scalar in [0, 1). None: everything trains.
+      linearised: whether the model is replaced by its first-order expansion around the base, in
+        training and in evaluation.
     """
 
     penalty: Callable[[PyTree, PyTree], jax.Array] | None = None
+    trains: Callable[[PyTree, jax.Array], PyTree] | None = None
+    linearised: bool = False
 
 
 class Message(NamedTuple):
@@ -46,7 +53,7 @@ class Algorithm(NamedTuple):
     Attributes:
       init: `(base, slots) -> state`; base leaves `[...]`.
       download: `(state, slots) -> vectors [slots, ...]`, where each slot starts its round, and what
-        is evaluated.
+        is evaluated unless `evaluated` says otherwise.
       upload: `(vectors [slots, ...], slots) -> uploads`, the client's side.
       aggregate: `(state, uploads, slots) -> (state, metrics)`, the server's side. Metrics is a dict
         of arrays; "similarity" `[tasks, tasks]` where the algorithm measures one.
@@ -54,6 +61,12 @@ class Algorithm(NamedTuple):
         network, as `Message`s, from which traffic is counted.
       local: how slots train.
       shares_heads: whether trained heads are averaged among the holders of a task.
+      kept: `state -> tree`: the part of the state that a real server has to keep between rounds,
+        once it has handed out what it made: neither what clients keep for themselves nor downloads
+        that have been delivered.
+      kept_per_client: whether that part grows with the number of clients.
+      evaluated: `(state, slots) -> vectors [slots, ...]`, what is evaluated; None = `download`.
+      one_shot: whether messages cross the network once, after the last round.
     """
 
     init: Callable[[PyTree, Slots], Any]
@@ -63,6 +76,10 @@ class Algorithm(NamedTuple):
     sent: Callable[[Any, Any], tuple[Message, Message]]
     local: LocalRule = LocalRule()
     shares_heads: bool = True
+    kept: Callable[[Any], PyTree] = lambda state: state
+    kept_per_client: bool = False
+    evaluated: Callable[[Any, Slots], PyTree] | None = None
+    one_shot: bool = False
 
 
 def weighted_mean(
@@ -163,6 +180,25 @@ def with_heads(inner: Algorithm) -> Algorithm:
             down._replace(per_slot=(down.per_slot, uploads[1])),
         )
 
+    def evaluated(state, slots):
+        shared = (inner.evaluated or inner.download)(state[0], slots)
+        return download(state, slots) | {"shared": shared}
+
+    def kept(state):
+        return inner.kept(state[0]), state[1] if inner.shares_heads else None
+
+    def trains(vector, progress):
+        head = jax.tree.map(lambda _: 1.0, vector["head"])
+        assert inner.local.trains is not None
+        return {"shared": inner.local.trains(vector["shared"], progress), "head": head}
+
     return inner._replace(
-        init=init, download=download, upload=upload, aggregate=aggregate, sent=sent
+        init=init,
+        download=download,
+        upload=upload,
+        aggregate=aggregate,
+        sent=sent,
+        evaluated=evaluated,
+        kept=kept,
+        local=inner.local._replace(trains=trains if inner.local.trains else None),
     )

@@ -17,4 +17,5 @@ def individual(config: Config) -> Algorithm:
         ),
         sent=lambda state, uploads: (Message(), Message()),
         shares_heads=False,
+        kept=lambda state: (),
     )

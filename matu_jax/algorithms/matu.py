@@ -49,4 +49,5 @@ def matu(config: Config) -> Algorithm:
         upload=lambda vectors, slots: unify(vectors, slots, magnitude=choices.magnitude),
         aggregate=server,
         sent=lambda state, uploads: (message(uploads), message(state.downloads)),
+        kept=lambda state: state.unified,
     )

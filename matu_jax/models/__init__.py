@@ -124,6 +124,34 @@ def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model
     return Model(base, frozen, logits, features, config.lora_dropout > 0, logit_scale)
 
 
+def linearised(model: Model) -> Model:
+    """The model's first-order expansion around its base, for training and evaluation alike.
+
+    f(base) + J(base) (params - base), the neural tangent model (Jacot et al. 2018, arXiv
+    1806.07572); one Jacobian-vector product per call. With LoRA, whose B is zero at the base, the
+    expansion does not depend on A.
+
+    Args:
+      model: from `build`.
+
+    Returns:
+      The same base; frozen holds the base once more, under "origin". Features are not expanded.
+    """
+
+    def logits(params, frozen, images, task, key=None):
+        rest = {name: part for name, part in frozen.items() if name != "origin"}
+
+        def function(point):
+            return model.logits(point, rest, images, task, key)
+
+        origin = frozen["origin"]
+        step = jax.tree.map(jnp.subtract, params, origin)
+        value, change = jax.jvp(function, (origin,), (step,))
+        return value + change
+
+    return model._replace(frozen=model.frozen | {"origin": model.base}, logits=logits)
+
+
 def _trained_heads(config: ModelConfig, tasks: Sequence[Task]) -> list[bool]:
     """Whether each task's head is trained."""
     kinds, seen = {task.name: config.head for task in tasks}, set()

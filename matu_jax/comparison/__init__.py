@@ -1,0 +1,1 @@
+"""Many algorithms in the same settings: what is compared, and how it is told."""
