@@ -7,6 +7,7 @@ experiment program is `python -m matu_jax.train`.
 from matu_jax.aggregation import (
     Aggregated,
     AggregationConfig,
+    ServerState,
     Slots,
     Unified,
     aggregate,
@@ -20,6 +21,7 @@ from matu_jax.trees import apply_vectors, stack, task_vectors
 __all__ = [
     "Aggregated",
     "AggregationConfig",
+    "ServerState",
     "Slots",
     "Unified",
     "aggregate",

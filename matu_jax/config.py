@@ -134,16 +134,19 @@ class MatuConfig:
       agreement_threshold: rho of eq. 5.
       top_k: kappa of eq. 8.
       min_similarity: epsilon of eq. 8.
-      transfer: eq. 8's rule.
+      transfer: eq. 8's rule: "none", "mean", "additive" or "shrinkage".
       similarity: what eq. 7 compares.
+      uploads: what clients fold and send: "vector" (their task vectors) or "change" (what the round
+        has added to them).
     """
 
     magnitude: str = _field("max", choices=("max", "mean"))
     agreement_threshold: float = _field(0.4, at_least=0, at_most=1)
     top_k: int = _field(3, at_least=0)
     min_similarity: float = _field(0.5, at_least=0, at_most=1)
-    transfer: str = _field("none", choices=("none", "mean", "additive"))
+    transfer: str = _field("none", choices=("none", "mean", "additive", "shrinkage"))
     similarity: str = _field("cross_client", choices=("cross_client", "aggregated"))
+    uploads: str = _field("vector", choices=("vector", "change"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -292,12 +292,15 @@ def run(
     evaluated = some(algorithm.evaluated) if algorithm.evaluated else download
 
     @jax.jit
-    def upload(trained: list[PyTree], slots: Slots, rows: jax.Array) -> Any:
+    def upload(state: Any, trained: list[PyTree], slots: Slots, rows: jax.Array) -> Any:
         def spread(*groups):
             whole = jnp.zeros((slots.client.shape[0], *groups[0].shape[1:]), groups[0].dtype)
             return whole.at[rows].set(jnp.concatenate(groups)[: rows.shape[0]])
 
-        return algorithm.upload(jax.tree.map(spread, *trained), slots)
+        vectors = jax.tree.map(spread, *trained)
+        if algorithm.sends_change:
+            vectors = jax.tree.map(jnp.subtract, vectors, algorithm.download(state, slots))
+        return algorithm.upload(vectors, slots)
 
     aggregate = jax.jit(algorithm.aggregate, donate_argnums=0)
 
@@ -340,7 +343,7 @@ def run(
         weight[rows] = slots.weight[rows] * (takes_part & finite)
         present = Slots(slots.client, slots.task, weight, slots.num_clients, slots.num_tasks)
 
-        uploads = upload(trained, present, rows)
+        uploads = upload(state, trained, present, rows)
         clock.lap("client_unify", uploads)
         messages = messages or jax.eval_shape(algorithm.sent, state, uploads)
         state, metrics = aggregate(state, uploads, present)

@@ -23,6 +23,8 @@ LAYER = {
     "algorithms": 2,
     "parallel": 2,
     "merging": 2,
+    "comparison": 7,
+    "compare": 8,
     "local": 3,
     "evaluate": 4,
     "rounds": 5,

@@ -16,8 +16,13 @@ slots of client n, S(t) those of task t, with weights w_s > 0; sgn(0) = 0.
     5  agreement   alpha_t = |mean_{S(t)} sgn(tau_s)|;  gate g_t = 1 if alpha_t >= rho else alpha_t
     6  same task   tau_t = g_t * sum_{S(t)} w_s tau_s / sum w
     7  similarity  A_tt' = (1 + (1/d) sum sgn(tau_t) sgn(tau_t')) / 2
-    8  cross task  the kappa most similar other tasks with A >= epsilon enter tau_t
+    8  cross task  the kappa most similar other tasks with A >= epsilon enter tau_t, or as many and
+                   as much as the evidence warrants (`shrinkage`, this project's own)
     9  unified     U = unify over all tasks; downloads: per client, unify over its tasks
+
+With `uploads = "change"`, this project's own too, clients fold what the round has changed (task vector
+less download), eqs. 5 to 8 are of changes, and the server adds the outcome to the task vectors that
+it keeps.
 
 Every function is pure and may be called under `jit`, `vmap` and `shard_map`; slots are visited by
 `lax.scan`, so that no second array of slots x parameters is ever made.
@@ -26,11 +31,12 @@ Every function is pure and may be called under `jit`, `vmap` and `shard_map`; sl
 from matu_jax.aggregation.directions import direction_similarity
 from matu_jax.aggregation.fold import modulate, unify
 from matu_jax.aggregation.server import aggregate, nonfinite
-from matu_jax.aggregation.types import Aggregated, AggregationConfig, Slots, Unified
+from matu_jax.aggregation.types import Aggregated, AggregationConfig, ServerState, Slots, Unified
 
 __all__ = [
     "Aggregated",
     "AggregationConfig",
+    "ServerState",
     "Slots",
     "Unified",
     "aggregate",

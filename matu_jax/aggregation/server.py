@@ -8,15 +8,17 @@ import numpy as np
 
 from matu_jax.aggregation.directions import gram, same_client_gram
 from matu_jax.aggregation.fold import clip_to, flat_leaf, fold, loop_zeros, modulate_jit, modulated
+from matu_jax.aggregation.shrinkage import shrinkage
 from matu_jax.aggregation.types import (
     Aggregated,
     AggregationConfig,
+    ServerState,
     Slots,
     Unified,
     check_slots,
     check_unified,
 )
-from matu_jax.trees import check_like, leaf_items
+from matu_jax.trees import PyTree, as_floating, check_like, check_stacked, leaf_items
 
 
 def _lending(similarity: jax.Array, allowed: jax.Array, config: AggregationConfig) -> jax.Array:
@@ -34,7 +36,10 @@ def _lending(similarity: jax.Array, allowed: jax.Array, config: AggregationConfi
 
 @partial(jax.jit, static_argnames=("config",))
 def _aggregate(
-    uploads: Unified, slots: Slots, config: AggregationConfig, previous: Unified | None
+    uploads: Unified,
+    slots: Slots,
+    config: AggregationConfig,
+    previous: Unified | ServerState | None,
 ) -> Aggregated:
     leaves, treedef = jax.tree.flatten(uploads.vector)
     vector, masks = [flat_leaf(leaf) for leaf in leaves], jax.tree.leaves(uploads.masks)
@@ -50,17 +55,21 @@ def _aggregate(
     weight_sum = jnp.zeros(tasks, jnp.float32).at[slots.task].add(weight)
     holders = jnp.zeros(tasks, jnp.int32).at[slots.task].add(accepted.astype(jnp.int32))
     share = weight / jnp.where(weight_sum > 0, weight_sum, 1.0)[slots.task]
+    learns = config.transfer == "shrinkage"
     sign_dtype = jnp.int8 if count < 128 else jnp.int16 if count < 32768 else jnp.int32
 
     def add_slot(carry, slot):
-        means, signs = carry
+        means, signs, energies = carry
         client, task, ok, part, scale, packed = slot
         scale = jnp.where(ok, scale, 0.0)
+        energy = jnp.float32(0)
         for i, leaf in enumerate(vector):
             x = jnp.where(ok, modulated(leaf[client], packed[i], scale), 0.0)
             means[i] = means[i].at[task].add(part * x)
             signs[i] = signs[i].at[task].add(jnp.sign(x).astype(sign_dtype))
-        return (means, signs), None
+            if learns:
+                energy = energy + jnp.square(x).sum()
+        return (means, signs, energies.at[task].add(energy)), None
 
     inputs = (slots.client, slots.task, accepted, share, uploads.scales)
     zeros = [
@@ -68,23 +77,32 @@ def _aggregate(
         for leaf, mask in zip(vector, masks, strict=True)
     ]
     no_signs = [z.astype(sign_dtype) for z in zeros]
-    (means, signs), _ = jax.lax.scan(
+    no_energy = loop_zeros((tasks,), jnp.float32, *vector, *masks, *inputs)
+    (means, signs, energies), _ = jax.lax.scan(
         add_slot,
-        (zeros, no_signs),
+        (zeros, no_signs, no_energy),
         (slots.client, slots.task, accepted, share, uploads.scales, masks),
     )
     reported = (holders > 0)[:, None]
-    kept = (
-        [None] * len(vector) if previous is None else jax.tree.leaves(modulate_jit(previous, None))
-    )
+    if isinstance(previous, ServerState):
+        start = [flat_leaf(leaf) for leaf in jax.tree.leaves(previous.task_vectors)]
+        agreement, energy = previous.agreement, previous.energy
+    else:
+        agreement = energy = jnp.zeros((tasks, tasks), jnp.float32)
+        if previous is None:
+            start = [jnp.zeros((tasks, leaf.shape[1]), leaf.dtype) for leaf in vector]
+        else:
+            start = [flat_leaf(x) for x in jax.tree.leaves(modulate_jit(previous, None))]
+    kept = start
+    if config.uploads == "change":
+        kept = [jnp.zeros_like(leaf) for leaf in start]
 
     def same_task(mean, sign, leaf, old):
         agreement = jnp.abs(sign).astype(jnp.float32) / jnp.maximum(holders, 1)[:, None].astype(
             jnp.float32
         )
         gate = jnp.where(agreement >= config.agreement_threshold, 1.0, agreement)
-        old = jnp.zeros_like(mean) if old is None else flat_leaf(old).astype(jnp.float32)
-        return clip_to(jnp.where(reported, gate * mean, old), leaf.dtype)
+        return clip_to(jnp.where(reported, gate * mean, old.astype(jnp.float32)), leaf.dtype)
 
     own = [same_task(*args) for args in zip(means, signs, vector, kept, strict=True)]
 
@@ -107,19 +125,33 @@ def _aggregate(
 
     # Eq. 8.
     mixed = own
-    if config.transfer != "none" and config.top_k > 0 and tasks > 1:
+    if config.transfer != "none" and (config.top_k > 0 or learns) and tasks > 1:
         lenders = jnp.stack([(leaf != 0).any(axis=1) for leaf in own]).any(axis=0)
         # A task that nobody reported keeps what it has; where nothing was compared, nobody lends.
         allowed = compared & lenders[None, :] & reported
-        mixing = jnp.eye(tasks, dtype=jnp.float32) + _lending(similarity, allowed, config)
-        if config.transfer == "mean":
-            mixing = mixing / mixing.sum(axis=1, keepdims=True)
+        if learns:
+            size = energies / jnp.maximum(holders, 1).astype(jnp.float32)
+            pair = jnp.where(compared, jnp.sqrt(size[:, None] * size[None, :]), 0.0)
+            agreement, energy = agreement + mean_product * pair, energy + pair
+            spread = jnp.zeros(tasks, jnp.float32).at[slots.task].add(jnp.square(share))
+            worth = 1 / jnp.where(spread > 0, spread, 1.0)
+            mixing = shrinkage(agreement, energy, worth, allowed)
+        else:
+            mixing = jnp.eye(tasks, dtype=jnp.float32) + _lending(similarity, allowed, config)
+            if config.transfer == "mean":
+                mixing = mixing / mixing.sum(axis=1, keepdims=True)
         mixed = [
             clip_to(
                 jnp.matmul(mixing, leaf.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST),
                 leaf.dtype,
             )
             for leaf in own
+        ]
+
+    if config.uploads == "change":
+        mixed = [
+            clip_to(old.astype(jnp.float32) + new.astype(jnp.float32), old.dtype)
+            for old, new in zip(start, mixed, strict=True)
         ]
 
     # Eq. 9.
@@ -146,15 +178,24 @@ def _aggregate(
             [x.reshape(*lead, *leaf.shape[1:]) for x, leaf in zip(flat, leaves, strict=True)]
         )
 
+    task_vectors = shaped(mixed, (tasks,))
     return Aggregated(
-        task_vectors=shaped(mixed, (tasks,)),
+        task_vectors=task_vectors,
         similarity=similarity,
         unified=Unified(shaped(one_vector, ()), treedef.unflatten(all_masks), all_scales),
         downloads=Unified(
             shaped(down_vector, (slots.num_clients,)), treedef.unflatten(down_masks), down_scales
         ),
         accepted=accepted,
+        state=ServerState(task_vectors, agreement, energy),
     )
+
+
+def _check_rows(uploads: PyTree, vectors: PyTree) -> None:
+    """Checks that two stacked trees have rows of one shape."""
+    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), vectors)
+    name = "aggregate: uploads.vector [clients, ...] against previous.task_vectors [tasks, ...]"
+    check_like(uploads, rows, name, leading=1)
 
 
 _DEFAULT_CONFIG = AggregationConfig()
@@ -164,7 +205,7 @@ def aggregate(
     uploads: Unified,
     slots: Slots,
     config: AggregationConfig = _DEFAULT_CONFIG,
-    previous: Unified | None = None,
+    previous: Unified | ServerState | None = None,
 ) -> Aggregated:
     """One round of MaTU's stateless server (eqs. 5 to 9), from the uploads alone.
 
@@ -174,8 +215,9 @@ def aggregate(
         in the result, and `nonfinite` for its name).
       slots: which client and task each slot is, and its weight (0 = absent).
       config: the choices in eqs. 5 to 9.
-      previous: `.unified` of the round before: what a task keeps that nobody reported. None: such
-        a task keeps a zero vector.
+      previous: what a task keeps that nobody reported: `.unified` of the round before, or, where
+        `config.uploads` is "change", its `.state`, to which the changes are added. None: the first
+        round; zeros.
 
     Returns:
       `Aggregated`: task vectors `[tasks, ...]`, similarity `[tasks, tasks]`, the unified vector of
@@ -187,7 +229,24 @@ def aggregate(
     slots = check_slots(slots, "aggregate")
     rows = slots.client.shape[0]
     uploads = check_unified(uploads, "aggregate: uploads", rows=rows, groups=slots.num_clients)
-    if previous is not None:
+    changes = config.uploads == "change"
+    if previous is not None and isinstance(previous, ServerState) != changes:
+        raise ValueError(
+            f"aggregate: previous: found {type(previous).__name__}, but config.uploads is "
+            f"{config.uploads!r}: pass the last result's " + (".state." if changes else ".unified.")
+        )
+    if isinstance(previous, ServerState):
+        vectors = as_floating(previous.task_vectors, "aggregate: previous.task_vectors")
+        check_stacked(vectors, "aggregate: previous.task_vectors", rows=slots.num_tasks)
+        _check_rows(uploads.vector, vectors)
+        previous = previous._replace(task_vectors=vectors)
+        for name in ("agreement", "energy"):
+            found, tasks = jnp.shape(getattr(previous, name)), slots.num_tasks
+            if found != (tasks, tasks):
+                raise ValueError(
+                    f"aggregate: previous.{name}: found {list(found)}, expected [{tasks}, {tasks}]."
+                )
+    elif previous is not None:
         previous = check_unified(previous, "aggregate: previous", rows=slots.num_tasks, groups=None)
         check_like(
             uploads.vector,

@@ -12,8 +12,9 @@ from jax.core import Tracer
 from matu_jax.trees import PyTree, as_floating, check_like, check_stacked, leaf_items
 
 Magnitude = Literal["max", "mean"]
-Transfer = Literal["none", "mean", "additive"]
+Transfer = Literal["none", "mean", "additive", "shrinkage"]
 Similarity = Literal["cross_client", "aggregated"]
+Uploads = Literal["vector", "change"]
 
 
 @partial(
@@ -67,9 +68,17 @@ class AggregationConfig:
       min_similarity: epsilon of eq. 8, in [0, 1]; 1/2 is the similarity of unrelated directions.
       transfer: how lenders enter. "none": not at all. "mean": the mean of a task's own vector
         (weight 1) and its lenders' (weight A). "additive": own vector + sum of A times theirs.
+        "shrinkage": as much as the evidence of all rounds warrants, see `aggregation.shrinkage`
+        (no top_k, no min_similarity; needs uploads = "change" and similarity = "cross_client").
       similarity: what eq. 7 compares. "aggregated": the tasks' aggregated vectors, as in the paper.
         "cross_client": slots of *different* clients only, averaged over the pairs; two tasks of
         one client are masked copies of one vector and look alike whatever they are.
+      uploads: what a client folds and sends. "vector": its task vectors, as in the paper; the
+        server keeps the unified vector of all tasks alone. "change": what the round has added to
+        them, its task vectors less its download; the server adds it to exact task vectors, one per
+        task, which it keeps. What folding has lost on the way down is then made up for in the next
+        rounds, instead of being taken over: the loss is measured at the folded vector, and the exact
+        one moves, as in quantisation-aware training with a straight-through estimator.
     """
 
     magnitude: Magnitude = "max"
@@ -78,12 +87,14 @@ class AggregationConfig:
     min_similarity: float = 0.5
     transfer: Transfer = "none"
     similarity: Similarity = "cross_client"
+    uploads: Uploads = "vector"
 
     def __post_init__(self):
         for field, choices in (
             ("magnitude", Magnitude),
             ("transfer", Transfer),
             ("similarity", Similarity),
+            ("uploads", Uploads),
         ):
             if getattr(self, field) not in get_args(choices):
                 raise ValueError(
@@ -101,6 +112,26 @@ class AggregationConfig:
             raise ValueError(
                 f"AggregationConfig.top_k: found {self.top_k!r}, expected a whole number >= 0."
             )
+        needed = ("change", "cross_client")
+        if self.transfer == "shrinkage" and (self.uploads, self.similarity) != needed:
+            raise ValueError(
+                "AggregationConfig.transfer: 'shrinkage' needs uploads = 'change' and similarity = "
+                f"'cross_client'; found {self.uploads!r} and {self.similarity!r}."
+            )
+
+
+class ServerState(NamedTuple):
+    """What a server keeps from round to round where uploads are changes.
+
+    Attributes:
+      task_vectors: leaves `[tasks, ...]` in the storage dtype.
+      agreement: float32 `[tasks, tasks]`, the evidence of `transfer = "shrinkage"`; else zeros.
+      energy: float32 `[tasks, tasks]`, the same.
+    """
+
+    task_vectors: PyTree
+    agreement: jax.Array
+    energy: jax.Array
 
 
 class Aggregated(NamedTuple):
@@ -115,6 +146,7 @@ class Aggregated(NamedTuple):
         scales `[slots]`. Covers every listed slot, so that a client absent now can start later.
       accepted: bool `[slots]`: present, and every number of its upload finite, its scale not
         negative.
+      state: what the next round needs as `previous` where uploads are changes.
     """
 
     task_vectors: PyTree
@@ -122,6 +154,7 @@ class Aggregated(NamedTuple):
     unified: Unified
     downloads: Unified
     accepted: jax.Array
+    state: ServerState
 
 
 def check_slots(slots: Slots, name: str) -> Slots:

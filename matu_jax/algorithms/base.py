@@ -67,6 +67,8 @@ class Algorithm(NamedTuple):
       kept_per_client: whether that part grows with the number of clients.
       evaluated: `(state, slots) -> vectors [slots, ...]`, what is evaluated; None = `download`.
       one_shot: whether messages cross the network once, after the last round.
+      sends_change: whether upload is given what the round has changed, vectors less downloads,
+        instead of the vectors.
     """
 
     init: Callable[[PyTree, Slots], Any]
@@ -80,6 +82,7 @@ class Algorithm(NamedTuple):
     kept_per_client: bool = False
     evaluated: Callable[[Any, Slots], PyTree] | None = None
     one_shot: bool = False
+    sends_change: bool = False
 
 
 def weighted_mean(
@@ -166,6 +169,11 @@ def with_heads(inner: Algorithm) -> Algorithm:
     def aggregate(state, uploads, slots):
         shared, metrics = inner.aggregate(state[0], uploads[0], slots)
         head, present = uploads[1], slots.weight > 0
+        if inner.sends_change:
+            before = state[1]
+            if inner.shares_heads:
+                before = jax.tree.map(lambda x: x[slots.task], before)
+            head = jax.tree.map(jnp.add, before, head)
         if inner.shares_heads:
             head, total = weighted_mean(head, slots.weight, slots.task, slots.num_tasks)
             present = total > 0

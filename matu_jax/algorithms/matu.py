@@ -6,7 +6,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from matu_jax.aggregation import AggregationConfig, Unified, aggregate, modulate, unify
+from matu_jax.aggregation import (
+    AggregationConfig,
+    ServerState,
+    Unified,
+    aggregate,
+    modulate,
+    unify,
+)
 from matu_jax.algorithms.base import Algorithm, Message, zeros
 from matu_jax.config import Config
 
@@ -16,15 +23,17 @@ class MatuState(NamedTuple):
 
     Attributes:
       downloads: the clients' unifieds, made at the end of the round before.
-      unified: the server's own, over all tasks.
+      server: the server's own: the unified of all tasks, or, where uploads are changes, the exact
+        task vectors and the evidence for transfer.
     """
 
     downloads: Unified
-    unified: Unified
+    server: Unified | ServerState
 
 
 def matu(config: Config) -> Algorithm:
     """MaTU with the choices of `config.matu`."""
+    changes = config.matu.uploads == "change"
     choices = AggregationConfig(**dataclasses.asdict(config.matu))  # type: ignore[arg-type]
 
     def nothing(base, rows, *groups):
@@ -32,13 +41,18 @@ def matu(config: Config) -> Algorithm:
         return Unified(zeros(base, *groups), masks, jnp.zeros(rows, jnp.float32))
 
     def init(base, slots):
-        return MatuState(
-            nothing(base, slots.client.shape[0], slots.num_clients), nothing(base, slots.num_tasks)
-        )
+        downloads = nothing(base, slots.client.shape[0], slots.num_clients)
+        if changes:
+            evidence = jnp.zeros((slots.num_tasks, slots.num_tasks), jnp.float32)
+            return MatuState(
+                downloads, ServerState(zeros(base, slots.num_tasks), evidence, evidence)
+            )
+        return MatuState(downloads, nothing(base, slots.num_tasks))
 
     def server(state, uploads, slots):
-        result = aggregate(uploads, slots, choices, state.unified)
-        return MatuState(result.downloads, result.unified), {"similarity": result.similarity}
+        result = aggregate(uploads, slots, choices, state.server)
+        keeps = result.state if changes else result.unified
+        return MatuState(result.downloads, keeps), {"similarity": result.similarity}
 
     def message(unified):
         return Message(per_client=unified.vector, per_shared_slot=(unified.masks, unified.scales))
@@ -49,5 +63,6 @@ def matu(config: Config) -> Algorithm:
         upload=lambda vectors, slots: unify(vectors, slots, magnitude=choices.magnitude),
         aggregate=server,
         sent=lambda state, uploads: (message(uploads), message(state.downloads)),
-        kept=lambda state: state.unified,
+        kept=lambda state: state.server,
+        sends_change=changes,
     )

@@ -7,7 +7,7 @@ import base64
 import html
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -89,7 +89,7 @@ _STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: #1c2730; overflow-wrap: anywhere;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
 main { max-width: 78rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: .5rem 0 1rem; }
 h2 { font-size: 1.45rem; line-height: 1.25; margin: 3rem 0 .75rem; padding-top: 1rem;
@@ -102,20 +102,21 @@ nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .25r
   max-width: none; }
 a { color: #0b5394; }
 .lead { font-size: 1.08rem; }
-.note, figcaption, caption { font-size: .9rem; color: #45555f; }
+.note, figcaption { font-size: .9rem; color: #45555f; }
 .notice { background: #fff4e0; border-left: 4px solid #d9730d; padding: .6rem .9rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; border: 1px solid #d5dde3; border-radius: 6px; }
-table { border-collapse: collapse; font-size: .92rem; width: 100%; overflow-wrap: normal;
+.scroll { overflow-x: auto; width: fit-content; max-width: 100%;
+  margin: .75rem 0 1.25rem; border: 1px solid #d5dde3; border-radius: 6px; }
+table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; background: #fff;
+th, td { padding: .4rem .5rem; text-align: right; white-space: nowrap; background: #fff;
   border-bottom: 1px solid #e4e9ed; }
-thead th { vertical-align: bottom; white-space: normal; min-width: 5.2rem; font-weight: 600;
+thead th { vertical-align: bottom; white-space: normal; min-width: 4.6rem; font-weight: 600;
   line-height: 1.3; background: #eef3f7; border-bottom: 2px solid #b8c6d1; }
 th.word, td.word { text-align: left; }
 td.word { white-space: normal; min-width: 9rem; }
 tbody th { font-weight: 400; }
 tbody tr:last-child > * { border-bottom: 0; }
-th:first-child { position: sticky; left: 0; max-width: 12rem; white-space: normal;
+th:first-child { position: sticky; left: 0; min-width: 8rem; max-width: 12rem; white-space: normal;
   border-right: 1px solid #d5dde3; }
 tr.ours > * { background: #e3eef8; }
 tr.reference > * { background: #f5f2ea; }
@@ -125,14 +126,14 @@ figure { margin: 0; min-width: 0; }
 img { display: block; max-width: 100%; height: auto; }
 figcaption { margin-top: .4rem; max-width: 36rem; }
 pre { font: .875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto;
-  background: #f4f6f8; border-radius: 6px; padding: .75rem .9rem; margin: .6rem 0; max-width: 100%; }
+  background: #f4f6f8; border-radius: 6px; padding: .75rem .9rem; margin: .6rem 0; }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; font-weight: 600; color: #0b5394; }
 @media (max-width: 600px) {
   main { padding: 1rem 1rem 3rem; }
   h1 { font-size: 1.55rem; }
-  th:first-child { max-width: 8.5rem; }
+  th:first-child { min-width: 6rem; max-width: 8rem; }
 }
 """
 
@@ -180,10 +181,10 @@ def to_markdown(title: str, blocks: Iterable[Block]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _html_block(block: Block, anchors: Iterable[int]) -> str:
+def _html_block(block: Block, anchors: Iterator[int]) -> str:
     match block:
         case Heading(level, text):
-            anchor = f' id="part-{next(iter(anchors))}"' if level == 2 else ""
+            anchor = f' id="part-{next(anchors)}"' if level == 2 else ""
             return f"<h{level}{anchor}>{html.escape(text)}</h{level}>"
         case Paragraph(parts, kind):
             return f"<p{_class(kind)}>{_html(parts)}</p>"
@@ -263,6 +264,10 @@ def _markdown_block(block: Block) -> str:
             return f"{_at_line_start(_markdown(caption))}\n\n{text}"
 
 
+_MEANT = re.compile(r"[\\`*\[\]|~$]|<(?! )|&(?=#?\w+;)|(?<!\w)_|_(?!\w)")
+"""What Markdown would not take for text."""
+
+
 def _markdown(parts: Inline) -> str:
     """Words as Markdown of one line, good in a table's cell as well."""
     text = []
@@ -273,8 +278,7 @@ def _markdown(parts: Inline) -> str:
             space = " " if "`" in line else ""
             line = f"{fence}{space}{line}{space}{fence}".replace("|", r"\|")
         else:
-            line = html.escape(line, quote=False)
-            line = re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", lambda found: "\\" + found[0], line)
+            line = _MEANT.sub(r"\\\g<0>", line)
             line = f"**{line}**" if isinstance(part, Bold) and line.strip() else line
         text.append(line)
     return "".join(text)
@@ -282,4 +286,4 @@ def _markdown(parts: Inline) -> str:
 
 def _at_line_start(line: str) -> str:
     """Takes away the meaning that a line's first characters could have: a list, a heading."""
-    return re.sub(r"^(\d+)([.)])|^([-+#=])", r"\1\\\2\3", line)
+    return re.sub(r"^(\d+)([.)])|^([-+#=>])", r"\1\\\2\3", line)

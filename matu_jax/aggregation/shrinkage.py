@@ -1,0 +1,72 @@
+"""Transfer by shrinkage: how much of each task's change a task takes, from the round's evidence.
+
+This rule is this project's own; the plain rules of eq. 8 borrow the same amount however precise a
+task's own estimate is. Model: the change that slot s of task t reports is x_s = g_t + e_s, with what
+the task really asks for, g_t, and noise e_s, independent between clients. Then for slots of
+*different* clients E<x_s, x_s'> = <g_t, g_t'>, whether or not t = t'; the noise cancels. In units of
+a change's own energy, that mean over pairs is a correlation C_tt', and
+
+    C_tt    = the part of a task's change that is signal (needs two holders),
+    1 - C_tt = the part that is noise, of which averaging over h_t holders leaves (1 - C_tt) / h_t,
+    C_tt'   = what two tasks share.
+
+The correlation is taken of directions (signs), as eq. 7 takes it, so that nobody's scale counts, and
+summed over rounds, weighted by energy: O(tasks^2) numbers. All tasks share a common direction, since
+they start from one model; it says nothing about relatedness, so the median over pairs of different
+tasks is removed: K = max(C - median, 0). The weights of the best linear estimate of g_t from all
+tasks' changes, none of them negative (Wiener; Henderson's BLUP), solve
+
+    min_w  w^T (K + diag((1 - C_tt) / h_t)) w - 2 w^T K_t,    w >= 0,
+
+here by multiplicative updates (Lee and Seung 2001); each row is then divided by its sum, so that
+nothing shrinks towards zero. Few noise, many holders: a task keeps to itself. Much noise and a task
+like it: both are pooled. A task whose C_tt cannot be known because it has one holder takes the mean
+of those known; where no task has two holders, the largest C_tt' of its row, which borrows more.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_ITERATIONS = 100
+
+
+def shrinkage(
+    agreement: jax.Array, energy: jax.Array, holders: jax.Array, allowed: jax.Array
+) -> jax.Array:
+    """Weights with which the tasks' changes are mixed.
+
+    Args:
+      agreement: float32 `[tasks, tasks]`, sums over rounds of the correlation of directions between
+        slots of different clients, times the energy of that round.
+      energy: float32 `[tasks, tasks]`, sums over rounds of the energies; 0 where never compared.
+      holders: float32 `[tasks]`, how many equal holders a task's mean is worth this round.
+      allowed: bool `[tasks, tasks]`, who may lend (second axis) to whom (first axis).
+
+    Returns:
+      float32 `[tasks, tasks]`, rows sum to 1, nothing negative; the identity row for a task that
+      nothing may be lent to.
+    """
+    same = jnp.eye(agreement.shape[0], dtype=jnp.bool_)
+    compared = energy > 0
+    correlation = jnp.where(compared, agreement / jnp.where(compared, energy, 1.0), 0.0)
+    others = compared & ~same
+    common = jnp.nanmedian(jnp.where(others, correlation, jnp.nan))
+    common = jnp.where(jnp.isfinite(common), jnp.maximum(common, 0.0), 0.0)
+
+    own, known = jnp.diagonal(correlation), jnp.diagonal(compared)
+    nearest = jnp.where(others, correlation, 0.0).max(axis=1)
+    pooled = jnp.where(known, own, 0.0).sum() / jnp.maximum(known.sum(), 1).astype(jnp.float32)
+    signal = jnp.where(known, own, jnp.where(known.any(), pooled, nearest))
+    signal = jnp.clip(jnp.maximum(signal, nearest), 1e-3, 1.0)
+
+    lent = jnp.where(others & allowed, jnp.maximum(correlation - common, 0.0), 0.0)
+    shared = jnp.where(same, jnp.maximum(signal - common, 1e-3)[:, None], lent)
+    noise = (1 - signal) / jnp.maximum(holders, 1.0)
+    total = shared + jnp.where(same, noise[:, None], 0.0)
+
+    def update(_, weights):
+        met = jnp.matmul(weights, total, precision=jax.lax.Precision.HIGHEST)
+        return weights * shared / jnp.maximum(met, 1e-12)
+
+    weights = jax.lax.fori_loop(0, _ITERATIONS, update, shared)
+    return weights / weights.sum(axis=1, keepdims=True)
