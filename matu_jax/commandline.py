@@ -9,6 +9,7 @@ import runpy
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -19,10 +20,10 @@ class UserError(Exception):
     """A mistake of the user's, to be shown without a traceback."""
 
 
-def read_config(
+def read_words(
     argv: Sequence[str], doc: str, options: Sequence[str] = (), flags: Sequence[str] = ()
-) -> tuple[Config, Path, dict[str, str]]:
-    """Reads a command line: an experiment with its changes, and the program's own options.
+) -> tuple[Path, dict[str, str], dict[str, str]]:
+    """Reads the words of a command line.
 
     Args:
       argv: the program's name, then its arguments.
@@ -31,7 +32,8 @@ def read_config(
       flags: names of options that take none.
 
     Returns:
-      The checked config, the experiment's file, and the options given ("" for a flag).
+      The experiment's file; the fields to change, such as {"local.steps": "10"}; and the options
+      given ("" for a flag).
 
     Raises:
       UserError: with what is wrong, and where.
@@ -60,14 +62,33 @@ def read_config(
     if "config" not in given:
         raise UserError("--config is missing; for example --config experiments/quickstart.py")
     file = Path(given.pop("config"))
+    fields = {name: given.pop(name) for name in list(given) if name.startswith("config.")}
+    return file, {name.removeprefix("config."): text for name, text in fields.items()}, given
+
+
+def read_config(
+    argv: Sequence[str], doc: str, options: Sequence[str] = (), flags: Sequence[str] = ()
+) -> tuple[Config, Path, dict[str, str]]:
+    """Reads a command line: an experiment with its changes, and the program's own options.
+
+    Args:
+      argv: the program's name, then its arguments.
+      doc: what --help prints.
+      options: names of options that take a value.
+      flags: names of options that take none.
+
+    Returns:
+      The checked config, the experiment's file, and the options given ("" for a flag).
+
+    Raises:
+      UserError: with what is wrong, and where.
+      SystemExit: after --help.
+    """
+    file, fields, rest = read_words(argv, doc, options, flags)
     experiment = load_experiment(file)
-    rest = {}
     try:
-        for name, value in given.items():
-            if name.startswith("config."):
-                override(experiment, name.removeprefix("config."), value)
-            else:
-                rest[name] = value
+        for name, text in fields.items():
+            override(experiment, name, text)
         return freeze(experiment), file, rest
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -79,8 +100,23 @@ def load_experiment(file: Path) -> ConfigDict:
     Raises:
       UserError: if the file cannot be read, fails (with its line), or yields no ConfigDict.
     """
+    config = run_file(file)
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config {file}: get_config() returned {type(config).__name__}, expected the "
+            "ConfigDict of matu_jax.config.default()."
+        )
+    return config
+
+
+def run_file(file: Path) -> Any:
+    """Runs a file's `get_config()` and returns what it returns.
+
+    Raises:
+      UserError: if the file cannot be read, or fails (with its line).
+    """
     try:
-        config = runpy.run_path(str(file))["get_config"]()
+        return runpy.run_path(str(file))["get_config"]()
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}.") from None
     except SyntaxError as error:
@@ -91,9 +127,3 @@ def load_experiment(file: Path) -> ConfigDict:
         where = f", line {lines[-1].lineno}" if lines else ""
         text = str(error.args[0]) if error.args else ""
         raise UserError(f"--config {file}{where}: {type(error).__name__}: {text}") from None
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"--config {file}: get_config() returned {type(config).__name__}, expected the "
-            "ConfigDict of matu_jax.config.default()."
-        )
-    return config

@@ -245,8 +245,27 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     Raises:
       ValueError: for an unknown field (with "did you mean"), or a value of the wrong type.
     """
+    where, parent, name = _find(config, path)
+    try:
+        value = text if isinstance(parent[name], str) else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    _set(where, parent, name, value, text)
+
+
+def set_field(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets one field by its path, such as "local.steps", in place.
+
+    Raises:
+      ValueError: for an unknown field (with "did you mean"), or a value of the wrong type.
+    """
+    _set(*_find(config, path), value, value)
+
+
+def _find(config: ConfigDict, path: str) -> tuple[str, Any, str]:
+    """Where a field is: its full name, the block that holds it, and its name in there."""
     names = path.split(".")
-    where, block = "config", cast(Any, config)
+    where, parent, block = "config", cast(Any, None), cast(Any, config)
     for name in names:
         if not isinstance(block, ConfigDict):
             raise ValueError(f"{where}: is a value, not a block of fields; found {path!r}.")
@@ -254,24 +273,23 @@ def override(config: ConfigDict, path: str, text: str) -> None:
             raise ValueError(f"{where}.{name}: no such field.{did_you_mean(name, list(block))}")
         where, parent, block = f"{where}.{name}", block, block[name]
     if isinstance(block, ConfigDict) and "source" in block:
-        where, parent, block = f"{where}.source", block, block["source"]
-        names.append("source")
-    kind: Any = type(block)
-    if kind is ConfigDict:
+        return f"{where}.source", block, "source"
+    if isinstance(block, ConfigDict):
         raise ValueError(
             f"{where}: is a block of fields; set one of {', '.join(list(cast(Any, block)))}."
         )
-    try:
-        value = text if kind is str else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
+    return where, parent, names[-1]
+
+
+def _set(where: str, parent: Any, name: str, value: Any, found: Any) -> None:
+    kind: Any = type(parent[name])
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
     if type(value) is not kind:
-        raise ValueError(f"{where}: found {text!r}, expected {kind.__name__}.")
-    parent[names[-1]] = value
+        raise ValueError(f"{where}: found {found!r}, expected {kind.__name__}.")
+    parent[name] = value
 
 
 def freeze(config: ConfigDict) -> Config:

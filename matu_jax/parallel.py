@@ -1,6 +1,9 @@
 """Spreading slots over devices, and over time within a device."""
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +11,29 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 AXIS = "slots"
+
+
+def use_cores() -> None:
+    """Gives the CPU one virtual device per core; to be called before JAX is used.
+
+    They train slots side by side; a single device would leave cores idle, since a slot's matrix
+    products are too small to share. A number set in XLA_FLAGS stays.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", cores or 1)
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs on disk, so that runs with the same shapes compile once.
+
+    In `compiled` under the environment's MATU_JAX_CACHE, else under `~/.cache/matu_jax`; JAX's own
+    setting, JAX_COMPILATION_CACHE_DIR, wins.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("MATU_JAX_CACHE") or Path.home() / ".cache" / "matu_jax")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def slot_mesh() -> Mesh:

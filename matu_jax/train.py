@@ -33,7 +33,7 @@ from matu_jax.data import embedded, prepared
 from matu_jax.metrics import MetricsLog, relatedness_auc, versions, write_json
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.huggingface import checkpoint_folder
-from matu_jax.parallel import slot_mesh
+from matu_jax.parallel import slot_mesh, use_cores
 
 _AUC = (
     "probability that a related pair of tasks (same label space) has a higher direction similarity "
@@ -208,6 +208,12 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
     similarity = similarity_sum / config.rounds
     summary = _summary(config, federation, log.records(), similarity)
     summary["config"] = dataclasses.asdict(config)
+    summary["label_spaces"] = [task.label_space for task in federation.tasks]
+    kept = jax.eval_shape(lambda: algorithm.kept(algorithm.init(model.base, federation.slots)))
+    summary["server"] = {
+        "kept_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)),
+        "kept_per_client": algorithm.kept_per_client,
+    }
     names = [task.name for task in federation.tasks]
     title = f"{name}: {config.algorithm}"
     report.plot_accuracy(log.records(), workdir / "accuracy.png", title=title)
@@ -349,11 +355,7 @@ def main(argv: Sequence[str]) -> int:
         if not (workdir / "summary.json").exists():
             check_inputs(config, file)
         prepare_workdir(workdir, config)
-        # On CPU one virtual device per core trains slots side by side; a single device would leave
-        # cores idle, since a slot's matrix products are too small to share.
-        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-            jax.config.update("jax_num_cpu_devices", cores or 1)
+        use_cores()
         train(config, file.stem, workdir, console)
     except UserError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)

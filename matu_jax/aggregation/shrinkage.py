@@ -3,25 +3,25 @@
 This rule is this project's own; the plain rules of eq. 8 borrow the same amount however precise a
 task's own estimate is. Model: the change that slot s of task t reports is x_s = g_t + e_s, with what
 the task really asks for, g_t, and noise e_s, independent between clients. Then for slots of
-*different* clients E<x_s, x_s'> = <g_t, g_t'>, whether or not t = t'; the noise cancels. In units of
-a change's own energy, that mean over pairs is a correlation C_tt', and
+*different* clients E<x_s, x_s'> = <g_t, g_t'>, whether or not t = t': the noise cancels. In units
+of a change's own energy, that mean over pairs is a correlation C_tt', and
 
-    C_tt    = the part of a task's change that is signal (needs two holders),
-    1 - C_tt = the part that is noise, of which averaging over h_t holders leaves (1 - C_tt) / h_t,
-    C_tt'   = what two tasks share.
+    C_tt      is the part of a task's change that is signal (it takes two holders to tell),
+    1 - C_tt  the part that is noise, of which averaging over h_t holders leaves (1 - C_tt) / h_t,
+    C_tt'     what two tasks share.
 
-The correlation is taken of directions (signs), as eq. 7 takes it, so that nobody's scale counts, and
-summed over rounds, weighted by energy: O(tasks^2) numbers. All tasks share a common direction, since
-they start from one model; it says nothing about relatedness, so the median over pairs of different
-tasks is removed: K = max(C - median, 0). The weights of the best linear estimate of g_t from all
-tasks' changes, none of them negative (Wiener; Henderson's BLUP), solve
+The correlation is taken of directions (signs), as in eq. 7, so that nobody's scale counts, and
+summed over rounds, weighted by energy: O(tasks^2) numbers. All tasks share a common direction,
+since they start from one model; it says nothing about relatedness, so the median over pairs of
+different tasks is removed: K = max(C - median, 0). The weights of the best linear estimate of g_t
+from all tasks' changes, none of them negative (Wiener's filter, Henderson's BLUP), solve
 
     min_w  w^T (K + diag((1 - C_tt) / h_t)) w - 2 w^T K_t,    w >= 0,
 
 here by multiplicative updates (Lee and Seung 2001); each row is then divided by its sum, so that
-nothing shrinks towards zero. Few noise, many holders: a task keeps to itself. Much noise and a task
-like it: both are pooled. A task whose C_tt cannot be known because it has one holder takes the mean
-of those known; where no task has two holders, the largest C_tt' of its row, which borrows more.
+nothing shrinks towards zero. Little noise or many holders: a task keeps to itself. Much noise and a
+task like it: both are pooled. A task whose C_tt cannot be known because it has one holder takes the
+mean of those known; where no task has two holders, the largest C_tt' of its row, which borrows more.
 """
 
 import jax

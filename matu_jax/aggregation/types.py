@@ -77,8 +77,8 @@ class AggregationConfig:
         server keeps the unified vector of all tasks alone. "change": what the round has added to
         them, its task vectors less its download; the server adds it to exact task vectors, one per
         task, which it keeps. What folding has lost on the way down is then made up for in the next
-        rounds, instead of being taken over: the loss is measured at the folded vector, and the exact
-        one moves, as in quantisation-aware training with a straight-through estimator.
+        rounds, instead of being taken over: the loss is measured at the folded vector, and the
+        exact one moves, as in quantisation-aware training with a straight-through estimator.
     """
 
     magnitude: Magnitude = "max"

@@ -1,0 +1,231 @@
+"""The comparison program: `python -m matu_jax.compare --config experiments/compare8.py`.
+
+    --config FILE             a comparison: a Python file with get_config()
+    --config.FIELD=VALUE      changes a field of all runs, such as --config.rounds=3
+    --workdir DIR             where runs and reports go; runs that are there already are not made
+                              again. Default: runs/<config>
+    --settings A,B            only these settings; likewise --arms and --seeds
+    --tune                    searches every arm's settings, with the same number of trials for each,
+                              on validation accuracy, and writes what it found beside FILE
+
+Writes comparison.json, report.html, report.md and pictures into the workdir. A run that was
+interrupted goes on from its last checkpoint.
+
+Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said in one message;
+130 interrupted with Ctrl-C.
+"""
+
+import dataclasses
+import io
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from matu_jax import algorithms, train
+from matu_jax.commandline import UserError, read_words, run_file
+from matu_jax.comparison import plan, report
+from matu_jax.comparison.collect import collect, machine
+from matu_jax.comparison.tuning import search
+from matu_jax.config import Config, override
+from matu_jax.metrics import versions, write_json
+from matu_jax.parallel import keep_programs, use_cores
+
+
+def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Path, Path, bool]:
+    """Reads the command line: the comparison, its file, the workdir, and whether to search.
+
+    Raises:
+      UserError: with what is wrong, and where.
+    """
+    names = ["settings", "arms", "seeds"]
+    file, fields, options = read_words(argv, __doc__ or "", ["workdir", *names], ["tune"])
+    comparison = run_file(file)
+    if not isinstance(comparison, plan.Comparison):
+        raise UserError(
+            f"--config {file}: get_config() returned {type(comparison).__name__}, expected a "
+            "matu_jax.comparison.plan.Comparison. An experiment is run by matu_jax.train."
+        )
+    try:
+        for name, text in fields.items():
+            override(comparison.experiment, name, text)
+        chosen = {name: options[name] for name in names if name in options}
+        comparison = plan.part(comparison, **chosen)
+        plan.check(comparison)
+        for run in plan.runs(comparison):
+            algorithms.build(plan.run_config(comparison, run))
+    except ValueError as error:
+        raise UserError(f"--config {file}: {error}") from None
+    workdir = Path(options.get("workdir") or Path("runs") / file.stem)
+    return comparison, file, workdir, "tune" in options
+
+
+class Runner:
+    """Makes runs, and says how far it is and how long it will take.
+
+    Args:
+      total: how many runs there are.
+      console: where to say it.
+    """
+
+    def __init__(self, total: int, console: Console):
+        self._console = console
+        self._bar = Progress(
+            TextColumn("run"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            console=console,
+        )
+        self._job = self._bar.add_task("", total=total)
+        self._left: list[float] = []
+
+    def __enter__(self) -> "Runner":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def run(self, config: Config, name: str, folder: Path) -> dict[str, Any]:
+        """Makes one run, or goes on with it, or reads its result if it is finished.
+
+        Raises:
+          UserError: for what the user has to mend.
+        """
+        self._bar.update(self._job, description=name)
+        quiet = Console(file=io.StringIO(), soft_wrap=True)
+        train.prepare_workdir(folder, config)
+        started = time.perf_counter()
+        fresh = not (folder / "summary.json").exists()
+        summary = train.train(config, name, folder, quiet)
+        seconds = time.perf_counter() - started
+        if fresh:
+            jax.clear_caches()
+            accuracy = summary["accuracy"]["mean"]
+            self._bar.console.print(f"{name}: {100 * accuracy:.1f} % in {seconds:.0f} s")
+        self._bar.advance(self._job)
+        return summary
+
+
+def tune(comparison: plan.Comparison, file: Path, workdir: Path, console: Console) -> Path:
+    """Searches every arm's fields with the same number of trials, and writes the result.
+
+    Returns:
+      The file written.
+
+    Raises:
+      UserError: if the comparison names no file for the result, or no fields to search.
+    """
+    if not comparison.tuned or not comparison.search:
+        raise UserError(f"--tune: {file} has no `search`, or no `tuned` file for its result.")
+    setting = comparison.tuning_setting or next(iter(comparison.settings))
+    target = file.parent / comparison.tuned
+    found = {"arms": {}}
+    if target.exists():
+        found = json.loads(target.read_text(encoding="utf-8"))
+    with Runner(len(comparison.arms) * comparison.trials, console) as runner:
+        for label in comparison.arms:
+            run = plan.Run(setting, label, comparison.tuning_seed)
+
+            def measure(fields: dict[str, Any], run: plan.Run = run) -> float:
+                config = plan.run_config(comparison, run, fields)
+                words = [f"{name}={value}" for name, value in fields.items()]
+                name = plan.folder_name(",".join(words))
+                folder = workdir / "tuning" / plan.folder_name(run.arm) / name
+                summary = runner.run(config, f"{run.arm} {' '.join(words)}", folder)
+                return summary["accuracy"]["validation_mean"]
+
+            fields = {**comparison.search, **comparison.own_search.get(label, {})}
+            chosen, trials = search(fields, comparison.trials, measure)
+            best = max(trial["validation"] for trial in trials)
+            found["arms"][label] = {"chosen": chosen, "validation": best, "trials": trials}
+    found |= {
+        "setting": setting,
+        "seed": comparison.tuning_seed,
+        "trials_per_algorithm": comparison.trials,
+        "command": f"python -m matu_jax.compare --config {file} --tune",
+        "machine": machine(),
+        "versions": versions(),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, found)
+    return target
+
+
+def compare(
+    comparison: plan.Comparison, file: Path, workdir: Path, console: Console
+) -> dict[str, Any]:
+    """Makes all runs that are not there yet, and the report after each setting and seed.
+
+    Returns:
+      What comparison.json holds.
+
+    Raises:
+      UserError: for what the user has to mend.
+    """
+    try:
+        comparison, tuning = plan.with_tuned(comparison, file)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    runs = list(plan.runs(comparison))
+    _print_plan(comparison, runs, workdir, console)
+    with Runner(len(runs), console) as runner:
+        for run in runs:
+            config = plan.run_config(comparison, run)
+            runner.run(config, f"{run.setting} / {run.arm} / seed {run.seed}", run.folder(workdir))
+            if run.arm == list(comparison.arms)[-1]:
+                found = collect(comparison, workdir, file, tuning=tuning)
+                write_json(workdir / "comparison.json", found)
+                report.write(found, workdir)
+    console.print(f"Report: {workdir / 'report.html'}")
+    return found
+
+
+def _print_plan(
+    comparison: plan.Comparison, runs: Sequence[plan.Run], workdir: Path, console: Console
+) -> None:
+    left = [run for run in runs if not (run.folder(workdir) / "summary.json").exists()]
+    console.print(
+        f"{len(runs)} runs: {len(comparison.settings)} settings, {len(comparison.arms)} arms, "
+        f"{len(comparison.seeds)} seeds; {len(runs) - len(left)} are done."
+    )
+    known = [comparison.settings[run.setting].seconds for run in left]
+    if left and all(known):
+        console.print(
+            f"The other {len(left)} take about {sum(known) / 60:.0f} minutes on two CPU cores, as "
+            "measured when the comparison was made. Interrupted, the same command goes on."
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; returns the exit code."""
+    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        comparison, file, workdir, tuning = parse(argv)
+        use_cores()
+        keep_programs()
+        if tuning:
+            console.print(f"Written: {tune(comparison, file, workdir, console)}")
+        else:
+            compare(comparison, file, workdir, console)
+    except UserError as error:
+        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("Interrupted. The same command with the same --workdir goes on.", markup=False)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

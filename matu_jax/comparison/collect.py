@@ -1,0 +1,247 @@
+"""From the results of runs to comparison.json."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from matu_jax.comparison.plan import Comparison, Run
+from matu_jax.metrics import MetricsLog, versions
+
+_NEAR = 0.95  # of the reference's accuracy
+
+
+def collect(
+    comparison: Comparison, workdir: Path, file: Path, *, tuning: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Gathers what comparison.json holds, from the runs that are finished.
+
+    Args:
+      comparison: with the searched fields in its arms.
+      workdir: where the runs are.
+      file: the comparison's file, for the commands.
+      tuning: what the search's file holds.
+
+    Returns:
+      Plain values; see `comparison.report` for their use. Accuracies are fractions, of the test
+      split at the round with the best validation accuracy; std is the sample's, over seeds.
+    """
+    command = f"python -m matu_jax.compare --config {file}"
+    return {
+        "name": file.stem,
+        "title": comparison.title,
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(file.parent),
+        "machine": machine(),
+        "versions": versions(),
+        "command": command,
+        "seeds": list(comparison.seeds),
+        "reference": comparison.reference,
+        "ours": comparison.ours,
+        "experiment": comparison.experiment.to_dict(),
+        "tuning": tuning,
+        "settings": [_setting(comparison, name, workdir, command) for name in comparison.settings],
+    }
+
+
+def _setting(comparison: Comparison, name: str, workdir: Path, command: str) -> dict[str, Any]:
+    setting = comparison.settings[name]
+    results = {
+        (arm, seed): _result(Run(name, arm, seed).folder(workdir))
+        for arm in comparison.arms
+        for seed in comparison.seeds
+    }
+    there = [result for result in results.values() if result]
+    tasks = list(there[0]["summary"]["accuracy"]["per_task"]) if there else []
+    arms = []
+    for label in comparison.arms:
+        found = {seed: results[label, seed] for seed in comparison.seeds}
+        if any(found.values()):
+            arms.append(_arm(comparison, name, label, found, results, command))
+    return {
+        "name": name,
+        "description": setting.description,
+        "overrides": dict(setting.fields),
+        "tasks": tasks,
+        "label_spaces": there[0]["summary"]["label_spaces"] if there else [],
+        "clients": there[0]["summary"]["config"]["data"]["clients"] if there else None,
+        "rounds": there[0]["summary"]["rounds"] if there else None,
+        "missing": [
+            {"label": arm, "seed": seed} for (arm, seed), result in results.items() if not result
+        ],
+        "arms": arms,
+    }
+
+
+def _result(folder: Path) -> dict[str, Any] | None:
+    if not (folder / "summary.json").exists():
+        return None
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {"summary": summary, "records": MetricsLog(folder / "metrics.jsonl").records()}
+
+
+def _arm(
+    comparison: Comparison,
+    setting: str,
+    label: str,
+    found: Mapping[int, dict[str, Any] | None],
+    results: Mapping[tuple[str, int], dict[str, Any] | None],
+    command: str,
+) -> dict[str, Any]:
+    there = [result for result in found.values() if result]
+    summaries = [result["summary"] for result in there]
+    per_seed = [r["summary"]["accuracy"]["mean"] if r else None for r in found.values()]
+    tasks = summaries[0]["accuracy"]["per_task"]
+    curves = [
+        {r["round"]: r["accuracy"]["test_mean"] for r in result["records"] if r["accuracy"]}
+        for result in there
+    ]
+    common = sorted(set.intersection(*map(set, curves)))
+    points = [[curve[round_index] for curve in curves] for round_index in common]
+    reached = []
+    for seed, result in found.items():
+        reference = results.get((comparison.reference, seed))
+        if result and reference:
+            goal = _NEAR * reference["summary"]["accuracy"]["mean"]
+            reached.append(
+                next(
+                    (
+                        r["round"]
+                        for r in result["records"]
+                        if r["accuracy"] and r["accuracy"]["test_mean"] >= goal
+                    ),
+                    None,
+                )
+            )
+    rounds = [r for r in reached if r is not None]
+    kinds = ("local_training", "client_unify", "server_aggregation", "total")
+    bits = summaries[0]["communication"]
+    return {
+        "label": label,
+        "algorithm": summaries[0]["algorithm"],
+        "overrides": dict(comparison.arms[label]),
+        "commands": [
+            f'{command} --settings="{setting}" --arms="{label}" --seeds={seed}'
+            for seed in comparison.seeds
+        ],
+        "accuracy": {
+            "mean": _mean(per_seed),
+            "std": _std(per_seed),
+            "per_seed": per_seed,
+            "validation_mean": _mean([s["accuracy"]["validation_mean"] for s in summaries]),
+            "per_task": {
+                task: {
+                    "mean": _mean([s["accuracy"]["per_task"][task] for s in summaries]),
+                    "std": _std([s["accuracy"]["per_task"][task] for s in summaries]),
+                }
+                for task in tasks
+            },
+        },
+        "curve": {
+            "rounds": common,
+            "mean": [_mean(values) for values in points],
+            "std": [_std(values) for values in points],
+        },
+        "communication": {
+            key: _mean([s["communication"][key] for s in summaries])
+            for key in bits
+            if key.startswith(("uplink", "downlink"))
+        },
+        "server_state_bytes": summaries[0]["server"]["kept_bytes"],
+        "server_state_per_client": summaries[0]["server"]["kept_per_client"],
+        "seconds": {
+            kind: _mean([s["seconds"].get(kind, 0.0) for s in summaries]) for kind in kinds
+        },
+        "rounds_to_95": {"mean": _mean(rounds), "reached": len(rounds), "of": len(reached)},
+        "similarity": _similarity([s["similarity"] for s in summaries if s["similarity"]]),
+        "against_ours": _against_ours(comparison, label, found, results),
+    }
+
+
+def _similarity(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not found:
+        return None
+    return {
+        "auc_mean": _mean([s["auc"] for s in found]),
+        "auc_first_round": _mean([s["auc_first_round"] for s in found]),
+        "auc_last_round": _mean([s["auc_last_round"] for s in found]),
+        "matrix": np.mean([s["matrix"] for s in found], axis=0).tolist(),
+    }
+
+
+def _against_ours(comparison, label, found, results) -> dict[str, Any] | None:
+    """Wilcoxon's signed-rank test over all pairs of a task and a seed (Wilcoxon 1945)."""
+    if label == comparison.ours:
+        return None
+    differences = []
+    for seed, result in found.items():
+        ours = results.get((comparison.ours, seed))
+        if result and ours:
+            mine, theirs = (r["summary"]["accuracy"]["per_task"] for r in (ours, result))
+            differences += [
+                theirs[task] - mine[task]
+                for task in mine
+                if None not in (mine[task], theirs.get(task))
+            ]
+    if not differences:
+        return None
+    same = not np.any(differences)
+    p_value = 1.0 if same else float(stats.wilcoxon(differences, zero_method="zsplit").pvalue)
+    return {
+        "difference": float(np.mean(differences)),
+        "p_value": p_value,
+        "pairs": len(differences),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the runs were made on, as far as it can be told."""
+    import jax
+
+    devices = jax.devices()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": _processor(),
+        "cores": cores,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line[:10] == "model name")
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit(folder: Path) -> str | None:
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return out.stdout.strip() or None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return float(np.mean(numbers)) if numbers else None
+
+
+def _std(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None

@@ -1,0 +1,222 @@
+"""What is compared: arms in settings, over seeds; and which runs that makes."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from matu_jax.config import Config, did_you_mean, freeze, set_field
+
+Fields = Mapping[str, Any]
+"""Fields of an experiment and their values, such as {"algorithm": "fedavg", "local.steps": 10}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A federation in which all arms are run.
+
+    Attributes:
+      description: one sentence for the report's reader.
+      fields: what differs from the comparison's experiment.
+      seconds: what one run took on two CPU cores, to say from the start how long it will take; 0 =
+        not known.
+    """
+
+    description: str
+    fields: Fields
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A comparison; what `get_config()` of its file returns.
+
+    Attributes:
+      title: of the report.
+      experiment: what all runs have in common, from `matu_jax.config.default()`.
+      settings: by name.
+      arms: fields by label. An arm is an algorithm with its choices.
+      seeds: each is `seed` and `data.seed` of its runs.
+      reference: the arm that the others are measured by.
+      ours: the arm that the others are tested against.
+      search: fields tried for every arm by `--tune`, with their values in the order of trial.
+      own_search: by label, fields that only this arm has, tried after these.
+      trials: how many runs the search spends on every arm.
+      tuning_setting: where the search is made; "" = the first setting.
+      tuning_seed: its seed, none of `seeds`.
+      tuned: file with the search's result, beside the comparison's own; "" = none.
+    """
+
+    title: str
+    experiment: ConfigDict
+    settings: Mapping[str, Setting]
+    arms: Mapping[str, Fields]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    reference: str = "per_task"
+    ours: str = "matu"
+    search: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    own_search: Mapping[str, Mapping[str, tuple]] = dataclasses.field(default_factory=dict)
+    trials: int = 5
+    tuning_setting: str = ""
+    tuning_seed: int = 1000
+    tuned: str = ""
+
+
+class Run(NamedTuple):
+    """One run: an arm in a setting with a seed."""
+
+    setting: str
+    arm: str
+    seed: int
+
+    def folder(self, workdir: Path) -> Path:
+        """Where the run's results are."""
+        return workdir / "runs" / folder_name(self.setting) / folder_name(self.arm) / str(self.seed)
+
+
+def folder_name(label: str) -> str:
+    """A label as the name of a folder: letters, digits and the signs that every system takes."""
+    return "".join(c if c.isalnum() or c in "-_.,=+" else "_" for c in label)
+
+
+def runs(comparison: Comparison) -> Iterator[Run]:
+    """All runs, setting by setting and seed by seed, so that a part of them is a comparison."""
+    for setting in comparison.settings:
+        for seed in comparison.seeds:
+            for arm in comparison.arms:
+                yield Run(setting, arm, seed)
+
+
+def run_config(comparison: Comparison, run: Run, *more: Fields) -> Config:
+    """The config of a run; later fields win: experiment, setting, arm, then `more`.
+
+    Raises:
+      ValueError: names the setting or the arm, and the field that is wrong.
+    """
+    config = ConfigDict(comparison.experiment.to_dict()).lock()
+    layers = [
+        (f"settings[{run.setting!r}]", comparison.settings[run.setting].fields),
+        (f"arms[{run.arm!r}]", comparison.arms[run.arm]),
+        *[("search", fields) for fields in more],
+        ("seeds", {"seed": run.seed, "data.seed": run.seed}),
+    ]
+    for where, fields in layers:
+        for name, value in fields.items():
+            try:
+                set_field(config, name, value)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+    try:
+        return freeze(config)
+    except ValueError as error:
+        raise ValueError(f"settings[{run.setting!r}], arms[{run.arm!r}]: {error}") from None
+
+
+def check(comparison: Comparison) -> None:
+    """Checks a comparison as a whole.
+
+    Raises:
+      ValueError: one message with everything that is wrong.
+    """
+    problems = []
+    for name in ("settings", "arms", "seeds"):
+        if not getattr(comparison, name):
+            problems.append(f"{name}: found none, expected at least one.")
+    for name in ("reference", "ours"):
+        if getattr(comparison, name) not in comparison.arms:
+            label = getattr(comparison, name)
+            hint = did_you_mean(label, comparison.arms)
+            problems.append(f"{name}: found {label!r}, no such arm.{hint}")
+    for label in comparison.own_search:
+        if label not in comparison.arms:
+            hint = did_you_mean(label, comparison.arms)
+            problems.append(f"own_search: found {label!r}, no such arm.{hint}")
+    if comparison.tuning_setting not in ("", *comparison.settings):
+        problems.append(f"tuning_setting: found {comparison.tuning_setting!r}, no such setting.")
+    if comparison.tuning_seed in comparison.seeds:
+        problems.append(
+            f"tuning_seed: found {comparison.tuning_seed}, which is one of seeds; the search has to "
+            "be made on another."
+        )
+    for what, labels in (("settings", comparison.settings), ("arms", comparison.arms)):
+        folders = [folder_name(label) for label in labels]
+        for label, folder in zip(labels, folders, strict=True):
+            if folders.count(folder) > 1:
+                problems.append(f"{what}: {label!r}: another one has the same folder, {folder!r}.")
+    if not problems:
+        for setting in comparison.settings:
+            for arm in comparison.arms:
+                try:
+                    run_config(comparison, Run(setting, arm, comparison.seeds[0]))
+                except ValueError as error:
+                    problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def part(comparison: Comparison, **chosen: str) -> Comparison:
+    """A comparison of some settings, arms or seeds only, each given as names with commas between.
+
+    Raises:
+      ValueError: for a name that is none of the comparison's.
+    """
+    changes: dict[str, Any] = {}
+    for what, text in chosen.items():
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        if what == "seeds":
+            if not words or not all(word.isdecimal() for word in words):
+                raise ValueError(f"--seeds: found {text!r}, expected numbers such as 0,1,2.")
+            changes["seeds"] = tuple(map(int, words))
+            continue
+        there = getattr(comparison, what)
+        for word in words:
+            if word not in there:
+                raise ValueError(f"--{what}: found {word!r}.{did_you_mean(word, there)}")
+        changes[what] = {name: value for name, value in there.items() if name in words}
+    for name in ("reference", "ours"):
+        arms = changes.get("arms", comparison.arms)
+        if getattr(comparison, name) not in arms and arms:
+            changes[name] = next(iter(arms))
+    if comparison.tuning_setting not in ("", *changes.get("settings", comparison.settings)):
+        changes["tuning_setting"] = ""
+    if "arms" in changes:
+        changes["own_search"] = {
+            label: fields
+            for label, fields in comparison.own_search.items()
+            if label in changes["arms"]
+        }
+    return dataclasses.replace(comparison, **changes)
+
+
+def with_tuned(comparison: Comparison, file: Path) -> tuple[Comparison, dict[str, Any] | None]:
+    """Puts the fields that a search has chosen into the arms.
+
+    Args:
+      comparison: as its file has it.
+      file: the comparison's file.
+
+    Returns:
+      The comparison, and what the search's file holds (None if `tuned` is "").
+
+    Raises:
+      ValueError: if the search's file is missing or damaged, or lacks an arm.
+    """
+    if not comparison.tuned:
+        return comparison, None
+    path = file.parent / comparison.tuned
+    advice = f"Make it with: python -m matu_jax.compare --config {file} --tune"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        chosen = {label: arm["chosen"] for label, arm in found["arms"].items()}
+    except FileNotFoundError:
+        raise ValueError(f"tuned: {path} is not there. {advice}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"tuned: {path} is damaged ({error}). {advice}") from None
+    lacking = [label for label in comparison.arms if label not in chosen]
+    if lacking:
+        raise ValueError(f"tuned: {path} lacks {', '.join(lacking)}. {advice}")
+    arms = {label: {**fields, **chosen[label]} for label, fields in comparison.arms.items()}
+    return dataclasses.replace(comparison, arms=arms), found
