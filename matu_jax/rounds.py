@@ -350,7 +350,9 @@ def run(
         clock.lap("server_aggregation", (state, metrics))
         del downloads, results, trained, uploads, carry, examples
 
-        sends = not algorithm.one_shot or index + 1 == config.rounds
+        senders, receivers = present, _chosen(slots, chosen)
+        if algorithm.one_shot:  # everybody, after the last round
+            senders = receivers = _chosen(slots, np.full_like(chosen, index + 1 == config.rounds))
         accuracy = None
         if (index + 1) % config.evaluation.every_rounds == 0 or index + 1 == config.rounds:
             accuracy = measure(functools.partial(evaluated, state, slots))
@@ -370,9 +372,8 @@ def run(
                 if similarity is None
                 else relatedness_auc(similarity, related(tasks)),
                 "clients": np.flatnonzero(chosen).tolist(),
-                "uplink_bits": sends * int(message_bits(messages[0], present).sum()),
-                "downlink_bits": sends
-                * int(message_bits(messages[1], _chosen(slots, chosen)).sum()),
+                "uplink_bits": int(message_bits(messages[0], senders).sum()),
+                "downlink_bits": int(message_bits(messages[1], receivers).sum()),
                 "dropped": [
                     {
                         "client": int(slots.client[row]),

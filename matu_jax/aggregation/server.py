@@ -130,8 +130,10 @@ def _aggregate(
         # A task that nobody reported keeps what it has; where nothing was compared, nobody lends.
         allowed = compared & lenders[None, :] & reported
         if learns:
-            size = energies / jnp.maximum(holders, 1).astype(jnp.float32)
-            pair = jnp.where(compared, jnp.sqrt(size[:, None] * size[None, :]), 0.0)
+            # Bounded, so that no upload makes the sum over rounds infinite.
+            energies = jnp.minimum(energies, 1e30)
+            size = jnp.sqrt(energies / jnp.maximum(holders, 1).astype(jnp.float32))
+            pair = jnp.where(compared, size[:, None] * size[None, :], 0.0)
             agreement, energy = agreement + mean_product * pair, energy + pair
             spread = jnp.zeros(tasks, jnp.float32).at[slots.task].add(jnp.square(share))
             worth = 1 / jnp.where(spread > 0, spread, 1.0)

@@ -59,14 +59,16 @@ def shrinkage(
     signal = jnp.where(known, own, jnp.where(known.any(), pooled, nearest))
     signal = jnp.clip(jnp.maximum(signal, nearest), 1e-3, 1.0)
 
-    lent = jnp.where(others & allowed, jnp.maximum(correlation - common, 0.0), 0.0)
-    shared = jnp.where(same, jnp.maximum(signal - common, 1e-3)[:, None], lent)
+    related = jnp.where(others, jnp.maximum(correlation - common, 0.0), 0.0)
+    shared = jnp.where(same, jnp.maximum(signal - common, 1e-3)[:, None], related)
     noise = (1 - signal) / jnp.maximum(holders, 1.0)
     total = shared + jnp.where(same, noise[:, None], 0.0)
+    # Who may not lend starts at 0 and stays there; what the others share among them still counts.
+    lent = jnp.where(same | allowed, shared, 0.0)
 
     def update(_, weights):
         met = jnp.matmul(weights, total, precision=jax.lax.Precision.HIGHEST)
-        return weights * shared / jnp.maximum(met, 1e-12)
+        return weights * lent / jnp.maximum(met, 1e-12)
 
-    weights = jax.lax.fori_loop(0, _ITERATIONS, update, shared)
+    weights = jax.lax.fori_loop(0, _ITERATIONS, update, lent)
     return weights / weights.sum(axis=1, keepdims=True)

@@ -7,7 +7,7 @@ the server's mean over clients is weighted by examples too: v = sum_s w_s tau_s 
 import jax
 import jax.numpy as jnp
 
-from matu_jax.algorithms.base import Algorithm, Message, weighted_mean, zeros
+from matu_jax.algorithms.base import Algorithm, Message, mean_of_clients, mean_over_clients, zeros
 from matu_jax.config import Config
 
 
@@ -19,19 +19,10 @@ def fedavg(config: Config) -> Algorithm:
         rows = slots.client.shape[0]
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (rows, *leaf.shape)), state)
 
-    def upload(vectors, slots):
-        return weighted_mean(vectors, slots.weight, slots.client, slots.num_clients)[0]
-
-    def aggregate(state, uploads, slots):
-        weight = jax.ops.segment_sum(slots.weight, slots.client, slots.num_clients)
-        one_group = jnp.zeros(slots.num_clients, jnp.int32)
-        mean, total = weighted_mean(uploads, weight, one_group, 1)
-        return jax.tree.map(lambda new, old: jnp.where(total[0] > 0, new[0], old), mean, state), {}
-
     return Algorithm(
         init=lambda base, slots: zeros(base),
         download=download,
-        upload=upload,
-        aggregate=aggregate,
+        upload=mean_of_clients,
+        aggregate=lambda state, uploads, slots: (mean_over_clients(uploads, slots, state), {}),
         sent=lambda state, uploads: (Message(per_client=uploads), Message(per_client=uploads)),
     )

@@ -1,0 +1,52 @@
+"""EMR-Merging (Huang et al. 2024, arXiv 2405.17461): one merge after local training, no rounds.
+
+Every slot trains alone for all rounds. Then the holders of a task are averaged, weighted by
+examples, and all tasks are folded into one vector with a mask and a scale per task (elect, mask,
+rescale; eqs. 1 to 4 of `matu_jax.aggregation`, with the maximum, as in the paper). Accuracy along the
+way is that of a merge made then. Vectors cross the network once, after the last round.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from matu_jax.aggregation import modulate, unify
+from matu_jax.algorithms.base import Algorithm, Message, keep_where_absent, weighted_mean, zeros
+from matu_jax.config import Config
+
+
+def emr_one_shot(config: Config) -> Algorithm:
+    """EMR-Merging; the state is every slot's vector and weight, `[slots, ...]`, at the clients."""
+    del config
+
+    def aggregate(state, uploads, slots):
+        present = slots.weight > 0
+        vectors = keep_where_absent(uploads, state[0], present)
+        return (vectors, jnp.where(present, slots.weight, state[1])), {}
+
+    def evaluated(state, slots):
+        vectors, weight = state
+        per_task, _ = weighted_mean(vectors, weight, slots.task, slots.num_tasks)
+        merged = modulate(unify(per_task, magnitude="max"))
+        return jax.tree.map(lambda leaf: leaf[slots.task], merged)
+
+    def sent(state, uploads):
+        del state
+        vector = jax.tree.map(lambda leaf: leaf[:1], uploads)
+        masks = jax.tree.map(lambda leaf: jnp.zeros((1, -(-leaf.size // 8)), jnp.uint8), vector)
+        folded = Message(per_client=vector, per_slot=(masks, jnp.zeros(1, jnp.float32)))
+        return Message(per_slot=uploads), folded
+
+    return Algorithm(
+        init=lambda base, slots: (
+            zeros(base, slots.client.shape[0]),
+            jnp.zeros(slots.client.shape[0], jnp.float32),
+        ),
+        download=lambda state, slots: state[0],
+        upload=lambda vectors, slots: vectors,
+        aggregate=aggregate,
+        sent=sent,
+        shares_heads=False,
+        kept=lambda state: (),
+        evaluated=evaluated,
+        one_shot=True,
+    )

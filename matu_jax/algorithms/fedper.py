@@ -1,0 +1,15 @@
+"""FedPer (Arivazhagan et al. 2019, arXiv 1912.00818): the last layers and the head are personal.
+
+What comes before the last `personal_blocks` transformer blocks is averaged as in FedAvg,
+v = sum_s w_s tau_s / sum_s w_s; those blocks, what follows them, and a trained head stay with their
+slot, are trained with the rest, and are never sent. A client of the paper has one task; here each of
+its (client, task) slots has a personal part of its own. Frozen zero-shot heads are the same for all.
+"""
+
+from matu_jax.algorithms.base import Algorithm, last_blocks, partly_shared
+from matu_jax.config import Config
+
+
+def fedper(config: Config) -> Algorithm:
+    """FedPer with `config.personal_blocks`; see `base.partly_shared` for the state."""
+    return partly_shared(last_blocks(config.personal_blocks))

@@ -1,0 +1,55 @@
+"""TIES-Merging (Yadav et al. 2023, arXiv 2306.01708) as the rule of a server.
+
+Every slot sends its task vector, and one merged vector comes back to all:
+
+    trim      keep the `ties_keep` largest magnitudes of each vector, over all its leaves together
+    elect     gamma = sgn(sum of the trimmed vectors)
+    merge     mean over the trimmed entries whose sign is gamma
+
+The paper merges once, after fine-tuning, and scales the result by a constant; here the merge is made
+every round, and the constant is 1. A client with k tasks sends k vectors and receives one.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from matu_jax.algorithms.base import Algorithm, Message
+from matu_jax.algorithms.fedavg import fedavg
+from matu_jax.config import Config
+
+
+def ties(config: Config) -> Algorithm:
+    """TIES with `config.ties_keep`; the state is one vector, leaves `[...]`."""
+
+    def aggregate(state, uploads, slots):
+        present = slots.weight > 0
+        leaves, structure = jax.tree.flatten(uploads)
+        size = sum(leaf[0].size for leaf in leaves)
+        kept = math.ceil(config.ties_keep * size)
+
+        def threshold(row):
+            magnitudes = jnp.concatenate([jnp.abs(x).astype(jnp.float32).ravel() for x in row])
+            return jnp.sort(magnitudes)[size - kept]
+
+        least = jax.lax.map(threshold, leaves)  # a slot at a time: sorting takes memory
+
+        def merge(leaf, old):
+            x = leaf.astype(jnp.float32)
+            across = (-1, *([1] * (leaf.ndim - 1)))
+            large = jnp.abs(x) >= least.reshape(across)
+            x = jnp.where(large & present.reshape(across), x, 0.0)
+            sign = jnp.sign(x.sum(axis=0))
+            agrees = jnp.sign(x) * sign[None] > 0
+            count = jnp.maximum(agrees.sum(axis=0), 1).astype(jnp.float32)
+            mean = jnp.where(agrees, x, 0.0).sum(axis=0) / count
+            return jnp.where(present.any(), mean.astype(old.dtype), old)
+
+        return jax.tree.map(merge, uploads, state), {}
+
+    return fedavg(config)._replace(
+        upload=lambda vectors, slots: vectors,
+        aggregate=aggregate,
+        sent=lambda state, uploads: (Message(per_slot=uploads), Message(per_client=uploads)),
+    )
