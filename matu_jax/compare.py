@@ -5,7 +5,7 @@
     --workdir DIR             where runs and reports go; runs that are there already are not made
                               again. Default: runs/<config>
     --settings A,B            only these settings; likewise --arms and --seeds
-    --tune                    searches every arm's settings, with the same number of trials for each,
+    --tune                    searches every arm's own fields, with the same number of trials each,
                               on validation accuracy, and writes what it found beside FILE
 
 Writes comparison.json, report.html, report.md and pictures into the workdir. A run that was
@@ -15,11 +15,9 @@ Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said 
 130 interrupted with Ctrl-C.
 """
 
-import dataclasses
 import io
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence

@@ -138,8 +138,8 @@ def check(comparison: Comparison) -> None:
         problems.append(f"tuning_setting: found {comparison.tuning_setting!r}, no such setting.")
     if comparison.tuning_seed in comparison.seeds:
         problems.append(
-            f"tuning_seed: found {comparison.tuning_seed}, which is one of seeds; the search has to "
-            "be made on another."
+            f"tuning_seed: found {comparison.tuning_seed}, which is one of seeds; the search has "
+            "to be made on another."
         )
     for what, labels in (("settings", comparison.settings), ("arms", comparison.arms)):
         folders = [folder_name(label) for label in labels]

@@ -1,0 +1,285 @@
+"""The comparison program: its plan, the search with equal effort, what it gathers, and resuming."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from scipy import stats
+
+from matu_jax import compare
+from matu_jax.comparison import plan
+from matu_jax.comparison.collect import collect
+from matu_jax.comparison.tuning import search
+from matu_jax.config import default
+
+FILE = """
+from matu_jax.comparison.plan import Comparison, Setting
+from matu_jax.config import default
+
+
+def get_config():
+    experiment = default()
+    experiment.rounds = 2
+    experiment.data.tasks = "hue/grating,ground/grating,hue/plaid"
+    experiment.data.clients = 3
+    experiment.data.examples_per_slot = 16
+    experiment.local.steps = 2
+    experiment.local.batch_examples = 4
+    experiment.model.checkpoint = "{checkpoint}"
+    experiment.model.lora_rank = 2
+    experiment.model.lora_targets = ("query",)
+    return Comparison(
+        title="A small one",
+        experiment=experiment,
+        settings={{
+            "pairs": Setting("Two tasks each.", {{}}, seconds=60),
+            "one": Setting("One task each.", {{"data.tasks_per_client": 1}}, seconds=30),
+        }},
+        arms={{"matu": {{}}, "per_task": {{"algorithm": "per_task"}}}},
+        seeds=(0, 1),
+        search={{"local.learning_rate": (3e-3, 1e-2)}},
+        own_search={{"matu": {{"matu.magnitude": ("max", "mean")}}}},
+        trials=3,
+        {more}
+    )
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(more=""):
+        file = tmp_path / "small.py"
+        checkpoint = tiny.write_checkpoint(tmp_path / "tiny.safetensors")
+        file.write_text(FILE.format(checkpoint=checkpoint, more=more))
+        return file
+
+    return write
+
+
+def mistake(capsys, *arguments):
+    code = compare.main(["compare", *arguments])
+    err = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in err
+    return err
+
+
+def comparison(**changes):
+    return dataclasses.replace(
+        plan.Comparison(
+            "t",
+            default(),
+            {"a": plan.Setting("A.", {"rounds": 3}), "b": plan.Setting("B.", {})},
+            {"matu": {}, "per_task": {"algorithm": "per_task", "rounds": 5}},
+        ),
+        **changes,
+    )
+
+
+def test_fields_of_arm_and_seed_win():
+    config = plan.run_config(comparison(), plan.Run("a", "per_task", 7), {"local.steps": 4})
+    assert (config.algorithm, config.rounds, config.local.steps) == ("per_task", 5, 4)
+    assert (config.seed, config.data.seed) == (7, 7)
+    assert plan.run_config(comparison(), plan.Run("a", "matu", 0)).rounds == 3
+    assert comparison().experiment.rounds == default().rounds  # never changed in place
+
+
+def test_runs_are_ordered_so_that_a_part_is_a_comparison():
+    order = [(r.setting, r.seed, r.arm) for r in plan.runs(comparison(seeds=(4, 2)))]
+    assert order[:4] == [
+        ("a", 4, "matu"),
+        ("a", 4, "per_task"),
+        ("a", 2, "matu"),
+        ("a", 2, "per_task"),
+    ]
+    assert len(order) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ours": "mattu"}, r"ours: found 'mattu', no such arm. Did you mean \"matu\""),
+        ({"reference": "best"}, "reference: found 'best', no such arm"),
+        ({"seeds": ()}, "seeds: found none"),
+        ({"arms": {"matu": {"local.stpes": 1}, "per_task": {}}}, 'Did you mean "steps"'),
+        ({"arms": {"matu": {"rounds": 2.5}, "per_task": {}}}, "config.rounds: found 2.5"),
+        ({"arms": {"matu": {"rounds": 0}, "per_task": {}}}, "config.rounds: found 0"),
+        ({"arms": {"matu": {}, "per_task": {}, "per task": {}}}, "has the same folder"),
+        ({"tuning_seed": 1}, "tuning_seed: found 1, which is one of seeds"),
+        ({"tuning_setting": "c"}, "tuning_setting: found 'c'"),
+        ({"own_search": {"fedprox": {}}}, "own_search: found 'fedprox', no such arm"),
+    ],
+)
+def test_a_wrong_comparison_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        plan.check(comparison(**changes))
+
+
+def test_a_part_keeps_what_it_is_measured_by():
+    some = plan.part(comparison(), arms="matu", seeds="5", settings="b")
+    assert (list(some.arms), some.seeds, list(some.settings)) == (["matu"], (5,), ["b"])
+    assert some.reference == "matu"
+    with pytest.raises(ValueError, match="--arms: found 'mat'"):
+        plan.part(comparison(), arms="mat")
+    with pytest.raises(ValueError, match="--seeds: found 'x'"):
+        plan.part(comparison(), seeds="x")
+
+
+def test_search_spends_the_same_on_everyone_and_finds_the_best():
+    def measure(fields):
+        return -abs(math.log(fields["rate"] / 0.02)) - (fields.get("mu", 2) - 2) ** 2
+
+    for fields in ({"rate": (0.003, 0.001, 0.01)}, {"rate": (0.003, 0.001, 0.01), "mu": (1, 2)}):
+        best, trials = search(fields, 6, measure)
+        assert len(trials) == 6
+        assert len({tuple(t["fields"].items()) for t in trials}) == 6
+        assert best["rate"] == pytest.approx(0.02)
+        assert best == max(trials, key=lambda t: t["validation"])["fields"]
+        assert best.get("mu", 2) == 2
+
+
+def test_search_survives_a_run_that_diverges():
+    best, _ = search({"rate": (1.0, 0.1)}, 2, lambda f: math.nan if f["rate"] == 1 else 0.3)
+    assert best == {"rate": 0.1}
+
+
+def test_search_with_one_value_looks_around_it():
+    best, trials = search({"rate": (1.0,)}, 3, lambda f: f["rate"])
+    assert best == {"rate": 2.0}
+    assert [t["fields"]["rate"] for t in trials] == [1.0, 2.0, 0.5]
+
+
+def fake_run(folder: Path, accuracy, *, bits=8.0, rounds=(0.2, 0.4)):
+    folder.mkdir(parents=True)
+    per_task = {"x": accuracy, "y": accuracy + 0.1}
+    summary = {
+        "algorithm": "matu",
+        "rounds": 2,
+        "label_spaces": ["hue", "tilt"],
+        "config": {"data": {"clients": 3}},
+        "accuracy": {"mean": accuracy + 0.05, "validation_mean": 0.5, "per_task": per_task},
+        "communication": {"uplink_bits_per_client_round": bits, "downlink_bits_total": 2 * bits},
+        "seconds": {"total": 3.0, "local_training": 2.0},
+        "server": {"kept_bytes": 12, "kept_per_client": False},
+        "similarity": None,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lines = [
+        json.dumps({"round": i + 1, "accuracy": {"test_mean": value}})
+        for i, value in enumerate(rounds)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_collect_counts_rightly(tmp_path):
+    made = comparison(settings={"a": plan.Setting("A.", {})}, seeds=(0, 1, 2))
+    values = {"matu": (0.5, 0.6, 0.7), "per_task": (0.4, 0.65, None)}
+    for arm, row in values.items():
+        for seed, value in enumerate(row):
+            if value is not None:
+                run = plan.Run("a", arm, seed)
+                fake_run(run.folder(tmp_path), value, rounds=(0.1, 0.5 + 0.1 * seed))
+    found = collect(made, tmp_path, Path("small.py"), tuning=None)["settings"][0]
+    assert found["missing"] == [{"label": "per_task", "seed": 2}]
+    matu, per_task = found["arms"]
+    np.testing.assert_allclose(matu["accuracy"]["mean"], 0.65)
+    np.testing.assert_allclose(matu["accuracy"]["std"], 0.1)
+    assert per_task["accuracy"]["per_seed"] == [pytest.approx(0.45), pytest.approx(0.7), None]
+    np.testing.assert_allclose(per_task["accuracy"]["per_task"]["y"]["mean"], 0.625)
+    assert matu["curve"]["rounds"] == [1, 2]
+    np.testing.assert_allclose(matu["curve"]["mean"], [0.1, 0.6])
+    # 95 % of 0.45 is reached in round 2 with seed 0; 95 % of 0.7 never with seed 1.
+    assert matu["rounds_to_95"] == {"mean": 2.0, "reached": 1, "of": 2}
+    differences = [-0.1, -0.1, 0.05, 0.05]
+    assert matu["against_ours"] is None
+    assert per_task["against_ours"]["pairs"] == 4
+    np.testing.assert_allclose(per_task["against_ours"]["difference"], np.mean(differences))
+    expected = stats.wilcoxon([0.4 - 0.5, 0.5 - 0.6, 0.65 - 0.6, 0.75 - 0.7], zero_method="zsplit")
+    np.testing.assert_allclose(per_task["against_ours"]["p_value"], expected.pvalue)
+    assert found["arms"][0]["commands"][1].endswith('--settings="a" --arms="matu" --seeds=1')
+
+
+def test_the_program_compares_tunes_and_reports(write, tmp_path, capsys):
+    file, out = write('tuned="found/tuned.json",'), tmp_path / "out"
+    arguments = [f"--config={file}", f"--workdir={out}"]
+    assert "--tune" in mistake(capsys, *arguments)  # the search comes first
+    assert compare.main(["compare", *arguments, "--tune"]) == 0
+    tuned = json.loads((tmp_path / "found" / "tuned.json").read_text())
+    assert {len(arm["trials"]) for arm in tuned["arms"].values()} == {3}
+    for arm in tuned["arms"].values():
+        best = max(arm["trials"], key=lambda trial: trial["validation"])
+        assert arm["chosen"] == best["fields"]
+    capsys.readouterr()
+
+    arguments.append("--settings=pairs")
+    assert compare.main(["compare", *arguments, "--seeds=0"]) == 0
+    text = capsys.readouterr().out
+    assert "2 runs: 1 settings, 2 arms, 1 seeds; 0 are done." in text
+    assert "take about 2 minutes" in text
+    found = json.loads((out / "comparison.json").read_text())
+    (setting,) = found["settings"]
+    for arm in setting["arms"]:
+        chosen = tuned["arms"][arm["label"]]["chosen"]
+        assert chosen.items() <= arm["overrides"].items()
+        folder = plan.Run("pairs", arm["label"], 0).folder(out)
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["config"]["local"]["learning_rate"] == chosen["local.learning_rate"]
+        assert arm["accuracy"]["per_seed"] == [summary["accuracy"]["mean"]]
+    assert "A small one" in (out / "report.html").read_text()
+    assert (out / "report.md").exists()
+
+    assert compare.main(["compare", *arguments, "--seeds=0,1"]) == 0
+    text = capsys.readouterr().out
+    assert "4 runs: 1 settings, 2 arms, 2 seeds; 2 are done." in text
+    assert "seed 0: " not in text
+    assert json.loads((out / "comparison.json").read_text())["seeds"] == [0, 1]
+
+
+def test_a_killed_comparison_goes_on_where_it_was(write, tmp_path):
+    file, out = write(), tmp_path / "out"
+    command = [sys.executable, "-m", "matu_jax.compare", f"--config={file}", f"--workdir={out}"]
+    command += ["--settings=pairs", "--seeds=0"]
+    first = plan.Run("pairs", "matu", 0).folder(out) / "summary.json"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.time() + 240
+        while not first.exists() and time.time() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert first.exists()
+    before = first.stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "0 are done" not in done.stdout
+    assert first.stat().st_mtime_ns == before
+    found = json.loads((out / "comparison.json").read_text())
+    assert not any(setting["missing"] for setting in found["settings"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--arms=mat"], "--arms: found 'mat'."),
+        (["--seeds=one"], "--seeds: found 'one'"),
+        (["--settings=some"], "--settings: found 'some'"),
+        (["--config.roudns=3"], 'Did you mean "rounds"'),
+        (["--config.algorithm=mattu"], 'Did you mean "matu"'),
+        (["--tune"], "no `tuned` file"),
+        (["--tune=yes"], "expected no value"),
+        (["--seed=1"], 'Did you mean "seeds"'),
+    ],
+)
+def test_mistakes_are_said_in_one_message(write, capsys, arguments, words):
+    assert words in mistake(capsys, f"--config={write()}", *arguments)
+
+
+def test_an_experiment_is_no_comparison(capsys):
+    file = Path(compare.__file__).parent.parent / "experiments" / "quickstart.py"
+    assert "is run by matu_jax.train" in mistake(capsys, f"--config={file}")
