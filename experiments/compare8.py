@@ -69,9 +69,6 @@ def get_config():
     experiment.local.steps = 20
     experiment.local.batch_examples = 16
     experiment.local.learning_rate = 3e-3
-    experiment.matu.magnitude = "mean"
-    experiment.matu.uploads = "change"
-    experiment.matu.transfer = "shrinkage"
     experiment.evaluation.every_rounds = 2
     experiment.checkpoint.every_rounds = 8
     return Comparison(

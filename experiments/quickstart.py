@@ -24,6 +24,5 @@ def get_config():
     config.local.steps = 20
     config.local.batch_examples = 16
     config.local.learning_rate = 3e-3
-    config.matu.magnitude = "mean"
     config.evaluation.every_rounds = 2
     return config

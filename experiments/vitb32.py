@@ -45,7 +45,6 @@ def get_config():
     config.local.batch_examples = 32
     config.local.learning_rate = 1e-3
     config.local.parallel_slots = 20
-    config.matu.magnitude = "mean"
     config.evaluation.every_rounds = 10
     config.evaluation.batch_examples = 32
     config.evaluation.max_examples = 2000

@@ -129,6 +129,9 @@ class LocalConfig:
 class MatuConfig:
     """MaTU's choices; see `matu_jax.AggregationConfig`, whose fields these are.
 
+    The defaults follow experiments/results/ablation8; those of `AggregationConfig` are the paper's
+    equations as this project reads them: magnitude "max", uploads "vector", transfer "none".
+
     Attributes:
       magnitude: eq. 2, on clients and server: "max" or "mean".
       agreement_threshold: rho of eq. 5.
@@ -140,13 +143,13 @@ class MatuConfig:
         has added to them).
     """
 
-    magnitude: str = _field("max", choices=("max", "mean"))
+    magnitude: str = _field("mean", choices=("max", "mean"))
     agreement_threshold: float = _field(0.4, at_least=0, at_most=1)
     top_k: int = _field(3, at_least=0)
     min_similarity: float = _field(0.5, at_least=0, at_most=1)
-    transfer: str = _field("none", choices=("none", "mean", "additive", "shrinkage"))
+    transfer: str = _field("shrinkage", choices=("none", "mean", "additive", "shrinkage"))
     similarity: str = _field("cross_client", choices=("cross_client", "aggregated"))
-    uploads: str = _field("vector", choices=("vector", "change"))
+    uploads: str = _field("change", choices=("vector", "change"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ def keep_programs() -> None:
     In `compiled` under the environment's MATU_JAX_CACHE, else under `~/.cache/matu_jax`; JAX's own
     setting, JAX_COMPILATION_CACHE_DIR, wins.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         cache = Path(os.environ.get("MATU_JAX_CACHE") or Path.home() / ".cache" / "matu_jax")
         jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -11,6 +11,8 @@ own intermediate results:
     aggregated_similarity, cross_client_similarity    eq. 7
     transfer         eq. 8
     aggregate        all of it, and eq. 9
+    evidence, shrinkage_problem, shrinkage    transfer by shrinkage
+    change_round     a round whose uploads are changes
 
 Below them stand the bridges between pytrees and flat rows.
 """
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from scipy.optimize import nnls
 
 # Two sums closer to zero than this, relative to what was added, may differ in sign in float32.
 DOUBTFUL = 1e-5
@@ -103,7 +106,9 @@ def doubtful(vectors: np.ndarray, present: Sequence[bool] | np.ndarray) -> bool:
     return False
 
 
-def holders(task: int, task_of: Sequence[int] | np.ndarray, weight: Sequence[float]) -> list[int]:
+def holders(
+    task: int, task_of: Sequence[int] | np.ndarray, weight: Sequence[float] | np.ndarray
+) -> list[int]:
     """S(t): the slots that report this task in this round."""
     return [s for s in range(len(task_of)) if task_of[s] == task and weight[s] > 0]
 
@@ -111,7 +116,7 @@ def holders(task: int, task_of: Sequence[int] | np.ndarray, weight: Sequence[flo
 def estimates(
     received: np.ndarray,
     task_of: Sequence[int] | np.ndarray,
-    weight: Sequence[float],
+    weight: Sequence[float] | np.ndarray,
     num_tasks: int,
     threshold: float,
     kept: np.ndarray | None = None,
@@ -154,7 +159,7 @@ def cross_client_similarity(
     received: np.ndarray,
     client_of: Sequence[int] | np.ndarray,
     task_of: Sequence[int] | np.ndarray,
-    weight: Sequence[float],
+    weight: Sequence[float] | np.ndarray,
     num_tasks: int,
 ) -> np.ndarray:
     """Eq. 7 averaged over pairs of slots of two clients; ½ where there is no such pair.
@@ -219,7 +224,7 @@ def lending(
     vectors: np.ndarray,
     client_of: Sequence[int] | np.ndarray,
     task_of: Sequence[int] | np.ndarray,
-    weight: Sequence[float],
+    weight: Sequence[float] | np.ndarray,
     similarity_of: str,
 ) -> list[list[bool]]:
     """Who may lend (second index) to whom (first index).
@@ -247,7 +252,7 @@ def aggregate(
     received: np.ndarray,
     client_of: Sequence[int] | np.ndarray,
     task_of: Sequence[int] | np.ndarray,
-    weight: Sequence[float],
+    weight: Sequence[float] | np.ndarray,
     num_clients: int,
     num_tasks: int,
     *,
@@ -276,6 +281,207 @@ def aggregate(
         unified=unify(vectors, [True] * num_tasks, magnitude),
         downloads=[
             unify(vectors[[task_of[s] for s in slots]], [True] * len(slots), magnitude)
+            for slots in listed
+        ],
+        listed=listed,
+    )
+
+
+class Kept(NamedTuple):
+    """What a server keeps where uploads are changes."""
+
+    task_vectors: np.ndarray  # [tasks, d]
+    agreement: np.ndarray  # [tasks, tasks]
+    energy: np.ndarray  # [tasks, tasks]
+
+
+class ChangeRound(NamedTuple):
+    """What such a server knows and sends after one round."""
+
+    changes: np.ndarray  # [tasks, d], gated, before transfer
+    mixing: np.ndarray  # [tasks, tasks], what every task takes of every task's change
+    similarity: np.ndarray  # [tasks, tasks]
+    kept: Kept
+    unified: Group
+    downloads: list[Group]
+    listed: list[list[int]]
+
+
+def nothing_kept(num_tasks: int, d: int) -> Kept:
+    square = np.zeros((num_tasks, num_tasks))
+    return Kept(np.zeros((num_tasks, d)), square, square.copy())
+
+
+def evidence(
+    received: np.ndarray,
+    client_of: Sequence[int] | np.ndarray,
+    task_of: Sequence[int] | np.ndarray,
+    weight: Sequence[float] | np.ndarray,
+    num_tasks: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One round's agreement and energy, both [tasks, tasks].
+
+    The agreement of two tasks (or of one with itself) is the mean over pairs of slots of different
+    clients of (1/d) Σ sgn(x) sgn(x'), times the geometric mean of the two tasks' energies; a task's
+    energy is the mean over its holders of Σ x².
+    """
+    agreement = np.zeros((num_tasks, num_tasks))
+    energy = np.zeros((num_tasks, num_tasks))
+    size = np.zeros(num_tasks)
+    for t in range(num_tasks):
+        reporting = holders(t, task_of, weight)
+        for s in reporting:
+            size[t] += sum(float(x) ** 2 for x in received[s]) / len(reporting)
+    for a in range(num_tasks):
+        for b in range(num_tasks):
+            products = [
+                float(sign_product(received[s], received[r]))
+                for s in holders(a, task_of, weight)
+                for r in holders(b, task_of, weight)
+                if client_of[s] != client_of[r]
+            ]
+            if products:
+                energy[a, b] = (size[a] * size[b]) ** 0.5
+                agreement[a, b] = sum(products) / len(products) * energy[a, b]
+    return agreement, energy
+
+
+def worth(
+    task_of: Sequence[int] | np.ndarray, weight: Sequence[float] | np.ndarray, num_tasks: int
+) -> np.ndarray:
+    """How many equal holders a task's weighted mean is worth: (Σw)² / Σw²; 1 without holders."""
+    result = np.ones(num_tasks)
+    for t in range(num_tasks):
+        counts = [float(weight[s]) for s in holders(t, task_of, weight)]
+        if counts:
+            result[t] = sum(counts) ** 2 / sum(count**2 for count in counts)
+    return result
+
+
+def shrinkage_problem(
+    agreement: np.ndarray, energy: np.ndarray, equal_holders: Sequence[float] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The model of transfer by shrinkage: K, [tasks, tasks], and the noise left in each mean."""
+    tasks = len(agreement)
+    met = [[bool(energy[a, b] > 0) for b in range(tasks)] for a in range(tasks)]
+    correlation = np.zeros((tasks, tasks))
+    for a in range(tasks):
+        for b in range(tasks):
+            if met[a][b]:
+                correlation[a, b] = float(agreement[a, b]) / float(energy[a, b])
+    pairs = [correlation[a, b] for a in range(tasks) for b in range(tasks) if a != b and met[a][b]]
+    common = max(float(np.median(pairs)), 0.0) if pairs else 0.0
+
+    own = [correlation[t, t] for t in range(tasks) if met[t][t]]
+    related, noise = np.zeros((tasks, tasks)), np.zeros(tasks)
+    for t in range(tasks):
+        nearest = max([correlation[t, b] for b in range(tasks) if b != t and met[t][b]], default=0)
+        if met[t][t]:
+            signal = correlation[t, t]
+        elif own:
+            signal = sum(own) / len(own)
+        else:
+            signal = nearest
+        # No task shares more with another one than it has; and every one has some signal.
+        signal = min(max(signal, nearest, 1e-3), 1.0)
+        noise[t] = (1 - signal) / max(float(equal_holders[t]), 1.0)
+        for b in range(tasks):
+            if b != t and met[t][b]:
+                related[t, b] = max(correlation[t, b] - common, 0.0)
+        related[t, t] = max(signal - common, 1e-3)
+    return related, noise
+
+
+def least(quadratic: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    """The w ≥ 0 that minimises wᵀQw - 2wᵀb.
+
+    By non-negative least squares on a Cholesky factor; where Q is not positive definite, by
+    projected gradient steps, long enough to stand still.
+    """
+    try:
+        factor = np.linalg.cholesky(quadratic)
+    except np.linalg.LinAlgError:
+        found = np.array(linear, float)
+        step = 1 / np.abs(quadratic).sum(axis=1).max()
+        for _ in range(200_000):
+            moved = np.maximum(found - step * (quadratic @ found - linear), 0.0)
+            if np.abs(moved - found).max() < 1e-14:
+                break
+            found = moved
+        return found
+    return nnls(factor.T, np.linalg.solve(factor, linear))[0]
+
+
+def shrinkage(
+    agreement: np.ndarray,
+    energy: np.ndarray,
+    equal_holders: Sequence[float] | np.ndarray,
+    can_lend: Sequence[Sequence[bool]] | np.ndarray,
+) -> np.ndarray:
+    """What every task takes of every task's change: one small problem per task, rows sum to 1."""
+    related, noise = shrinkage_problem(agreement, energy, equal_holders)
+    tasks = len(related)
+    result = np.zeros((tasks, tasks))
+    for t in range(tasks):
+        chosen = [b for b in range(tasks) if b == t or can_lend[t][b]]
+        quadratic = np.array(
+            [[related[a, b] + (noise[a] if a == b else 0.0) for b in chosen] for a in chosen]
+        )
+        weights = least(quadratic, np.array([related[t, b] for b in chosen]))
+        for b, weight in zip(chosen, weights, strict=True):
+            result[t, b] = weight / weights.sum()
+    return result
+
+
+def change_round(
+    received: np.ndarray,
+    client_of: Sequence[int] | np.ndarray,
+    task_of: Sequence[int] | np.ndarray,
+    weight: Sequence[float] | np.ndarray,
+    num_clients: int,
+    kept: Kept,
+    *,
+    magnitude: str = "max",
+    agreement_threshold: float = 0.4,
+    rule: str = "none",
+    similarity_of: str = "cross_client",
+    top_k: int = 0,
+    min_similarity: float = 0.0,
+) -> ChangeRound:
+    """One round at a server that adds changes to the task vectors it keeps."""
+    tasks, _ = kept.task_vectors.shape
+    changes = estimates(received, task_of, weight, tasks, agreement_threshold)
+    if similarity_of == "aggregated":
+        similarity = aggregated_similarity(changes)
+    else:
+        similarity = cross_client_similarity(received, client_of, task_of, weight, tasks)
+    allowed = lending(changes, client_of, task_of, weight, similarity_of)
+    agreement, energy = kept.agreement, kept.energy
+    if rule == "shrinkage":
+        more = evidence(received, client_of, task_of, weight, tasks)
+        agreement, energy = agreement + more[0], energy + more[1]
+        mixing = shrinkage(agreement, energy, worth(task_of, weight, tasks), allowed)
+    else:
+        # Eq. 8 is linear in the vectors: what it makes of unit vectors are its weights.
+        mixing = transfer(rule, np.eye(tasks), similarity, allowed, top_k, min_similarity)
+    vectors = np.array(kept.task_vectors, float)
+    for t in range(tasks):
+        for other in range(tasks):
+            vectors[t] = vectors[t] + mixing[t, other] * changes[other]
+
+    listed = [[s for s in range(len(task_of)) if client_of[s] == n] for n in range(num_clients)]
+    return ChangeRound(
+        changes=changes,
+        mixing=mixing,
+        similarity=similarity,
+        kept=Kept(vectors, agreement, energy),
+        unified=unify(vectors, [True] * tasks, magnitude),
+        downloads=[
+            unify(vectors[[task_of[s] for s in slots]], [True] * len(slots), magnitude)
+            if slots
+            else Group(
+                np.zeros(vectors.shape[1]), np.zeros((0, vectors.shape[1]), int), np.zeros(0)
+            )
             for slots in listed
         ],
         listed=listed,

@@ -10,13 +10,20 @@ import pytest
 
 import matu_jax as matu
 from matu_jax.algorithms import ALGORITHMS, build, message_bits, with_heads
-from matu_jax.config import Config, ModelConfig
+from matu_jax.config import Config, MatuConfig, ModelConfig
 
 CLIENT = np.array([0, 0, 1, 2, 2, 3])
 TASK = np.array([0, 1, 1, 2, 0, 2])
 WEIGHT = np.array([10, 20, 30, 40, 50, 60], np.float32)
-BASE = {"a": jnp.ones((3, 2)), "b": jnp.ones(5)}
-PARAMETERS = 11
+# Two blocks, of 10 and 15 parameters; 11 of the 25 are those of a B, 14 those of an A.
+BASE = {
+    "blocks": {
+        0: {"query": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 2))}},
+        1: {"query": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones(7)}},
+    }
+}
+PARAMETERS = 25
+HEADS_OF_THEIR_OWN = {"emr_one_shot", "fedper", "fedrep", "individual", "matfl"}
 
 
 def slots_with(weight=WEIGHT):
@@ -25,20 +32,24 @@ def slots_with(weight=WEIGHT):
 
 def vectors_from(seed):
     rng = np.random.default_rng(seed)
-    return {
-        name: jnp.asarray(rng.normal(size=(6, *leaf.shape)), jnp.float32)
-        for name, leaf in BASE.items()
-    }
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=(6, *x.shape)), jnp.float32), BASE)
 
 
 def one_round(algorithm, state, vectors, slots):
+    if algorithm.sends_change:
+        vectors = jax.tree.map(jnp.subtract, vectors, algorithm.download(state, slots))
     state, metrics = algorithm.aggregate(state, algorithm.upload(vectors, slots), slots)
     return state, metrics, algorithm.download(state, slots)
 
 
-@pytest.fixture(params=sorted(ALGORITHMS))
+# The paper's equations as this project reads them; the defaults differ.
+PAPER = MatuConfig(magnitude="max", uploads="vector", transfer="none")
+
+
+@pytest.fixture(params=[*sorted(ALGORITHMS), "matu, as in the paper"])
 def algorithm(request):
-    return build(dataclasses.replace(Config(), algorithm=request.param))
+    choices = PAPER if "paper" in request.param else MatuConfig()
+    return build(dataclasses.replace(Config(), algorithm=request.param.split(",")[0], matu=choices))
 
 
 def test_starts_at_the_base(algorithm):
@@ -67,10 +78,11 @@ def test_absent_slots_change_nothing(algorithm):
     slots = slots_with(WEIGHT * [1, 1, 0, 1, 1, 0])
     state = algorithm.init(BASE, slots_with())
     vectors = vectors_from(0)
-    garbage = jax.tree.map(lambda x: x.at[jnp.array([2, 5])].set(jnp.nan), vectors)
     expected, _, _ = one_round(algorithm, state, vectors, slots)
-    found, _, _ = one_round(algorithm, state, garbage, slots)
-    chex.assert_trees_all_equal(found, expected)
+    for value in (jnp.nan, 1e3):
+        garbage = jax.tree.map(lambda x, v=value: x.at[jnp.array([2, 5])].set(v), vectors)
+        found, _, _ = one_round(algorithm, state, garbage, slots)
+        chex.assert_trees_all_equal(found, expected)
 
 
 def test_nobody_present_changes_no_task_vector(algorithm):
@@ -79,9 +91,9 @@ def test_nobody_present_changes_no_task_vector(algorithm):
     )
     before = algorithm.download(state, slots_with())
     _, _, download = one_round(algorithm, state, vectors_from(1), slots_with(WEIGHT * 0))
-    if "unified" in getattr(state, "_fields", ()):
+    if isinstance(getattr(state, "server", None), matu.Unified):
         # MaTU's stateless server keeps each task's vector only as its unified holds it.
-        kept = matu.modulate(state.unified)
+        kept = matu.modulate(state.server)
         expected = jax.tree.map(lambda x: x[TASK], kept)
         masks = matu.unify(expected, dataclasses.replace(slots_with(), task=TASK))
         chex.assert_trees_all_close(download, matu.modulate(masks, slots_with()), rtol=1e-5)
@@ -95,14 +107,66 @@ def test_everything_is_finite_for_zero_vectors(algorithm):
         algorithm, algorithm.init(BASE, slots_with()), zero, slots_with()
     )
     chex.assert_tree_all_finite((state, metrics, download))
+    if algorithm.evaluated:
+        chex.assert_tree_all_finite(algorithm.evaluated(state, slots_with()))
+
+
+def test_what_is_evaluated_is_a_vector_per_slot_and_the_base_at_first(algorithm):
+    evaluated = jax.jit(algorithm.evaluated or algorithm.download)
+    state = algorithm.init(BASE, slots_with())
+    chex.assert_trees_all_equal(
+        evaluated(state, slots_with()), jax.tree.map(jnp.zeros_like, vectors_from(0))
+    )
+    state, _, _ = one_round(algorithm, state, vectors_from(0), slots_with())
+    vectors = evaluated(state, slots_with())
+    chex.assert_trees_all_equal_shapes_and_dtypes(vectors, vectors_from(0))
+    chex.assert_tree_all_finite(vectors)
+    assert all(np.abs(np.asarray(x[:, 0])).max() > 0 for x in jax.tree.leaves(vectors))
+
+
+def test_what_trains_is_said_for_every_leaf(algorithm):
+    if algorithm.local.trains is None:
+        return
+    vector = jax.tree.map(jnp.zeros_like, BASE)
+    for progress in (0.0, 0.25, 0.5, 0.75):
+        factors = algorithm.local.trains(vector, jnp.float32(progress))
+        whole = jax.tree.map(
+            lambda x, f: jnp.broadcast_to(jnp.float32(f), x.shape), vector, factors
+        )
+        values = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(whole)])
+        assert set(values) <= {0.0, 1.0}
+        assert values.any()
+
+
+def test_what_a_server_keeps():
+    """In parameters: one vector, one per task or per slot, a part of one, or nothing."""
+    kept = {
+        "emr_one_shot": 0,
+        "fed_lora_b": 11,
+        "fedavg": 25,
+        "fedper": 10,
+        "fedprox": 25,
+        "fedrep": 10,
+        "individual": 0,
+        "matfl": 6 * 25,
+        "ntk_fedavg": 25,
+        "per_task": 3 * 25,
+        "ties": 25,
+    }
+    for name, size in kept.items():
+        algorithm = build(dataclasses.replace(Config(), algorithm=name))
+        state = algorithm.init(BASE, slots_with())
+        assert sum(x.size for x in jax.tree.leaves(algorithm.kept(state))) == size, name
+        assert algorithm.kept_per_client == (name == "matfl")
+    assert set(kept) | {"matu"} == set(ALGORITHMS)
 
 
 def weighted(vectors, rows):
-    return {
-        name: sum(WEIGHT[r] * np.asarray(leaf, np.float64)[r] for r in rows)
-        / sum(WEIGHT[r] for r in rows)
-        for name, leaf in vectors.items()
-    }
+    def mean(leaf):
+        rows_of_it = sum(WEIGHT[r] * np.asarray(leaf, np.float64)[r] for r in rows)
+        return rows_of_it / sum(WEIGHT[r] for r in rows)
+
+    return jax.tree.map(mean, vectors)
 
 
 def run(name, **changes):
@@ -118,6 +182,7 @@ def test_fedavg_is_the_mean_over_all_slots_weighted_by_examples():
             jax.tree.map(lambda x, row=row: np.asarray(x[row], np.float64), download),
             weighted(vectors, range(6)),
             rtol=1e-5,
+            atol=1e-6,
         )
 
 
@@ -128,6 +193,7 @@ def test_per_task_is_the_mean_over_a_tasks_holders():
             jax.tree.map(lambda x, row=row: np.asarray(x[row], np.float64), download),
             weighted(vectors, np.flatnonzero(TASK[row] == TASK)),
             rtol=1e-5,
+            atol=1e-6,
         )
 
 
@@ -136,13 +202,12 @@ def test_individual_keeps_every_slot_its_own():
     chex.assert_trees_all_equal(download, vectors)
 
 
-def test_matu_is_the_library():
-    vectors, (_, metrics, download) = run("matu")
-    slots, choices = slots_with(), Config().matu
-    config = matu.AggregationConfig(**dataclasses.asdict(choices))
+@pytest.mark.parametrize("choices", [PAPER, MatuConfig()], ids=["paper", "default"])
+def test_matu_is_the_library(choices):
+    vectors, (_, metrics, download) = run("matu", matu=choices)
+    slots, config = slots_with(), matu.AggregationConfig(**dataclasses.asdict(choices))
     uploads = matu.unify(vectors, slots, magnitude=config.magnitude)
-    previous = matu.unify(jax.tree.map(lambda x: jnp.zeros((3, *x.shape)), BASE))
-    result = matu.aggregate(uploads, slots, config, previous)
+    result = matu.aggregate(uploads, slots, config)  # of the first round, in which all is zero
     chex.assert_trees_all_close(download, matu.modulate(result.downloads, slots), rtol=1e-6)
     np.testing.assert_allclose(metrics["similarity"], result.similarity, rtol=1e-6)
 
@@ -151,7 +216,8 @@ def test_fedprox_penalises_the_distance_from_the_download():
     algorithm = build(dataclasses.replace(Config(), algorithm="fedprox", fedprox_mu=0.5))
     assert algorithm.local.penalty is not None
     a, b = (jax.tree.map(lambda x, r=r: x[r], vectors_from(0)) for r in (0, 1))
-    expected = 0.25 * sum(float(((np.asarray(a[n]) - np.asarray(b[n])) ** 2).sum()) for n in a)
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    expected = 0.25 * sum(float(((np.asarray(x) - np.asarray(y)) ** 2).sum()) for x, y in pairs)
     np.testing.assert_allclose(algorithm.local.penalty(a, b), expected, rtol=1e-5)
 
 
@@ -165,17 +231,25 @@ def traffic(name, weight=WEIGHT):
 
 def test_traffic_is_counted_from_what_is_sent():
     vector = 32 * PARAMETERS
-    mask = 8 * (1 + 1) + 32  # 6 and 5 parameters fill one byte each; one float32 scale
+    mask = 8 * (1 + 1 + 1 + 1) + 32  # no leaf fills more than one byte; one float32 scale
     held = np.array([2, 1, 2, 1])
     for direction in (0, 1):
         np.testing.assert_array_equal(traffic("individual")[direction], [0] * 4)
-        np.testing.assert_array_equal(traffic("fedavg")[direction], [vector] * 4)
+        for name in ("fedavg", "fedprox", "ntk_fedavg"):
+            np.testing.assert_array_equal(traffic(name)[direction], [vector] * 4)
         np.testing.assert_array_equal(traffic("per_task")[direction], held * vector)
         # A client with one task sends its vector alone.
         np.testing.assert_array_equal(traffic("matu")[direction], vector + (held > 1) * held * mask)
         np.testing.assert_array_equal(
             traffic("matu", WEIGHT * [1, 1, 0, 1, 1, 0])[direction][[1, 3]], [0, 0]
         )
+        np.testing.assert_array_equal(traffic("matfl")[direction], held * vector)
+        for name, shared in (("fedper", 10), ("fedrep", 10), ("fed_lora_b", 11)):
+            np.testing.assert_array_equal(traffic(name)[direction], [32 * shared] * 4)
+    for name in ("ties", "emr_one_shot"):
+        np.testing.assert_array_equal(traffic(name)[0], held * vector)
+    np.testing.assert_array_equal(traffic("ties")[1], [vector] * 4)
+    np.testing.assert_array_equal(traffic("emr_one_shot")[1], vector + held * mask)
 
 
 def test_unknown_algorithm_is_refused_with_a_hint():
@@ -196,7 +270,8 @@ def test_trained_heads_belong_to_tasks(name):
     download = algorithm.download(state, slots_with())["head"]["kernel"]
     rows = np.asarray(heads, np.float64)
     for slot in range(6):
-        holders = [slot] if name == "individual" else np.flatnonzero(TASK[slot] == TASK)
+        alone = name in HEADS_OF_THEIR_OWN
+        holders = [slot] if alone else np.flatnonzero(TASK[slot] == TASK)
         expected = sum(WEIGHT[h] * rows[h] for h in holders) / sum(WEIGHT[h] for h in holders)
         np.testing.assert_allclose(download[slot], expected, rtol=1e-6)
     inner = build(dataclasses.replace(Config(), algorithm=name))
@@ -205,7 +280,7 @@ def test_trained_heads_belong_to_tasks(name):
     )
     up, _ = with_heads(inner).sent(state, uploads)
     held = np.array([2, 1, 2, 1])
-    extra = 0 if name == "individual" else 32 * 6 * held
+    extra = 0 if name in HEADS_OF_THEIR_OWN else 32 * 6 * held
     np.testing.assert_array_equal(
         message_bits(up, slots_with()), message_bits(plain[0], slots_with()) + extra
     )

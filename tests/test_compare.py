@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,7 +204,9 @@ def test_collect_counts_rightly(tmp_path):
     assert matu["against_ours"] is None
     assert per_task["against_ours"]["pairs"] == 4
     np.testing.assert_allclose(per_task["against_ours"]["difference"], np.mean(differences))
-    expected = stats.wilcoxon([0.4 - 0.5, 0.5 - 0.6, 0.65 - 0.6, 0.75 - 0.7], zero_method="zsplit")
+    expected: Any = stats.wilcoxon(
+        [0.4 - 0.5, 0.5 - 0.6, 0.65 - 0.6, 0.75 - 0.7], zero_method="zsplit"
+    )
     np.testing.assert_allclose(per_task["against_ours"]["p_value"], expected.pvalue)
     assert found["arms"][0]["commands"][1].endswith('--settings="a" --arms="matu" --seeds=1')
 

@@ -16,6 +16,7 @@ from matu_jax.data import Split, Task
 from matu_jax.evaluate import EvaluationSet, evaluation, per_task
 from matu_jax.local import class_mask, local_training
 from matu_jax.parallel import padded_rows
+from matu_jax.trees import leaf_items
 
 SLOTS, STEPS, BATCH, CLASSES = 4, 2, 3, 5
 CONFIG = LocalConfig(steps=STEPS, batch_examples=BATCH, optimizer="sgd", learning_rate=0.01)
@@ -106,6 +107,54 @@ def test_penalty_enters_the_loss(model):
     without = jax.tree.map(lambda x: x[1], train(model).vectors)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(found, without, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_what_does_not_train_stays_exactly_as_it_is(model, optimizer):
+    """Gradient, momentum and decay do not move it; a rule by which everything trains is none."""
+    config = dataclasses.replace(CONFIG, optimizer=optimizer, weight_decay=0.3)
+    parameters, downloads, *rest = inputs(model)
+    downloads = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.zeros_like(x) if path[-1].key == "lora_a" else x, downloads
+    )
+    args = (parameters, downloads, *rest)
+
+    def rule_for(factors):
+        return LocalRule(trains=lambda vector, progress: factors(vector))
+
+    only_b = rule_for(
+        lambda vector: jax.tree_util.tree_map_with_path(
+            lambda path, x: float(path[-1].key == "lora_b"), vector
+        )
+    )
+    start, found = leaf_items(downloads), leaf_items(train(model, 1, config, only_b, args).vectors)
+    for (path, before), (_, after) in zip(start, found, strict=True):
+        if path.endswith("lora_a"):
+            np.testing.assert_array_equal(after, 0, err_msg=path)
+        else:
+            assert np.abs(np.asarray(after - before)).max() > 1e-4
+    everything = rule_for(lambda vector: jax.tree.map(lambda x: 1.0, vector))
+    chex.assert_trees_all_close(
+        train(model, 1, config, everything, args).vectors,
+        train(model, 1, config, NO_PENALTY, args).vectors,
+        atol=1e-7,
+    )
+
+
+def test_progress_is_the_part_of_the_steps_that_is_done(model):
+    """In one go and in chunks: only the second half of the steps moves anything."""
+    rule = LocalRule(
+        trains=lambda vector, progress: jax.tree.map(
+            lambda _: (progress >= 0.5).astype(jnp.float32), vector
+        )
+    )
+    parameters, downloads, position, classes, images, labels = inputs(model)
+    late = (parameters, downloads, position, classes, images[:, 1:], labels[:, 1:])
+    local = local_training(model, CONFIG, NO_PENALTY, mesh_of(1))
+    carry = jax.jit(local.advance)(late[0], jax.jit(local.begin)(downloads), *late[1:])
+    for chunk in (1, STEPS):
+        found = train(model, rule=rule, chunk=chunk).vectors
+        chex.assert_trees_all_close(found, carry.vector, atol=1e-7)
 
 
 @pytest.mark.parametrize(("devices", "parallel"), [(2, 0), (4, 0), (1, 2), (1, 3), (1, 4), (2, 2)])

@@ -172,6 +172,38 @@ def test_models_map_over_slots(tiny_file):
         np.testing.assert_allclose(found[i], one, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_linearised_is_the_first_order_expansion_around_the_base(tiny_file, trainable):
+    model = build(checkpoint=tiny_file, trainable=trainable, lora_rank=2)
+    tangent = models.linearised(model)
+    assert tangent.base is model.base
+    np.testing.assert_allclose(logits(tangent), logits(model), rtol=1e-6)
+    step = jax.tree.map(lambda a, b: a - b, noisy(model.base), model.base)
+
+    def at(scale, which=model):
+        return np.asarray(
+            logits(which, jax.tree.map(lambda b, s: b + scale * s, model.base, step)), np.float64
+        )
+
+    jacobian = jax.jit(jax.jacrev(lambda p: model.logits(p, model.frozen, IMAGES, jnp.int32(0))))
+    change = sum(
+        np.tensordot(np.asarray(j, np.float64), np.asarray(s, np.float64), s.ndim)
+        for j, s in zip(jax.tree.leaves(jacobian(model.base)), jax.tree.leaves(step), strict=True)
+    )
+    scale = np.abs(change).max()
+    assert scale > 0.1
+    np.testing.assert_allclose(at(1.0, tangent), at(0.0) + change, atol=1e-3 * scale)
+    # Central differences: an error of the second order in their width, and one of rounding.
+    differences = (at(0.01) - at(-0.01)) / 0.02
+    np.testing.assert_allclose(at(1.0, tangent) - at(0.0), differences, atol=2e-2 * scale)
+    np.testing.assert_allclose(at(-2.0, tangent), at(0.0) - 2 * change, atol=2e-3 * scale)
+    if trainable == "lora":  # B is zero at the base, so that A has no part in it
+        only_a = jax.tree_util.tree_map_with_path(
+            lambda path, b, s: b + s if path[-1].key == "lora_a" else b, model.base, step
+        )
+        np.testing.assert_allclose(logits(tangent, only_a), at(0.0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["tiny_clip", "tiny_vit"])
 def test_random_checkpoints_of_real_architectures(name, monkeypatch):
     tiny_clip.register(monkeypatch)

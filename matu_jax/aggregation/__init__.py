@@ -20,9 +20,9 @@ slots of client n, S(t) those of task t, with weights w_s > 0; sgn(0) = 0.
                    as much as the evidence warrants (`shrinkage`, this project's own)
     9  unified     U = unify over all tasks; downloads: per client, unify over its tasks
 
-With `uploads = "change"`, this project's own too, clients fold what the round has changed (task vector
-less download), eqs. 5 to 8 are of changes, and the server adds the outcome to the task vectors that
-it keeps.
+With `uploads = "change"`, this project's own too, clients fold what the round has changed (task
+vector less download), eqs. 5 to 8 are of changes, and the server adds the outcome to the task
+vectors that it keeps.
 
 Every function is pure and may be called under `jit`, `vmap` and `shard_map`; slots are visited by
 `lax.scan`, so that no second array of slots x parameters is ever made.

@@ -1,8 +1,8 @@
 """Transfer by shrinkage: how much of each task's change a task takes, from the round's evidence.
 
 This rule is this project's own; the plain rules of eq. 8 borrow the same amount however precise a
-task's own estimate is. Model: the change that slot s of task t reports is x_s = g_t + e_s, with what
-the task really asks for, g_t, and noise e_s, independent between clients. Then for slots of
+task's own estimate is. Model: the change that slot s of task t reports is x_s = g_t + e_s, with
+what the task really asks for, g_t, and noise e_s, independent between clients. Then for slots of
 *different* clients E<x_s, x_s'> = <g_t, g_t'>, whether or not t = t': the noise cancels. In units
 of a change's own energy, that mean over pairs is a correlation C_tt', and
 
@@ -20,8 +20,9 @@ from all tasks' changes, none of them negative (Wiener's filter, Henderson's BLU
 
 here by multiplicative updates (Lee and Seung 2001); each row is then divided by its sum, so that
 nothing shrinks towards zero. Little noise or many holders: a task keeps to itself. Much noise and a
-task like it: both are pooled. A task whose C_tt cannot be known because it has one holder takes the
-mean of those known; where no task has two holders, the largest C_tt' of its row, which borrows more.
+task like it: both are pooled. A task whose C_tt cannot be known because it has one holder takes
+the mean of those known; where no task has two holders, the largest C_tt' of its row, which borrows
+more.
 """
 
 import jax

@@ -8,11 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from matu_jax.aggregation import Slots
-from matu_jax.trees import PyTree, leaf_items, leaf_items
-
-# The vision towers' own parameters, in front of the blocks and behind them.
-_BEFORE = ("stem", "patches", "class_token", "positions", "norm_pre")
-_AFTER = ("norm", "projection")
+from matu_jax.trees import PyTree, leaf_items
 
 
 class LocalRule(NamedTuple):
@@ -24,8 +20,6 @@ class LocalRule(NamedTuple):
       trains: `(vector, progress) -> factors`, a tree like the vector whose leaves broadcast against
         its leaves: 1 where a parameter trains in this step, 0 where it does not. Progress is the
         part of the round's steps that is done, a float32 scalar in [0, 1). None: everything trains.
-      trains_head: `progress -> factor`, the same for a trained head, where `trains` is given; None:
-        it trains in every step.
       head_trains: `progress -> factor`, the same for a trained head; None: it always trains.
       linearised: whether the model is replaced by its first-order expansion around the base, in
         training and in evaluation.
@@ -33,7 +27,6 @@ class LocalRule(NamedTuple):
 
     penalty: Callable[[PyTree, PyTree], jax.Array] | None = None
     trains: Callable[[PyTree, jax.Array], PyTree] | None = None
-    trains_head: Callable[[jax.Array], jax.Array] | None = None
     head_trains: Callable[[jax.Array], jax.Array] | None = None
     linearised: bool = False
 
@@ -140,8 +133,8 @@ axis after `lead` stacked ones; an int per leaf."""
 def last_blocks(count: int) -> Cut:
     """Shares everything but the last `count` transformer blocks and what comes after them.
 
-    Blocks are found by their path: "blocks/<number>/..." or, stacked over depth on their first axis,
-    "blocks/...". After them come a final norm and a projection.
+    Blocks are found by their path: "blocks/<number>/..." or, stacked over depth on their first
+    axis, "blocks/...". After them come a final norm and a projection.
 
     Raises:
       ValueError: from the cut, if no block would be shared.
@@ -236,83 +229,6 @@ def zeros(base: PyTree, *rows: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.zeros((*rows, *leaf.shape), leaf.dtype), base)
 
 
-def split(tree: PyTree, cut: PyTree, *, axis: int = 0) -> tuple[PyTree, PyTree]:
-    """Splits a tree into its shared and its personal part; `join` puts them together again.
-
-    Args:
-      tree: leaves `[...]`, or `[slots, ...]` with axis 1.
-      cut: the same tree; a leaf is True (shared), False (personal), or how many of the leaf's
-        first rows along `axis` are shared (from 1 to all but one).
-      axis: the first axis of a leaf that belongs to the parameters.
-
-    Returns:
-      The shared and the personal part, like `tree` with None for a leaf that is not in it.
-    """
-
-    def part(leaf, rows, shared):
-        if isinstance(rows, bool):
-            return leaf if rows == shared else None
-        limits = (0, rows) if shared else (rows, leaf.shape[axis])
-        return jax.lax.slice_in_dim(leaf, *limits, axis=axis)
-
-    def side(shared):
-        return jax.tree.map(lambda leaf, rows: part(leaf, rows, shared), tree, cut)
-
-    return side(True), side(False)
-
-
-def join(shared: PyTree, personal: PyTree, *, axis: int = 0) -> PyTree:
-    """Puts together again what `split` made of a tree."""
-
-    def whole(first, last):
-        if first is None or last is None:
-            return last if first is None else first
-        return jnp.concatenate([first, last], axis)
-
-    return jax.tree.map(whole, shared, personal, is_leaf=lambda leaf: leaf is None)
-
-
-def last_blocks_personal(tree: PyTree, personal_blocks: int, *, axis: int = 0) -> PyTree:
-    """The `cut` that keeps a transformer's end personal: its last blocks and what follows them.
-
-    Args:
-      tree: a model's parameters without heads, leaves `[...]` or, with axis 1, `[slots, ...]`;
-        blocks either one by one (`blocks/0/...`) or stacked over depth (`blocks/...`, `[depth,
-        ...]`).
-      personal_blocks: how many blocks are personal.
-      axis: the first axis of a leaf that belongs to the parameters.
-
-    Raises:
-      ValueError: if no block is left to share, there is none, or a leaf is neither of a block nor
-        known to come before or after the blocks.
-    """
-    items = [(path.split("/"), path, leaf) for path, leaf in leaf_items(tree)]
-    unknown = [p for names, p, _ in items if names[0] not in ("blocks", *_BEFORE, *_AFTER)]
-    if unknown:
-        raise ValueError(
-            f"parameters: found {', '.join(unknown)}, of which it is not known whether they come "
-            "before or after the transformer's blocks. Name them in algorithms/base.py."
-        )
-    blocks = [(names[1], leaf) for names, _, leaf in items if names[0] == "blocks"]
-    depth = max(
-        (int(name) + 1 if name.isdigit() else leaf.shape[axis] for name, leaf in blocks), default=0
-    )
-    if personal_blocks >= depth:
-        raise ValueError(
-            f"config.personal_blocks: found {personal_blocks}, but the model has {depth} "
-            f"transformer block{'' if depth == 1 else 's'} and at least one has to be shared: "
-            f"expected 1 to {depth - 1}. Give fewer, or a deeper model."
-        )
-    shared = depth - personal_blocks
-
-    def rule(names):
-        if names[0] != "blocks":
-            return names[0] in _BEFORE
-        return int(names[1]) < shared if names[1].isdigit() else shared
-
-    return jax.tree.structure(tree).unflatten([rule(names) for names, _, _ in items])
-
-
 def message_bits(message: Message, slots: Slots) -> np.ndarray:
     """Bits that each client sends or receives: int64 `[clients]`; 0 for those absent.
 
@@ -381,10 +297,13 @@ def with_heads(inner: Algorithm) -> Algorithm:
         return inner.kept(state[0]), state[1] if inner.shares_heads else None
 
     def trains(vector, progress):
-        assert inner.local.trains is not None
-        factor = inner.local.trains_head(progress) if inner.local.trains_head else 1.0
-        head = jax.tree.map(lambda _: factor, vector["head"])
-        return {"shared": inner.local.trains(vector["shared"], progress), "head": head}
+        local, factor = inner.local, 1.0
+        shared = jax.tree.map(lambda _: 1.0, vector["shared"])
+        if local.trains:
+            shared = local.trains(vector["shared"], progress)
+        if local.head_trains:
+            factor = local.head_trains(progress)
+        return {"shared": shared, "head": jax.tree.map(lambda _: factor, vector["head"])}
 
     return inner._replace(
         init=init,

@@ -1,9 +1,19 @@
 """EMR-Merging (Huang et al. 2024, arXiv 2405.17461): one merge after local training, no rounds.
 
-Every slot trains alone for all rounds. Then the holders of a task are averaged, weighted by
-examples, and all tasks are folded into one vector with a mask and a scale per task (elect, mask,
-rescale; eqs. 1 to 4 of `matu_jax.aggregation`, with the maximum, as in the paper). Accuracy along the
-way is that of a merge made then. Vectors cross the network once, after the last round.
+Every slot trains alone for all rounds. Then the holders of a task are averaged, weighted by the
+examples n_s of those that have trained, and all tasks are folded into one vector u with a mask and
+a scale per task (eqs. 1 to 4 of `matu_jax.aggregation`, with the maximum, as in the paper):
+
+    tau_t = sum_{s of t} n_s v_s / sum_{s of t} n_s,    sigma = sgn(sum_t tau_t)
+    u = sigma max{ |tau_t| : sgn(tau_t) = sigma },      m_t = [tau_t u > 0]
+    lambda_t = sum |tau_t| / sum |m_t u|,               every slot of t gets lambda_t m_t u
+
+Accuracy along the way is that of a merge made then. Vectors cross the network once, after the last
+round: a slot's own up, u with the masks and scales of a client's tasks down.
+
+Unlike the paper, which merges one model per task: a task has several holders, averaged first; what
+is merged are adapters, factor by factor; and a slot that never took part weighs nothing, and gets
+what the merge holds for its task. A trained head stays with its slot, as classifiers do there.
 """
 
 import jax

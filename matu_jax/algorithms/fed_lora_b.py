@@ -1,8 +1,15 @@
 """Fed-LoRA-B: only the B of every adapter is shared, averaged as in FedAvg.
 
-FFA-LoRA (Sun et al. 2024, arXiv 2403.12313): A stays at its random start, the same for everybody, so
-that the mean of the products B A is the product of the mean; half the traffic. With
-`lora_b_trains_a`, A trains too and stays with its slot.
+FFA-LoRA (Sun et al. 2024, arXiv 2403.12313): A stays at its random start, the same for everybody,
+so that the mean of products is the product of the mean, at half the traffic:
+
+    mean_s (A B_s) = A mean_s B_s,    B = sum_s w_s B_s / sum_s w_s
+
+With `lora_b_trains_a` (a variant that is not in the paper), A trains too and stays with its slot.
+
+Unlike the paper, where clients hold data of one task: tasks differ, a client with several sends the
+mean of what its slots have trained, and without a personal A a task shows in its head alone, which
+is frozen (zero-shot), or trained and averaged among the task's holders.
 """
 
 import jax

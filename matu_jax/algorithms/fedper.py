@@ -2,8 +2,12 @@
 
 What comes before the last `personal_blocks` transformer blocks is averaged as in FedAvg,
 v = sum_s w_s tau_s / sum_s w_s; those blocks, what follows them, and a trained head stay with their
-slot, are trained with the rest, and are never sent. A client of the paper has one task; here each of
-its (client, task) slots has a personal part of its own. Frozen zero-shot heads are the same for all.
+slot, are trained with the rest, and are never sent.
+
+Unlike the paper, where a client has one task and its personal part ends in a classifier: each of a
+client's tasks has a personal part of its own, and frozen zero-shot heads, which have nothing to
+learn, are the same for all, so that the last blocks (with LoRA: their adapters) take their place. A
+slot that never took part has the base's.
 """
 
 from matu_jax.algorithms.base import Algorithm, last_blocks, partly_shared

@@ -1,11 +1,21 @@
 """FedRep (Collins et al. 2021, arXiv 2102.07078): FedPer, with personal and shared parts in turn.
 
-In the first `fedrep_personal_fraction` of a round's steps a slot trains its personal part (the last
-`personal_blocks` blocks and a trained head) on top of the downloaded representation, which stands
-still; in the others it trains the representation below a personal part that stands still. The
-representation alone is sent, and averaged as in FedAvg. The paper's personal part is the linear head;
-with frozen zero-shot heads, the last blocks take its place.
+In the first `fedrep_personal_fraction` of a round's steps (rounded up) a slot trains its personal
+part (the last `personal_blocks` blocks and a trained head) on top of the downloaded representation,
+which stands still; in the others it trains the representation below a personal part that stands
+still. The representation alone is sent, and averaged as in FedAvg:
+
+    first   phi_s   <- phi_s - eta grad_phi L_s(theta, phi_s)
+    then    theta_s <- theta_s - eta grad_theta L_s(theta_s, phi_s);    theta = mean_s theta_s
+
+Unlike the paper, where a client has one task and the personal part is its linear head: each of a
+client's tasks has a personal part of its own, and with frozen zero-shot heads the last blocks take
+the head's place. One optimiser runs through both parts of a round; where nothing trains it sees
+zeros, which Adam's averages remember.
 """
+
+import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +25,24 @@ from matu_jax.config import Config
 
 
 def fedrep(config: Config) -> Algorithm:
-    """FedRep with `config.personal_blocks` and `config.fedrep_personal_fraction`."""
+    """FedRep with `config.personal_blocks` and `config.fedrep_personal_fraction`.
+
+    Raises:
+      ValueError: if no step is left for the shared part.
+    """
     cut = last_blocks(config.personal_blocks)
+    steps, fraction = config.local.steps, config.fedrep_personal_fraction
+    personal_steps = math.ceil(Fraction(str(fraction)) * steps)
+    if personal_steps >= steps:
+        raise ValueError(
+            f"config.fedrep_personal_fraction: found {fraction}, which takes {personal_steps} of "
+            f"config.local.steps = {steps} and leaves none in which the shared part trains. Give a "
+            "smaller fraction or more steps."
+        )
+    limit = (personal_steps - 0.5) / steps  # between two steps: progress is rounded
 
     def personal_phase(progress):
-        return (progress < config.fedrep_personal_fraction).astype(jnp.float32)
+        return (progress < limit).astype(jnp.float32)
 
     def trains(vector, progress):
         now = personal_phase(progress)

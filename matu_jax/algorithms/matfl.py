@@ -3,11 +3,17 @@
 The server keeps a vector v_i for every client of the paper, that is, every slot here. With the
 deviations from the mean, delta_i = v_i - mean_j v_j, over the slots present,
 
-    w_ij = max(cos(delta_i, delta_j) + threshold, 0), rows divided by their sums;  v_i <- sum_j w_ij v_j
+    soft    w_ij = max(cos(delta_i, delta_j) + threshold, 0),    v_i <- sum_j w_ij v_j / sum_j w_ij
+    hard    w_ij = 1 if i and j are of one group, else 0
 
-("soft"). "hard" groups slots instead: those joined by a chain of positive w_ij take their plain mean.
-The paper fixes the grouping less than this; a chain of links is our choice. Nothing is folded: a
-client with k tasks sends k vectors, and the server's state grows with the number of clients.
+Nothing is weighted by examples. Hard groups are clusters by average linkage over the cosines, as in
+the authors' code (VITA-Group/MaT-FL), which is given their number; here the two groups that are
+most alike merge as long as their average cosine + threshold is above 0.
+
+Unlike the paper, where a client has one task: nothing is folded, a client with k tasks sends and
+receives k vectors, and the server's state grows with the number of slots. A slot without weights,
+such as one alone, keeps its vector. As in that code decoders, here trained heads, stay with their
+slot.
 """
 
 import jax
@@ -16,6 +22,28 @@ import jax.numpy as jnp
 from matu_jax.aggregation.directions import gram
 from matu_jax.algorithms.base import Algorithm, Message, keep_where_absent, zeros
 from matu_jax.config import Config
+
+
+def linked(cosine: jax.Array, present: jax.Array, threshold: float) -> jax.Array:
+    """Average-linkage clusters: float32 `[slots, slots]`, 1 where two present slots share one."""
+    same = jnp.eye(len(present), dtype=jnp.bool_)
+
+    def merge(_, carry):
+        members, sums = carry  # float32 [groups, slots]; sums of cosines [groups, groups]
+        size = members.sum(axis=1)
+        pairs = size[:, None] * size[None]
+        mean = jnp.where(~same & (pairs > 0), sums / jnp.maximum(pairs, 1.0), -jnp.inf)
+        i, j = jnp.unravel_index(jnp.argmax(mean), mean.shape)
+        take = (mean[i, j] + threshold > 0).astype(jnp.float32)
+
+        def into_one(x):
+            return x.at[i].add(take * x[j]).at[j].multiply(1 - take)
+
+        return into_one(members), into_one(into_one(sums).T).T
+
+    alone = (same & present[:, None]).astype(jnp.float32)
+    members, _ = jax.lax.fori_loop(0, len(present) - 1, merge, (alone, cosine))
+    return members.T @ members
 
 
 def matfl(config: Config) -> Algorithm:
@@ -31,24 +59,20 @@ def matfl(config: Config) -> Algorithm:
             jnp.where(present[:, None], leaf - leaf.sum(axis=0, keepdims=True) / number, 0.0)
             for leaf in flat
         ]
-        products = gram(deviations, signs=False)
+        largest = jnp.stack([jnp.abs(x).max(axis=1) for x in deviations]).max(axis=0)
+        unit = jnp.where(largest > 0, largest, 1.0)[:, None]  # so that no square overflows
+        products = gram([x / unit for x in deviations], signs=False)
         norm = jnp.sqrt(jnp.diagonal(products))
         lengths = norm[:, None] * norm[None, :]
         cosine = jnp.where(lengths > 0, products / jnp.where(lengths > 0, lengths, 1.0), 0.0)
-        same = jnp.eye(count, dtype=jnp.bool_)
-        weights = jnp.maximum(jnp.where(same, 1.0, cosine) + config.matfl_threshold, 0.0)
-        weights = jnp.where(present[:, None] & present[None, :], weights, 0.0)
         if config.matfl_grouping == "hard":
-            linked = (weights > 0) | same
-
-            def closure(_, linked):
-                steps = linked.astype(jnp.float32)
-                return jnp.matmul(steps, steps) > 0
-
-            linked = jax.lax.fori_loop(0, count.bit_length(), closure, linked)
-            weights = (linked & present[None, :]).astype(jnp.float32)
+            weights = linked(cosine, present, config.matfl_threshold)
+        else:
+            weights = jnp.maximum(cosine + config.matfl_threshold, 0.0)
+            weights = jnp.where(present[:, None] & present[None, :], weights, 0.0)
         total = weights.sum(axis=1, keepdims=True)
-        weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), same)
+        alone = jnp.eye(count, dtype=jnp.float32)  # where no weight is left
+        weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), alone)
         mixed = [
             jnp.matmul(weights, leaf, precision=jax.lax.Precision.HIGHEST)
             .reshape(old.shape)
@@ -63,5 +87,6 @@ def matfl(config: Config) -> Algorithm:
         upload=lambda vectors, slots: vectors,
         aggregate=aggregate,
         sent=lambda state, uploads: (Message(per_slot=uploads), Message(per_slot=uploads)),
+        shares_heads=False,
         kept_per_client=True,
     )

@@ -2,15 +2,19 @@
 
 Every slot sends its task vector, and one merged vector comes back to all:
 
-    trim      keep the `ties_keep` largest magnitudes of each vector, over all its leaves together
-    elect     gamma = sgn(sum of the trimmed vectors)
-    merge     mean over the trimmed entries whose sign is gamma
+    trim      x_s = v_s where |v_s| is among its ceil(`ties_keep` d) largest, over all its leaves
+              together (as many as are equal to the smallest of them), else 0
+    elect     gamma = sgn( sum_s x_s )
+    merge     v = mean of the x_s whose sign is gamma, entry by entry; 0 where gamma is 0
 
-The paper merges once, after fine-tuning, and scales the result by a constant; here the merge is made
-every round, and the constant is 1. A client with k tasks sends k vectors and receives one.
+Nothing is weighted by examples. Unlike the paper, which merges models once, after fine-tuning, and
+scales the result by a constant: the merge is made every round, training goes on from it, and the
+constant is 1. What is merged are adapters, factor by factor. A client with k tasks sends k vectors
+and receives one; trained heads are averaged among a task's holders.
 """
 
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +29,9 @@ def ties(config: Config) -> Algorithm:
 
     def aggregate(state, uploads, slots):
         present = slots.weight > 0
-        leaves, structure = jax.tree.flatten(uploads)
+        leaves = jax.tree.leaves(uploads)
         size = sum(leaf[0].size for leaf in leaves)
-        kept = math.ceil(config.ties_keep * size)
+        kept = math.ceil(Fraction(str(config.ties_keep)) * size)
 
         def threshold(row):
             magnitudes = jnp.concatenate([jnp.abs(x).astype(jnp.float32).ravel() for x in row])

@@ -192,8 +192,10 @@ def _against_ours(comparison, label, found, results) -> dict[str, Any] | None:
             ]
     if not differences:
         return None
-    same = not np.any(differences)
-    p_value = 1.0 if same else float(stats.wilcoxon(differences, zero_method="zsplit").pvalue)
+    p_value = 1.0
+    if np.any(differences):
+        tested: Any = stats.wilcoxon(differences, zero_method="zsplit")
+        p_value = float(tested.pvalue)
     return {
         "difference": float(np.mean(differences)),
         "p_value": p_value,
