@@ -209,7 +209,7 @@ def aggregate(
     config: AggregationConfig = _DEFAULT_CONFIG,
     previous: Unified | ServerState | None = None,
 ) -> Aggregated:
-    """One round of MaTU's stateless server (eqs. 5 to 9), from the uploads alone.
+    """One round of MaTU's server (eqs. 5 to 9), from the uploads and what it has kept.
 
     Args:
       uploads: `unify(vectors, slots)`: vector leaves `[clients, ...]`, masks `[slots, bytes]`,

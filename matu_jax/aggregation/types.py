@@ -76,9 +76,11 @@ class AggregationConfig:
       uploads: what a client folds and sends. "vector": its task vectors, as in the paper; the
         server keeps the unified vector of all tasks alone. "change": what the round has added to
         them, its task vectors less its download; the server adds it to exact task vectors, one per
-        task, which it keeps. What folding has lost on the way down is then made up for in the next
-        rounds, instead of being taken over: the loss is measured at the folded vector, and the
-        exact one moves, as in quantisation-aware training with a straight-through estimator.
+        task, which it keeps. What folding loses on the way down is then not taken over from round
+        to round: the loss is measured at the folded vector and the exact one moves, as in
+        quantisation-aware training with a straight-through estimator. Where every client folds
+        the same contradictory tasks, no folded vector serves them all, and the exact ones move on
+        without settling.
     """
 
     magnitude: Magnitude = "max"
@@ -141,7 +143,8 @@ class Aggregated(NamedTuple):
       task_vectors: leaves `[tasks, ...]` in the storage dtype (after eq. 8).
       similarity: float32 `[tasks, tasks]` (eq. 7), computed before eq. 8.
       unified: all tasks folded into one: vector leaves `[...]`, masks `[tasks, bytes]`, scales
-        `[tasks]`. Hand it to the next round as `previous`; it is all the state a server keeps.
+        `[tasks]`. Where uploads are vectors, hand it to the next round as `previous`; it is all the
+        state that a server keeps then.
       downloads: what each client receives: vector leaves `[clients, ...]`, masks `[slots, bytes]`,
         scales `[slots]`. Covers every listed slot, so that a client absent now can start later.
       accepted: bool `[slots]`: present, and every number of its upload finite, its scale not
