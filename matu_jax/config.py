@@ -193,7 +193,7 @@ class Config:
       personal_blocks: how many of the last transformer blocks' parameters FedPer and FedRep keep at
         their slot.
       fedrep_personal_fraction: part of a round's steps in which FedRep trains what is personal;
-        in the others it trains what is shared.
+        in the others, of which there has to be one, it trains what is shared.
       matfl_grouping: MaT-FL's weights: "soft" (by similarity) or "hard" (by groups).
       matfl_threshold: added to the cosine of two deviations; a sum above 0 makes them share.
       ties_keep: part of a vector's entries, the largest, that TIES keeps.

@@ -165,13 +165,13 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
     try:
         federation = rounds.federate(config)
         model = models.build(config.model, federation.tasks, seed=config.seed)
+        algorithm, mesh = algorithms.build(config), slot_mesh()
+        target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
     except ValueError as error:
         raise UserError(str(error)) from None
-    algorithm, mesh = algorithms.build(config), slot_mesh()
     _print_plan(config, algorithm, model, federation, mesh, workdir, console)
 
     log = MetricsLog(workdir / "metrics.jsonl")
-    target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         zero = np.zeros((len(federation.tasks),) * 2, np.float32)

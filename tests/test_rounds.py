@@ -41,7 +41,9 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, federation):
-    checkpoint = tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+    checkpoint = tiny.write_checkpoint(
+        tmp_path_factory.mktemp("model") / "tiny.safetensors", depth=2
+    )
     config = dataclasses.replace(TINY.model, checkpoint=checkpoint)
     return models.build(config, federation.tasks)
 

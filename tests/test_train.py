@@ -59,6 +59,8 @@ def mistake(capsys, *arguments):
         ("--config.local.learning_rate=-1", "config.local.learning_rate: found -1.0"),
         ("--config.algorithm=mattu", 'Did you mean "matu"'),
         ("--config.matu.transfer=lots", "config.matu.transfer: found 'lots'"),
+        ("--config.matu.uploads=vector", "'shrinkage' needs uploads = 'change'"),
+        ("--config.algorithm=fedper", "config.personal_blocks: found 1, but the model has 1 block"),
         ("--config.data.tasks=hue/gratng", "hue/grating"),
         ("--config.data.clients=1", "config.data (clients"),
         ("--config.data.assignment=(0,)", "config.data.assignment: client 0: found 0"),

@@ -11,8 +11,8 @@ from matu_jax.models.vit import VisionTransformer, ViTShape
 from matu_jax.trees import leaf_items
 
 
-def write_checkpoint(path):
-    shape = ViTShape(width=16, depth=1, heads=2, mlp_width=32)
+def write_checkpoint(path, depth=1):
+    shape = ViTShape(width=16, depth=depth, heads=2, mlp_width=32)
     state = nnx.state(VisionTransformer(shape, rngs=nnx.Rngs(0)), nnx.Param)
     tensors = {name: np.asarray(leaf) for name, leaf in leaf_items(nnx.to_pure_dict(state))}
     tensors["label_vectors"] = np.asarray(jax.numpy.eye(10, 16))

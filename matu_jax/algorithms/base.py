@@ -148,8 +148,8 @@ def last_blocks(count: int) -> Cut:
                 depth = max(depth, int(words[1]) + 1 if words[1].isdecimal() else shape[0])
         if count >= depth:
             raise ValueError(
-                f"config.personal_blocks: found {count}, but the model has {depth} blocks and at "
-                "least one has to be shared."
+                f"config.personal_blocks: found {count}, but the model has {depth} "
+                f"block{'' if depth == 1 else 's'} and at least one has to be shared."
             )
         rows = []
         for words, shape in items:
