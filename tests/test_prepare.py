@@ -19,6 +19,7 @@ EXPERIMENT = str(Path(matu_jax.__file__).parents[1] / "experiments" / "vitb32.py
 TRANSFORM = ARCHITECTURES["clip_vit_b32"].transform
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from matu_jax import prepare
 from matu_jax.data import folders, preparation
 preparation.CHUNK, left, apply = 8, iter(range(40)), folders.apply
