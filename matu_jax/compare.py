@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Path, Path, bool]:
 
 
 class Runner:
-    """Makes runs, and says how far it is and how long it will take.
+    """Makes runs, and says how far it is and how long each took.
 
     Args:
       total: how many runs there are.
@@ -75,7 +75,6 @@ class Runner:
     """
 
     def __init__(self, total: int, console: Console):
-        self._console = console
         self._bar = Progress(
             TextColumn("run"),
             MofNCompleteColumn(),
@@ -84,7 +83,6 @@ class Runner:
             console=console,
         )
         self._job = self._bar.add_task("", total=total)
-        self._left: list[float] = []
 
     def __enter__(self) -> "Runner":
         self._bar.start()

@@ -209,7 +209,7 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
     summary = _summary(config, federation, log.records(), similarity)
     summary["config"] = dataclasses.asdict(config)
     summary["label_spaces"] = [task.label_space for task in federation.tasks]
-    kept = jax.eval_shape(lambda: algorithm.kept(algorithm.init(model.base, federation.slots)))
+    kept = jax.eval_shape(algorithm.kept, target)
     summary["server"] = {
         "kept_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)),
         "kept_per_client": algorithm.kept_per_client,
