@@ -34,7 +34,12 @@ SETTINGS = {
 
 ARMS = {
     "matu": {},
-    "matu (vectors)": {"matu.uploads": "vector", "matu.transfer": "none"},
+    "matu (paper's server)": {
+        "matu.uploads": "vector",
+        "matu.magnitude": "max",
+        "matu.agreement_threshold": 0.4,
+        "matu.transfer": "mean",
+    },
     "per_task": {"algorithm": "per_task"},
     "individual": {"algorithm": "individual"},
     "fedavg": {"algorithm": "fedavg"},
@@ -49,8 +54,8 @@ ARMS = {
 }
 
 OWN_SEARCH = {
-    "matu": {"matu.agreement_threshold": (0.4, 0.0)},
-    "matu (vectors)": {"matu.magnitude": ("mean", "max")},
+    "matu": {"matu.agreement_threshold": (0.0, 0.4)},
+    "matu (paper's server)": {"matu.transfer": ("mean", "none")},
     "fedprox": {"fedprox_mu": (0.01, 0.1)},
     "fedper": {"personal_blocks": (1, 2)},
     "fedrep": {"personal_blocks": (1, 2)},
@@ -79,6 +84,6 @@ def get_config():
         seeds=(0, 1, 2),
         search={"local.learning_rate": (3e-3, 1e-3, 1e-2)},
         own_search=OWN_SEARCH,
-        trials=5,
+        trials=4,
         tuned="results/compare8/tuned.json",
     )

@@ -15,6 +15,7 @@ Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said 
 130 interrupted with Ctrl-C.
 """
 
+import dataclasses
 import io
 import json
 import logging
@@ -115,6 +116,8 @@ class Runner:
 def tune(comparison: plan.Comparison, file: Path, workdir: Path, console: Console) -> Path:
     """Searches every arm's fields with the same number of trials, and writes the result.
 
+    A trial is measured after its last round only.
+
     Returns:
       The file written.
 
@@ -134,6 +137,8 @@ def tune(comparison: plan.Comparison, file: Path, workdir: Path, console: Consol
 
             def measure(fields: dict[str, Any], run: plan.Run = run) -> float:
                 config = plan.run_config(comparison, run, fields)
+                last = dataclasses.replace(config.evaluation, every_rounds=config.rounds)
+                config = dataclasses.replace(config, evaluation=last)
                 words = [f"{name}={value}" for name, value in fields.items()]
                 name = plan.folder_name(",".join(words))
                 folder = workdir / "tuning" / plan.folder_name(run.arm) / name

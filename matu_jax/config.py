@@ -130,11 +130,12 @@ class MatuConfig:
     """MaTU's choices; see `matu_jax.AggregationConfig`, whose fields these are.
 
     The defaults follow experiments/results/ablation8; those of `AggregationConfig` are the paper's
-    equations as this project reads them: magnitude "max", uploads "vector", transfer "none".
+    equations as this project reads them: magnitude "max", agreement_threshold 0.4, uploads
+    "vector", transfer "none".
 
     Attributes:
       magnitude: eq. 2, on clients and server: "max" or "mean".
-      agreement_threshold: rho of eq. 5.
+      agreement_threshold: rho of eq. 5; 0 turns the gate off.
       top_k: kappa of eq. 8.
       min_similarity: epsilon of eq. 8.
       transfer: eq. 8's rule: "none", "mean", "additive" or "shrinkage".
@@ -144,7 +145,7 @@ class MatuConfig:
     """
 
     magnitude: str = _field("mean", choices=("max", "mean"))
-    agreement_threshold: float = _field(0.4, at_least=0, at_most=1)
+    agreement_threshold: float = _field(0.0, at_least=0, at_most=1)
     top_k: int = _field(3, at_least=0)
     min_similarity: float = _field(0.5, at_least=0, at_most=1)
     transfer: str = _field("shrinkage", choices=("none", "mean", "additive", "shrinkage"))

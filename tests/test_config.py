@@ -75,7 +75,12 @@ def test_matu_block_is_the_aggregation_config():
     library = AggregationConfig.__dataclass_fields__
     assert list(fields) == list(library)
     differing = {n: f.default for n, f in library.items() if f.default != fields[n].default}
-    assert differing == {"magnitude": "max", "transfer": "none", "uploads": "vector"}
+    assert differing == {
+        "magnitude": "max",
+        "agreement_threshold": 0.4,
+        "transfer": "none",
+        "uploads": "vector",
+    }
 
 
 def test_overrides_set_fields_by_their_type():

@@ -1,0 +1,37 @@
+"""MaTU and its rivals on all thirty tasks of the embedded benchmark.
+
+    python -m matu_jax.compare --config experiments/compare30.py
+
+Forty-five clients hold two tasks each, so that every task has three holders of 128 images. Every
+arm has the fields that compare8's search has chosen for it: on eight of these tasks, on validation
+accuracy and a seed of its own. It can be made in pieces: --seeds 0, then --seeds 0,1, and so on.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from matu_jax.commandline import run_file
+from matu_jax.comparison.plan import Setting
+
+SETTINGS = {
+    "thirty": Setting(
+        "Thirty tasks, forty-five clients with two tasks each, three holders a task, 128 images a "
+        "slot: six questions, which contradict each other, about five kinds of images.",
+        {
+            "data.tasks": "embedded30",
+            "data.clients": 45,
+            "evaluation.every_rounds": 4,
+        },
+        seconds=150,
+    ),
+}
+
+
+def get_config():
+    return dataclasses.replace(
+        run_file(Path(__file__).with_name("compare8.py")),
+        title="MaTU and its rivals on thirty tasks",
+        settings=SETTINGS,
+        search={},
+        own_search={},
+    )

@@ -1,0 +1,242 @@
+"""The shipped comparisons can be read; the variants of the fold are what they say they are."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import matu_jax
+from matu_jax import algorithms
+from matu_jax.aggregation import Slots, direction_similarity
+from matu_jax.commandline import run_file
+from matu_jax.comparison import plan
+from matu_jax.config import Config, MatuConfig
+
+EXPERIMENTS = Path(matu_jax.__file__).parents[1] / "experiments"
+SLOTS = Slots(
+    client=jnp.array([0, 0, 1, 1, 2, 2]),
+    task=jnp.array([0, 1, 1, 2, 2, 0]),
+    weight=jnp.array([3.0, 1.0, 2.0, 2.0, 1.0, 4.0]),
+    num_clients=3,
+    num_tasks=3,
+)
+
+
+@pytest.fixture
+def variants():
+    """The variants by name, as builders; what the file registers is forgotten afterwards."""
+    before = dict(algorithms.ALGORITHMS)
+    run_file(EXPERIMENTS / "ablation_fold.py")
+    found = {
+        name.removeprefix("ablation: "): builder
+        for name, builder in algorithms.ALGORITHMS.items()
+        if name not in before
+    }
+    yield found
+    algorithms.ALGORITHMS.clear()
+    algorithms.ALGORITHMS.update(before)
+
+
+def tree(seed, *rows):
+    """A tree as the adapters': two projections, three blocks deep."""
+    keys = iter(jax.random.split(jax.random.key(seed), 4))
+    shapes = {"lora_a": (3, 5, 2), "lora_b": (3, 2, 4)}
+    return {
+        "blocks": {
+            projection: {
+                name: jax.random.normal(next(keys), (*rows, *shape))
+                for name, shape in shapes.items()
+            }
+            for projection in ("query", "value")
+        }
+    }
+
+
+def rounds_of(algorithm, count, slots=SLOTS):
+    state = algorithm.init(tree(9), slots)
+    uploads = None
+    for index in range(count):
+        uploads = algorithm.upload(tree(index, slots.client.shape[0]), slots)
+        state, _ = algorithm.aggregate(state, uploads, slots)
+    return state, uploads
+
+
+def bits(algorithm):
+    state, uploads = rounds_of(algorithm, 1)
+    return [
+        algorithms.message_bits(message, SLOTS).tolist()
+        for message in algorithm.sent(state, uploads)
+    ]
+
+
+@pytest.mark.parametrize("name", ["compare8", "compare30", "ablation8", "ablation_fold"])
+def test_every_comparison_can_be_read(name, variants):
+    del variants
+    file = EXPERIMENTS / f"{name}.py"
+    comparison = run_file(file)
+    plan.check(comparison)
+    for run in plan.runs(comparison):
+        algorithms.build(plan.run_config(comparison, run))
+    assert f"--config experiments/{name}.py" in file.read_text()
+    assert comparison.seeds == (0, 1, 2)
+    assert all(setting.seconds for setting in comparison.settings.values())
+
+
+def test_folded_is_what_the_library_computes(variants):
+    config = Config(matu=MatuConfig(transfer="none", agreement_threshold=0.0))
+    dense, library = variants["folded"](config), algorithms.build(config)
+    for count in (1, 2):
+        (state, _), (expected, _) = rounds_of(dense, count), rounds_of(library, count)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6),
+            (state.exact, dense.download(state, SLOTS)),
+            (expected.server.task_vectors, library.download(expected, SLOTS)),
+        )
+    assert bits(dense) == bits(library)
+
+
+def test_a_slot_that_is_absent_changes_nothing(variants):
+    absent = SLOTS.weight.at[2].set(0.0)
+    slots = Slots(SLOTS.client, SLOTS.task, absent, 3, 3)
+    for name, builder in variants.items():
+        algorithm = builder(Config())
+        states = []
+        for value in (1.0, 1e6):
+            vectors = jax.tree.map(lambda x, v=value: x.at[2].set(v), tree(0, 6))
+            state = algorithm.init(tree(9), slots)
+            state, _ = algorithm.aggregate(state, algorithm.upload(vectors, slots), slots)
+            states.append(state)
+        pairs = zip(*map(jax.tree.leaves, states), strict=True)
+        assert all((x == y).all() for x, y in pairs), name
+
+
+def test_masks_and_scales(variants):
+    vectors = tree(0, 6)
+    found = {
+        name: variants[name](Config()).upload(vectors, SLOTS)[0]["blocks"]["query"]["lora_a"]
+        for name in (
+            "folded",
+            "masks off",
+            "scales off",
+            "least-squares scales",
+            "scales per layer",
+        )
+    }
+    query = vectors["blocks"]["query"]["lora_a"]
+    plain = found["scales off"]
+    # Without masks a client's two slots differ by their scale alone.
+    ratio = found["masks off"][0] / found["masks off"][1]
+    np.testing.assert_allclose(ratio, ratio.reshape(-1)[0], rtol=1e-5)
+    assert (found["masks off"] != 0).all()
+    # Without scales, what both slots of a client keep is the mean of them.
+    both = (plain[0] != 0) & (plain[1] != 0)
+    np.testing.assert_allclose(plain[0][both], (query[0] + query[1])[both] / 2, rtol=1e-5)
+    # Per layer, every block of every leaf keeps its mean magnitude.
+    np.testing.assert_allclose(
+        jnp.abs(found["scales per layer"]).sum((2, 3)), jnp.abs(query).sum((2, 3)), rtol=1e-5
+    )
+
+
+def test_least_squares_scales_are_nearer_than_others(variants):
+    vectors = tree(0, 6)
+
+    def error(name):
+        folded = variants[name](Config()).upload(vectors, SLOTS)[0]
+        parts = jax.tree.map(lambda x, y: jnp.square(x - y).sum(axis=(1, 2, 3)), vectors, folded)
+        return np.sum(jax.tree.leaves(parts), axis=0)
+
+    assert (error("least-squares scales") < error("folded")).all()
+    assert (error("least-squares scales") < error("scales off")).all()
+
+
+def test_what_is_not_folded_is_exact_and_costs_its_traffic(variants):
+    folded, whole = (
+        bits(variants["folded"](Config())),
+        bits(variants["upload not folded"](Config())),
+    )
+    assert whole[1] == folded[1]
+    assert whole[0] == [2 * 32 * (2 * 3 * (10 + 8))] * 3
+    assert bits(variants["download not folded"](Config())) == [folded[0], whole[0]]
+    vectors = tree(0, 6)
+    algorithm = variants["upload not folded"](Config())
+    jax.tree.map(np.testing.assert_array_equal, algorithm.upload(vectors, SLOTS)[0], vectors)
+    algorithm = variants["download not folded"](Config())
+    state, _ = rounds_of(algorithm, 2)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x, y[SLOTS.task]),
+        algorithm.download(state, SLOTS),
+        state.exact,
+    )
+
+
+def test_b_only_trains_and_sends_b_alone(variants):
+    algorithm = variants["B only"](Config())
+    trains = algorithm.local.trains(tree(0), jnp.float32(0))
+    assert trains["blocks"]["query"] == {"lora_a": 0.0, "lora_b": 1.0}
+    vector, masks = 32 * 2 * 3 * 8, 2 * 2 * 24
+    assert bits(algorithm)[0] == [vector + masks + 2 * 32] * 3
+
+
+@pytest.mark.parametrize("name", ["mean of 3", "mean of 3, sharpened"])
+def test_transfer_mixes_by_similarity_of_slots_of_different_clients(variants, name):
+    changes = tree(0, 6)
+    algorithm = variants[name](Config())
+    uploads = algorithm.upload(changes, SLOTS)
+    state, _ = algorithm.aggregate(algorithm.init(tree(9), SLOTS), uploads, SLOTS)
+    similarity = np.asarray(direction_similarity(uploads[0]), np.float64)
+    client, task, weight = (np.asarray(x) for x in (SLOTS.client, SLOTS.task, SLOTS.weight))
+    between = np.zeros((3, 3))
+    for t in range(3):
+        for u in range(3):
+            pairs = [
+                similarity[i, j]
+                for i in range(6)
+                for j in range(6)
+                if (task[i], task[j]) == (t, u) and client[i] != client[j]
+            ]
+            between[t, u] = np.mean(pairs)
+    others = ~np.eye(3, dtype=bool)
+    if "sharpened" in name:
+        low, high = np.median(between[others]), between[others].max()
+        between = np.clip((between - low) / (high - low), 0, None)
+    mixing = np.where(others, between, 1.0)
+    mixing /= mixing.sum(axis=1, keepdims=True)
+    leaf = np.asarray(uploads[0]["blocks"]["query"]["lora_a"], np.float64)
+    means = np.stack(
+        [np.average(leaf[task == t], axis=0, weights=weight[task == t]) for t in range(3)]
+    )
+    np.testing.assert_allclose(
+        state.exact["blocks"]["query"]["lora_a"], np.tensordot(mixing, means, 1), atol=1e-5
+    )
+
+
+def test_similarity_of_products_looks_at_what_the_kernels_gain(variants):
+    # Two clients with one task each. Both flip the sign of A and of B, one after the other: the
+    # adapters' own changes differ, their products' do not.
+    slots = Slots(jnp.array([0, 1]), jnp.array([0, 1]), jnp.ones(2), 2, 2)
+    base = jax.tree.map(lambda x: x * 0.0 + 1.0, tree(9))
+    base["blocks"] = {
+        name: {"lora_a": pair["lora_a"], "lora_b": pair["lora_b"] * 0.0}
+        for name, pair in base["blocks"].items()
+    }
+    up = {"lora_a": 0.0, "lora_b": 1.0}
+    over = {"lora_a": -2.0, "lora_b": -1.0}
+    changes = {
+        "blocks": {
+            name: {
+                leaf: jnp.stack([jnp.full(pair[leaf].shape, v[leaf]) for v in (up, over)])
+                for leaf in pair
+            }
+            for name, pair in base["blocks"].items()
+        }
+    }
+    lent = {}
+    for name in ("mean of 3", "mean of 3, of products"):
+        algorithm = variants[name](Config())
+        state = algorithm.init(base, slots)
+        state, _ = algorithm.aggregate(state, algorithm.upload(changes, slots), slots)
+        lent[name] = float(state.exact["blocks"]["query"]["lora_b"][0].mean())
+    assert lent["mean of 3, of products"] == pytest.approx(0.0)  # similarity 1: half and half
+    assert lent["mean of 3"] > 0.4  # B's signs are opposite and A's says nothing
