@@ -2,9 +2,13 @@
 
 import doctest
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import tiny
 
 import matu_jax
 from matu_jax.aggregation import fold
@@ -12,10 +16,11 @@ from matu_jax.algorithms import ALGORITHMS
 
 ROOT = Path(matu_jax.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_library_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = PYTHON[0]
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["new"]["w"].shape == (3, 4, 3)
@@ -25,9 +30,49 @@ def test_the_library_example_runs():
     np.testing.assert_allclose(similarity, 1.0)
 
 
+def test_the_how_to_for_an_algorithm_works_and_it_appears_in_the_report(tmp_path):
+    """In a copy of the package, with one file, one line and one arm, as a new user would."""
+    shutil.copytree(ROOT / "matu_jax", tmp_path / "matu_jax")
+    folder = tmp_path / "matu_jax" / "algorithms"
+    (folder / "half_step.py").write_text(PYTHON[1])
+    table = (folder / "__init__.py").read_text()
+    (folder / "__init__.py").write_text(table.replace("_NAMES = (", '_NAMES = (\n"half_step",', 1))
+    shipped = (ROOT / "experiments" / "compare8.py").read_text()
+    arm = '"half_step": {"algorithm": "half_step"},'
+    assert arm in " ".join(README.split())
+    (tmp_path / "compare8.py").write_text(shipped.replace("ARMS = {", "ARMS = {\n" + arm, 1))
+    checkpoint = tiny.write_checkpoint(tmp_path / "tiny.safetensors")
+    fields = {
+        "rounds": 2,
+        "local.steps": 1,
+        "data.examples_per_slot": 16,
+        "model.checkpoint": checkpoint,
+        "model.lora_targets": "('query',)",
+        "evaluation.max_examples": 8,
+    }
+    small = [f"--config.{name}={value}" for name, value in fields.items()]
+    for options in (["--tune", "--arms", "half_step"], ["--arms", "half_step", "--seeds", "0"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "matu_jax.compare", "--config", "compare8.py", *small, *options],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    report = tmp_path / "runs" / "compare8"
+    assert "half_step" in (report / "report.md").read_text()
+    assert "half_step" in (report / "report.html").read_text()
+    # The copy's own line stands for a method that the contract tests would pick up.
+    check = "from matu_jax import algorithms as a; print(a.__file__, 'half_step' in a.ALGORITHMS)"
+    found = subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.stdout.split() == [str(folder / "__init__.py"), "True"]
+
+
 def test_what_the_readme_names_exists():
     for name in re.findall(r"`((?:matu_jax|experiments|tests)/[\w./]+)`", README):
-        assert (ROOT / name).exists(), name
+        assert name == "matu_jax/algorithms/half_step.py" or (ROOT / name).exists(), name
     for name in re.findall(r"\]\((experiments/[\w./-]+)\)", README):
         assert (ROOT / name).exists(), name
     for name in ALGORITHMS:

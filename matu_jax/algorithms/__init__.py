@@ -1,35 +1,28 @@
-"""Federated algorithms by name. A new one is one file here and one line in `ALGORITHMS`."""
+"""Federated algorithms by name. A new one is one file here and one line in `_NAMES`."""
 
 from collections.abc import Callable
+from importlib import import_module
 
 from matu_jax.algorithms.base import Algorithm, LocalRule, Message, message_bits, with_heads
-from matu_jax.algorithms.emr_one_shot import emr_one_shot
-from matu_jax.algorithms.fed_lora_b import fed_lora_b
-from matu_jax.algorithms.fedavg import fedavg
-from matu_jax.algorithms.fedper import fedper
-from matu_jax.algorithms.fedprox import fedprox
-from matu_jax.algorithms.fedrep import fedrep
-from matu_jax.algorithms.individual import individual
-from matu_jax.algorithms.matfl import matfl
-from matu_jax.algorithms.matu import matu
-from matu_jax.algorithms.ntk_fedavg import ntk_fedavg
-from matu_jax.algorithms.per_task import per_task
-from matu_jax.algorithms.ties import ties
 from matu_jax.config import Config, did_you_mean
 
+_NAMES = (  # of a module here and of its function `Config -> Algorithm`
+    "emr_one_shot",
+    "fed_lora_b",
+    "fedavg",
+    "fedper",
+    "fedprox",
+    "fedrep",
+    "individual",
+    "matfl",
+    "matu",
+    "ntk_fedavg",
+    "per_task",
+    "ties",
+)
+
 ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
-    "emr_one_shot": emr_one_shot,
-    "fed_lora_b": fed_lora_b,
-    "fedavg": fedavg,
-    "fedper": fedper,
-    "fedprox": fedprox,
-    "fedrep": fedrep,
-    "individual": individual,
-    "matfl": matfl,
-    "matu": matu,
-    "ntk_fedavg": ntk_fedavg,
-    "per_task": per_task,
-    "ties": ties,
+    name: getattr(import_module(f"{__name__}.{name}"), name) for name in _NAMES
 }
 
 __all__ = ["ALGORITHMS", "Algorithm", "LocalRule", "Message", "build", "message_bits", "with_heads"]
