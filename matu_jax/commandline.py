@@ -5,19 +5,49 @@
                           --config.data=VALUE is short for --config.data.source=VALUE
 """
 
+import logging
 import runpy
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from matu_jax.config import Config, did_you_mean, freeze, override
 
 
 class UserError(Exception):
     """A mistake of the user's, to be shown without a traceback."""
+
+
+def run_program(
+    work: Callable[[Console], int | None],
+    *,
+    interrupted: str,
+    mistakes: tuple[type[Exception], ...] = (UserError,),
+) -> int:
+    """Does a program's work; a mistake of the user's and Ctrl-C become a message on stderr.
+
+    Args:
+      work: given a console to print on, returns the exit code; None = 0.
+      interrupted: what to say after Ctrl-C.
+      mistakes: exceptions whose text is for the user.
+
+    Returns:
+      The exit code: 2 after a mistake, 130 after Ctrl-C, else what the work returned.
+    """
+    errors = Console(stderr=True, soft_wrap=True)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        return work(Console(soft_wrap=True)) or 0
+    except mistakes as error:
+        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        errors.print(interrupted, markup=False)
+        return 130
 
 
 def read_words(

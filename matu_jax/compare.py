@@ -17,8 +17,6 @@ Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said 
 
 import dataclasses
 import io
-import json
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from matu_jax import algorithms, train
-from matu_jax.commandline import UserError, read_words, run_file
+from matu_jax.commandline import UserError, read_words, run_file, run_program
 from matu_jax.comparison import plan, report
 from matu_jax.comparison.collect import collect, machine
 from matu_jax.comparison.tuning import search
@@ -130,7 +128,10 @@ def tune(comparison: plan.Comparison, file: Path, workdir: Path, console: Consol
     target = file.parent / comparison.tuned
     found = {"arms": {}}
     if target.exists():
-        found = json.loads(target.read_text(encoding="utf-8"))
+        try:
+            found["arms"] |= plan.read_tuned(target)["arms"]
+        except ValueError as error:
+            raise UserError(f"--tune: {error} Remove it, and all arms are searched anew.") from None
     with Runner(len(comparison.arms) * comparison.trials, console) as runner:
         for label in comparison.arms:
             run = plan.Run(setting, label, comparison.tuning_seed)
@@ -178,6 +179,9 @@ def compare(
     except ValueError as error:
         raise UserError(str(error)) from None
     runs = list(plan.runs(comparison))
+    configs = {run.setting: plan.run_config(comparison, run) for run in runs}
+    for config in configs.values():
+        train.check_inputs(config, file)
     _print_plan(comparison, runs, workdir, console)
     with Runner(len(runs), console) as runner:
         for run in runs:
@@ -209,9 +213,8 @@ def _print_plan(
 
 def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
-    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
+
+    def work(console: Console) -> None:
         comparison, file, workdir, tuning = parse(argv)
         use_cores()
         keep_programs()
@@ -219,13 +222,8 @@ def main(argv: Sequence[str]) -> int:
             console.print(f"Written: {tune(comparison, file, workdir, console)}")
         else:
             compare(comparison, file, workdir, console)
-    except UserError as error:
-        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        errors.print("Interrupted. The same command with the same --workdir goes on.", markup=False)
-        return 130
-    return 0
+
+    return run_program(work, interrupted=train.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 from matu_jax import algorithms, models, rounds
 from matu_jax.aggregation import Slots
 from matu_jax.checkpoint import Checkpoints
-from matu_jax.commandline import UserError
+from matu_jax.commandline import UserError, run_program
 from matu_jax.config import Config, did_you_mean, freeze
 from matu_jax.data import Task
 from matu_jax.metrics import MetricsLog, versions
@@ -302,22 +302,20 @@ def main(argv: Sequence[str]) -> int:
         help="whose download (default: the holder with the best validation accuracy)",
     )
     options = parser.parse_args(argv[1:])
-    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
-    try:
-        exported = read_run(options.workdir, options.task, options.client)
-        write(exported, options.format, options.out)
-    except UserError as error:
-        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        return 2
-    except OSError as error:
-        errors.print(f"error: --out {options.out}: {error}", style="bold red", markup=False)
-        return 2
-    console.print(
-        f"{options.out}: task {exported.task.name}, client {exported.client}, after round "
-        f"{exported.round}, as {options.format}. README.md there says how to load it.",
-        markup=False,
-    )
-    return 0
+
+    def work(console: Console) -> None:
+        try:
+            exported = read_run(options.workdir, options.task, options.client)
+            write(exported, options.format, options.out)
+        except OSError as error:
+            raise UserError(f"--out {options.out}: {error}") from None
+        console.print(
+            f"{options.out}: task {exported.task.name}, client {exported.client}, after round "
+            f"{exported.round}, as {options.format}. README.md there says how to load it.",
+            markup=False,
+        )
+
+    return run_program(work, interrupted="Interrupted. Nothing is left in --out.")
 
 
 if __name__ == "__main__":

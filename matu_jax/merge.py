@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from matu_jax.commandline import UserError
+from matu_jax.commandline import UserError, run_program
 from matu_jax.config import did_you_mean
 from matu_jax.merging import (
     PASSES,
@@ -273,26 +273,19 @@ def _report(
 
 def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
-    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
-    def refuse(problem: object) -> int:
-        errors.print(f"error: {problem}", style="bold red", markup=False, highlight=False)
-        return 2
-
-    try:
+    def work(console: Console) -> None:
         given = parse(argv)
-    except UserError as error:
-        return refuse(error)
-    try:
-        (merge if given.unified is None else rebuild)(given, console)
-    except (UserError, CheckpointError) as error:
-        return refuse(error)
-    except OSError as error:  # a full disk, or a file that may not be read
-        return refuse(f"{error.filename or given.out}: {error.strerror}.")
-    except KeyboardInterrupt:
-        errors.print("Interrupted. Nothing is left in --out.", markup=False)
-        return 130
-    return 0
+        try:
+            (merge if given.unified is None else rebuild)(given, console)
+        except OSError as error:  # a full disk, or a file that may not be read
+            raise UserError(f"{error.filename or given.out}: {error.strerror}.") from None
+
+    return run_program(
+        work,
+        interrupted="Interrupted. Nothing is left in --out.",
+        mistakes=(UserError, CheckpointError),
+    )
 
 
 if __name__ == "__main__":

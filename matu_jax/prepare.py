@@ -1,6 +1,6 @@
-"""Prepares the datasets of an experiment: `python -m matu_jax.prepare --config FILE`.
+"""Prepares an experiment's or a comparison's datasets: `python -m matu_jax.prepare --config FILE`.
 
-    --config FILE             an experiment: a Python file with get_config()
+    --config FILE             an experiment or a comparison: a Python file with get_config()
     --config.FIELD=VALUE      changes a field, such as --config.data.tasks=dtd,svhn or
                               --config.data.folders=/data/images
     --dry-run                 only tells what would be done, and how large it would be
@@ -17,7 +17,6 @@ without a download); 2 some are not, or there is a mistake in the command or the
 interrupted with Ctrl-C.
 """
 
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -30,8 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from matu_jax.commandline import UserError, read_config
-from matu_jax.config import Config, did_you_mean
+from matu_jax.commandline import UserError, read_config, read_words, run_file, run_program
+from matu_jax.comparison import plan
+from matu_jax.config import Config, did_you_mean, override
 from matu_jax.data import Transform, datasets, preparation, prepared
 from matu_jax.data.datasets import DATASETS
 from matu_jax.models.architectures import ARCHITECTURES
@@ -209,21 +209,40 @@ def _table(rows: Sequence[_Row]) -> Table:
     return table
 
 
+def parse(argv: Sequence[str]) -> tuple[list[Config], bool]:
+    """Reads the command line: an experiment, or a comparison's settings; and whether to try only.
+
+    Raises:
+      UserError: with what is wrong, and where.
+    """
+    doc, flags = __doc__ or "", ["dry-run"]
+    file, fields, options = read_words(argv, doc, flags=flags)
+    comparison = run_file(file)
+    if not isinstance(comparison, plan.Comparison):
+        return [read_config(argv, doc, flags=flags)[0]], "dry-run" in options
+    try:
+        for name, text in fields.items():
+            override(comparison.experiment, name, text)
+        plan.check(comparison)
+        runs = {run.setting: plan.run_config(comparison, run) for run in plan.runs(comparison)}
+    except ValueError as error:
+        raise UserError(f"--config {file}: {error}") from None
+    # Settings that ask for the same data ask for it once.
+    asked = {(c.data.tasks, c.data.folders, c.model.architecture): c for c in runs.values()}
+    return list(asked.values()), "dry-run" in options
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
-    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
-    logging.getLogger("absl").setLevel(logging.ERROR)
     # An image too large to be decoded safely is an error, and no warning before it.
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    try:
-        config, _, options = read_config(argv, __doc__ or "", flags=["dry-run"])
-        return 0 if prepare(config, console, dry_run="dry-run" in options) else 2
-    except UserError as error:
-        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        errors.print("Interrupted. The same command goes on.", markup=False)
-        return 130
+
+    def work(console: Console) -> int:
+        configs, dry_run = parse(argv)
+        ready = [prepare(config, console, dry_run=dry_run) for config in configs]
+        return 0 if all(ready) else 2
+
+    return run_program(work, interrupted="Interrupted. The same command goes on.")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said 
 import dataclasses
 import datetime
 import json
-import logging
 import os
 import sys
 import time
@@ -27,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from matu_jax import algorithms, models, report, rounds
 from matu_jax.checkpoint import Checkpoints
-from matu_jax.commandline import UserError, read_config
+from matu_jax.commandline import UserError, read_config, run_program
 from matu_jax.config import Config
 from matu_jax.data import embedded, prepared
 from matu_jax.metrics import MetricsLog, relatedness_auc, versions, write_json
@@ -35,6 +34,7 @@ from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.huggingface import checkpoint_folder
 from matu_jax.parallel import slot_mesh, use_cores
 
+INTERRUPTED = "Interrupted. The same command with the same --workdir goes on."
 _AUC = (
     "probability that a related pair of tasks (same label space) has a higher direction similarity "
     "than an unrelated pair, over all pairs of different tasks, ties counting one half; of the "
@@ -348,22 +348,16 @@ def _summary(config, federation, records, similarity) -> dict:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
-    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
+
+    def work(console: Console) -> None:
         config, file, workdir = parse(argv)
         if not (workdir / "summary.json").exists():
             check_inputs(config, file)
         prepare_workdir(workdir, config)
         use_cores()
         train(config, file.stem, workdir, console)
-    except UserError as error:
-        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        errors.print("Interrupted. The same command with the same --workdir goes on.", markup=False)
-        return 130
-    return 0
+
+    return run_program(work, interrupted=INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -283,6 +283,15 @@ def test_mistakes_are_said_in_one_message(write, capsys, arguments, words):
     assert words in mistake(capsys, f"--config={write()}", *arguments)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"arms": []}', '{"arms": {"matu": {"chosen": 3}}}'])
+def test_a_damaged_search_is_said(write, tmp_path, capsys, text):
+    file = write('tuned="tuned.json",')
+    (tmp_path / "tuned.json").write_text(text)
+    assert "tuned.json is damaged. Make it with" in mistake(capsys, f"--config={file}")
+    assert "is damaged. Remove it" in mistake(capsys, f"--config={file}", "--tune")
+    assert (tmp_path / "tuned.json").read_text() == text
+
+
 def test_an_experiment_is_no_comparison(capsys):
     file = Path(compare.__file__).parent.parent / "experiments" / "quickstart.py"
     assert "is run by matu_jax.train" in mistake(capsys, f"--config={file}")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import matu_jax
-from matu_jax import prepare
+from matu_jax import compare, prepare
 from matu_jax.data import prepared
 from matu_jax.models.architectures import ARCHITECTURES
 
@@ -29,6 +29,22 @@ def interrupted(*arguments):
     return apply(*arguments)
 folders.apply = interrupted
 sys.exit(prepare.main(sys.argv))
+"""
+
+COMPARISON = """
+from matu_jax.comparison.plan import Comparison, Setting
+from matu_jax.config import default
+
+
+def get_config():
+    experiment = default()
+    experiment.data.tasks = "mnist"
+    experiment.data.tasks_per_client = 1
+    experiment.model.architecture = "clip_vit_b32"
+    experiment.model.checkpoint = "random"
+    settings = {"two": Setting("", {"data.clients": 2}), "three": Setting("", {"data.clients": 3})}
+    arms = {"matu": {}, "per_task": {"algorithm": "per_task"}}
+    return Comparison("t", experiment, settings, arms)
 """
 
 
@@ -206,6 +222,22 @@ def test_mistakes_are_told(images, capsys, arguments, message):
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_a_comparison_is_prepared_and_asked_for(images, tmp_path, capsys):
+    file = tmp_path / "comparison.py"
+    file.write_text(COMPARISON)
+    words = ["--config", str(file), "--workdir", str(tmp_path / "run")]
+    assert compare.main(["compare", *words]) == 2
+    err = capsys.readouterr().err
+    assert "1 of 1 datasets are not prepared (mnist)" in err
+    assert f"python -m matu_jax.prepare --config {file}" in " ".join(err.split())
+    assert prepare.main(["prepare", *words[:2]]) == 0
+    assert prepared.missing(["mnist"], transform=TRANSFORM, folders=str(images)) == []
+    # Settings that ask for the same data ask for it once.
+    assert capsys.readouterr().out.count("Images of 224 pixels") == 1
+    assert prepare.main(["prepare", *words[:2], "--config.data.taks=svhn"]) == 2
+    assert 'Did you mean "tasks"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,22 @@ def part(comparison: Comparison, **chosen: str) -> Comparison:
     return dataclasses.replace(comparison, **changes)
 
 
+def read_tuned(path: Path) -> dict[str, Any]:
+    """Reads what a search has written: "arms" with "chosen" by label, and how it was made.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        damaged = not all(isinstance(arm["chosen"], dict) for arm in found["arms"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        damaged = True
+    if damaged:
+        raise ValueError(f"{path} is damaged.")
+    return found
+
+
 def with_tuned(comparison: Comparison, file: Path) -> tuple[Comparison, dict[str, Any] | None]:
     """Puts the fields that a search has chosen into the arms.
 
@@ -209,12 +225,12 @@ def with_tuned(comparison: Comparison, file: Path) -> tuple[Comparison, dict[str
     path = file.parent / comparison.tuned
     advice = f"Make it with: python -m matu_jax.compare --config {file} --tune"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        chosen = {label: arm["chosen"] for label, arm in found["arms"].items()}
+        found = read_tuned(path)
     except FileNotFoundError:
         raise ValueError(f"tuned: {path} is not there. {advice}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"tuned: {path} is damaged ({error}). {advice}") from None
+    except ValueError as error:
+        raise ValueError(f"tuned: {error} {advice}") from None
+    chosen = {label: arm["chosen"] for label, arm in found["arms"].items()}
     lacking = [label for label in comparison.arms if label not in chosen]
     if lacking:
         raise ValueError(f"tuned: {path} lacks {', '.join(lacking)}. {advice}")
