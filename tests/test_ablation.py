@@ -71,7 +71,9 @@ def bits(algorithm):
     ]
 
 
-@pytest.mark.parametrize("name", ["compare8", "compare30", "settings8", "ablation8", "ablation_fold"])
+@pytest.mark.parametrize(
+    "name", ["compare8", "compare30", "settings8", "ablation8", "ablation_fold"]
+)
 def test_every_comparison_can_be_read(name, variants):
     del variants
     file = EXPERIMENTS / f"{name}.py"

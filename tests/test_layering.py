@@ -15,7 +15,7 @@ LAYER = {
     "tensors": 0,
     "commandline": 1,
     "aggregation": 1,
-    "wire": 1,
+    "wire": 2,
     "models": 1,
     "metrics": 1,
     "checkpoint": 1,

@@ -134,6 +134,8 @@ def fold(
         for t, size, bad, x in zip(sums, sizes, broken, source, strict=True)
     ]
 
+    held = jnp.zeros(num_groups, jnp.int32).at[groups].add(present.astype(jnp.int32))
+
     def mask_and_rescale(_, slot):
         index, group, here, top = slot
         # Both sums are taken relative to the slot's largest entry, so that neither overflows.
@@ -146,7 +148,9 @@ def fold(
             own += total(jnp.abs(x) / unit)
             kept += total(jnp.where(mask, jnp.abs(u) / unit, 0.0))
         limit = jnp.float32(jnp.finfo(jnp.float32).max)
-        scale = jnp.where(kept > 0, jnp.minimum(own / jnp.where(kept > 0, kept, 1.0), limit), 0.0)
+        scale = jnp.minimum(own / jnp.where(kept > 0, kept, 1.0), limit)
+        # Alone in its group, a slot is the group's vector: 1, without the two sums' rounding.
+        scale = jnp.where(kept > 0, jnp.where(held[group] == 1, 1.0, scale), 0.0)
         return None, (packed, scale)
 
     _, (masks, scales) = jax.lax.scan(mask_and_rescale, None, (*slots, largest))
