@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -94,34 +95,45 @@ def prepare_workdir(workdir: Path, config: Config) -> None:
     Raises:
       UserError: if it cannot be written, or holds something else.
     """
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    kept = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if kept.exists():
-            found = json.loads(kept.read_text())
-            found = found if isinstance(found, dict) else {}
-            differences = _differences(found, wanted) if _has_run(workdir) else []
-            if differences:
-                raise UserError(
-                    f"--workdir {workdir} holds a run of another config:\n  "
-                    + "\n  ".join(differences)
-                    + "\nGive another --workdir, or the same config to go on with that run."
-                )
-        elif any(workdir.iterdir()):
-            raise UserError(
-                f"--workdir {workdir} is not empty and holds no run of this program (no "
-                "config.json). Give another directory."
-            )
-        write_json(kept, wanted)
-        if not os.access(workdir, os.W_OK):
-            raise PermissionError(13, "Permission denied", str(workdir))
+        check_workdir(workdir, config)
+        write_json(workdir / "config.json", dataclasses.asdict(config))
     except OSError as error:
         raise UserError(
             f"--workdir {workdir} cannot be written: {error.strerror}. Give a directory that can."
         ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{kept} is damaged ({error}). Give another --workdir.") from None
+
+
+def check_workdir(workdir: Path, config: Config) -> None:
+    """Checks that a directory is empty, or holds a run of this very config, and can be written.
+
+    Raises:
+      UserError: if it holds something else.
+      OSError: if it cannot be read or written.
+    """
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    kept = workdir / "config.json"
+    if not os.access(workdir, os.W_OK):
+        raise PermissionError(13, "Permission denied", str(workdir))
+    if kept.exists():
+        try:
+            found = json.loads(kept.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{kept} is damaged ({error}). Give another --workdir.") from None
+        found = found if isinstance(found, dict) else {}
+        differences = _differences(found, wanted) if _has_run(workdir) else []
+        if differences:
+            raise UserError(
+                f"--workdir {workdir} holds a run of another config:\n  "
+                + "\n  ".join(differences)
+                + "\nGive another --workdir, or the same config to go on with that run."
+            )
+    elif any(workdir.iterdir()):
+        raise UserError(
+            f"--workdir {workdir} is not empty and holds no run of this program (no "
+            "config.json). Give another directory."
+        )
 
 
 def _has_run(workdir: Path) -> bool:
@@ -277,7 +289,7 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
         "workdir": str(workdir),
     }
     console.print(report.plan_table(plan))
-    there, needed = _memory_there(device), sum(memory.values()) // mesh.size
+    there, needed = memory_there(device), sum(memory.values()) // mesh.size
     if there and needed > there:
         console.print(
             f"warning: about {report.human_bytes(needed)} of memory are needed per device, and "
@@ -288,7 +300,7 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
         )
 
 
-def _memory_there(device) -> int | None:
+def memory_there(device: Any) -> int | None:
     """Bytes of memory that one device has, where that can be told."""
     if device.platform == "cpu":
         if "SC_PHYS_PAGES" not in os.sysconf_names:

@@ -31,6 +31,7 @@ LAYER = {
     "train": 6,
     "prepare": 6,
     "export": 6,
+    "doctor": 7,
     "merge": 6,
 }
 

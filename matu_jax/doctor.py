@@ -1,0 +1,194 @@
+"""Looks at a machine and an experiment before a run: `python -m matu_jax.doctor --config FILE`.
+
+    --config FILE             an experiment: a Python file with get_config()
+    --config.FIELD=VALUE      changes a field, as for matu_jax.train
+    --workdir DIR             where the run shall go, or an interrupted run is
+
+Tells whether devices, memory, packages, data, checkpoint, disk and workdir are as the experiment
+needs them, and what to do where they are not. Changes nothing, but for a checkpoint that it
+fetches.
+
+Exit codes: 0 the experiment can be run; 2 it cannot, or there is a mistake in the command or the
+config; 130 interrupted with Ctrl-C.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from matu_jax import algorithms, models, rounds, train
+from matu_jax.checkpoint import Checkpoints
+from matu_jax.commandline import UserError, read_config, run_program
+from matu_jax.config import Config
+from matu_jax.metrics import versions
+from matu_jax.parallel import slot_mesh, use_cores
+from matu_jax.report import human_bytes
+
+# Where the drivers of accelerators show themselves, and the package that lets JAX use them.
+_ACCELERATORS = {
+    "NVIDIA GPU": (("/proc/driver/nvidia/version",), "pip install -r requirements-cuda.txt"),
+    "Cloud TPU": (("/dev/accel0", "/dev/vfio/0"), "pip install 'jax[tpu]'"),
+}
+_STYLE = {"ok": "green", "note": "yellow", "problem": "bold red"}
+
+
+class Finding(NamedTuple):
+    """What was found about one subject.
+
+    Attributes:
+      level: "ok", "note" (the run can be made) or "problem" (it cannot).
+      subject: what was looked at.
+      text: what was found, and what to do.
+    """
+
+    level: str
+    subject: str
+    text: str
+
+
+def examine(config: Config, file: Path, workdir: Path | None) -> Iterator[Finding]:
+    """Looks at everything that a run needs.
+
+    Args:
+      config: the experiment.
+      file: its file, for the commands in messages.
+      workdir: where the run shall go, or is; None = not decided.
+    """
+    yield _packages()
+    yield from _devices()
+    ready = True
+    try:
+        train.check_inputs(config, file)
+        yield Finding("ok", "data and checkpoint", "all are there")
+    except UserError as error:
+        ready = False
+        yield Finding("problem", "data and checkpoint", str(error))
+        if importlib.util.find_spec("tensorflow") is None:
+            text = "TensorFlow is not installed; only datasets from image folders can be prepared."
+            yield Finding("note", "packages", f"{text} Else: pip install 'matu_jax[prepare]'")
+    needed = None
+    if ready:
+        try:
+            found, needed = _memory(config)
+            yield found
+        except ValueError as error:
+            yield Finding("problem", "experiment", str(error))
+    if workdir:
+        yield _workdir(workdir, config)
+    yield _disk(workdir or Path(), (needed or 0) * (config.checkpoint.keep + 1))
+
+
+def _packages() -> Finding:
+    found = versions()
+    missing = [name for name, version in found.items() if version is None]
+    text = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    if missing:
+        text += f"; not installed: {', '.join(missing)}. Install with: pip install -e ."
+    return Finding("problem" if missing else "ok", "packages", text)
+
+
+def _devices() -> Iterator[Finding]:
+    devices = jax.devices()
+    platform = devices[0].platform
+    text = f"{len(devices)} x {devices[0].device_kind} ({platform})"
+    yield Finding("ok", "devices", text)
+    if platform == "cpu":
+        for name, (signs, command) in _ACCELERATORS.items():
+            if any(Path(sign).exists() for sign in signs):
+                yield Finding(
+                    "note", "devices", f"there is an {name} that JAX does not use: {command}"
+                )
+
+
+def _memory(config: Config) -> tuple[Finding, int]:
+    """Memory needed against memory there; and the bytes of a checkpoint."""
+    federation = rounds.federate(config)
+    model = models.build(config.model, federation.tasks, seed=config.seed)
+    algorithm, mesh = algorithms.build(config), slot_mesh()
+    needed = sum(rounds.predicted_bytes(config, model, algorithm, federation, mesh).values())
+    there = train.memory_there(mesh.devices.flat[0])
+    text = f"about {human_bytes(needed / mesh.size)} per device are needed"
+    level = "ok"
+    if there:
+        text += f", {human_bytes(there)} are there"
+        if needed / mesh.size > there:
+            level = "note"
+            text += (
+                ". Lower config.local.parallel_slots, or set config.model.remat=True or "
+                "config.model.compute_dtype=bfloat16"
+            )
+    state = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return Finding(level, "memory", text), size
+
+
+def _workdir(workdir: Path, config: Config) -> Finding:
+    try:
+        if not workdir.exists():
+            return Finding("ok", "workdir", f"{workdir} will be made")
+        train.check_workdir(workdir, config)
+        if (workdir / "summary.json").exists():
+            return Finding("note", "workdir", f"{workdir}: this run is finished")
+        if not (workdir / "checkpoints").exists():
+            return Finding("ok", "workdir", f"{workdir}: a run starts from round 0")
+        with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+            last = checkpoints.latest()
+        text = f"{workdir}: the run goes on after round {last or 0} of {config.rounds}"
+        return Finding("ok", "workdir", text)
+    except UserError as error:
+        return Finding("problem", "workdir", str(error))
+    except OSError as error:
+        return Finding("problem", "workdir", f"{workdir}: {error.strerror}. Give another --workdir")
+
+
+def _disk(folder: Path, needed: int) -> Finding:
+    """Whether checkpoints fit on the disk of a folder, or of where it will be made."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    text = f"{human_bytes(free)} are free at {folder}"
+    if needed:
+        text += f", {human_bytes(needed)} are needed for checkpoints"
+    if needed > free:
+        return Finding("problem", "disk", f"{text}. Give a --workdir on another disk")
+    if not os.access(folder, os.W_OK):
+        return Finding("problem", "disk", f"{folder} cannot be written. Give another --workdir")
+    return Finding("ok", "disk", text)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; returns the exit code."""
+
+    def work(console: Console) -> int:
+        config, file, options = read_config(argv, __doc__ or "", options=["workdir"])
+        try:
+            algorithms.build(config)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        use_cores()
+        workdir = Path(options["workdir"]) if "workdir" in options else None
+        table = Table(box=None, show_header=False, pad_edge=False)
+        worst = 0
+        for level, subject, text in examine(config, file, workdir):
+            table.add_row(Text(level, style=_STYLE[level]), subject, Text(text))
+            worst = max(worst, list(_STYLE).index(level))
+        console.print(table)
+        if worst < 2:
+            console.print(f"python -m matu_jax.train --config {file} can be run.", markup=False)
+        return 2 if worst == 2 else 0
+
+    return run_program(work, interrupted="Interrupted.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
