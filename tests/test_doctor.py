@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -106,7 +107,7 @@ def test_what_does_not_fit_is_said(ask, monkeypatch, tmp_path):
     code, text = ask()
     assert code == 0
     assert "are there. Lower config.local.parallel_slots" in text
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: (10, 9, 1))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
     code, text = ask(f"--workdir={tmp_path / 'run'}")
     assert (code, "Give a --workdir on another disk" in text) == (2, True)
 
