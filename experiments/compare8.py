@@ -17,7 +17,7 @@ SETTINGS = {
         "Eight tasks, twelve clients with two tasks each, three holders a task, 128 images a slot: "
         "most tasks contradict each other.",
         {},
-        seconds=40,
+        seconds=48,
     ),
     "kin": Setting(
         "Ten tasks, ten clients with one task each: two questions about five kinds of images, 32 "
