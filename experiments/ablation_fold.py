@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from matu_jax.aggregation import direction_similarity
 from matu_jax.algorithms import ALGORITHMS, Algorithm, LocalRule, Message
 from matu_jax.algorithms.base import keep_where_absent, weighted_mean, zeros
+from matu_jax.algorithms.fed_lora_b import fed_lora_b
 from matu_jax.commandline import run_file
 from matu_jax.comparison.plan import Setting
 from matu_jax.trees import leaf_items
@@ -142,7 +143,7 @@ def dense(
     """MaTU with changes, written densely; see the arms below for the choices.
 
     Args:
-      config: not looked at, but for what every algorithm has in common.
+      config: what every algorithm takes.
       masks: see `fold`.
       scales: see `fold`.
       folds_up: whether uploads are folded.
@@ -152,19 +153,12 @@ def dense(
       sharpened: see `lending`.
       of_products: whether similarity is that of the changes of A B.
     """
-    del config
     folded = partial(fold, masks=masks, scales=scales)
-
-    def of_b(tree, lora_a, lora_b):
-        values = [
-            lora_b(x) if path.endswith("lora_b") else lora_a(x) for path, x in leaf_items(tree)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(tree), values)
 
     def message(vectors, slots, folds):
         """Of the size of what crosses the network; its numbers do not matter."""
         if b_only:
-            vectors = of_b(vectors, lambda x: x[:, :0], lambda x: x)
+            vectors = [x for path, x in leaf_items(vectors) if path.endswith("lora_b")]
         if not folds:
             return Message(per_slot=vectors)
         count = slots.client.shape[0]
@@ -201,10 +195,6 @@ def dense(
             downloads = folded(downloads, slots)
         return State(exact, downloads, state.base), {}
 
-    def trains(vector, progress):
-        del progress
-        return of_b(vector, lambda _: 0.0, lambda _: 1.0)
-
     return Algorithm(
         init=lambda base, slots: State(
             zeros(base, slots.num_tasks), zeros(base, slots.client.shape[0]), base
@@ -213,7 +203,7 @@ def dense(
         upload=upload,
         aggregate=aggregate,
         sent=lambda state, uploads: uploads[1],
-        local=LocalRule(trains=trains if b_only else None),
+        local=fed_lora_b(config).local if b_only else LocalRule(),
         kept=lambda state: state.exact,
         sends_change=True,
     )
