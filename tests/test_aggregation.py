@@ -255,6 +255,26 @@ def test_masks_are_little_endian_bits_padded_with_zeros():
 
 
 @pytest.mark.parametrize("magnitude", ["max", "mean"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [3 << 15, 70_003])  # whole blocks, and blocks with a rest
+def test_a_leaf_of_many_blocks_is_folded_like_its_pieces(size, dtype, magnitude):
+    drawn = np.random.default_rng(0).normal(size=(6, size)) * np.logspace(-20, 20, size)
+    whole = drawn.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    cuts = [20_000, 40_000, 64_000]
+    pieces = dict(zip("abcd", np.split(whole, cuts, axis=1), strict=True))
+    slots = matu.Slots([2, 0, 0, 1, 2, 2], [0, 1, 2, 0, 1, 2], [1.0, 1, 0, 1, 1, 1], 3, 3)
+    one = matu.unify({"w": whole}, slots, magnitude=magnitude)
+    four = matu.unify(pieces, slots, magnitude=magnitude)
+    for part in ("vector", "masks"):
+        joined = np.concatenate(jax.tree.leaves(getattr(four, part)), axis=1)
+        np.testing.assert_array_equal(getattr(one, part)["w"], joined)
+    np.testing.assert_allclose(one.scales, four.scales, rtol=2e-6)
+    exact = np.abs(whole[3].astype(np.float64)).sum()
+    rebuilt = np.asarray(matu.modulate(one, slots)["w"][3]).astype(np.float64)
+    np.testing.assert_allclose(np.abs(rebuilt).sum(), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("magnitude", ["max", "mean"])
 def test_modulate_is_the_oracle(magnitude):
     unified = matu.unify(_tree(_values(5)), _slots(), magnitude=magnitude)
     modulated = matu.modulate(unified, _slots())

@@ -25,7 +25,7 @@ vector less download), eqs. 5 to 8 are of changes, and the server adds the outco
 vectors that it keeps.
 
 Every function is pure and may be called under `jit`, `vmap` and `shard_map`; slots are visited by
-`lax.scan`, so that no second array of slots x parameters is ever made.
+loops, so that no second array of slots x parameters is ever made.
 """
 
 from matu_jax.aggregation.directions import direction_similarity

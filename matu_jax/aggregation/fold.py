@@ -10,6 +10,7 @@ from matu_jax.aggregation.types import Magnitude, Slots, Unified, check_slots, c
 from matu_jax.trees import PyTree, as_floating, check_stacked
 
 _LANES = 1024  # partial sums kept apart, so that float32 sums stay exact enough at 1e8 parameters
+_BLOCK = 1 << 15  # parameters that are folded at a time on CPU; a multiple of 8, for the masks
 
 
 def flat_leaf(leaf: jax.Array, axes: int = 1) -> jax.Array:
@@ -18,10 +19,18 @@ def flat_leaf(leaf: jax.Array, axes: int = 1) -> jax.Array:
 
 
 def total(x: jax.Array) -> jax.Array:
-    """Sums a float32 vector in parallel lanes; one running sum would stall at 2**24 terms."""
-    whole = x.shape[0] // _LANES * _LANES
-    lanes = x[:whole].reshape(-1, _LANES).sum(axis=0).sum()
-    return lanes + x[whole:].sum()
+    """Sums a float32 array over its last axis in parallel lanes.
+
+    One running sum would stall at 2**24 terms. Four quarters are added first, in one sweep.
+    """
+    quarter = x.shape[-1] // (4 * _LANES) * _LANES
+
+    def part(start: int, stop: int) -> jax.Array:
+        return jax.lax.slice_in_dim(x, start, stop, axis=-1)
+
+    first, second, third, fourth = (part(i * quarter, (i + 1) * quarter) for i in range(4))
+    lanes = (first + second + third + fourth).reshape(*x.shape[:-1], -1, _LANES)
+    return lanes.sum(axis=-2).sum(axis=-1) + part(4 * quarter, x.shape[-1]).sum(axis=-1)
 
 
 def clip_to(x: jax.Array, dtype: Any) -> jax.Array:
@@ -34,6 +43,20 @@ def loop_zeros(shape: tuple[int, ...], dtype: Any, *inputs: jax.Array) -> jax.Ar
     """Zeros that vary over the mesh axes of the inputs, as `shard_map` asks of loop carries."""
     nothing = sum(x.reshape(-1)[:0].astype(jnp.float32).sum() for x in inputs)
     return jnp.zeros(shape, dtype) + jnp.asarray(nothing, dtype)
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """Floats as whole numbers of the same bits.
+
+    What a loop cuts pieces from and puts pieces into is kept so: XLA on CPU would turn a whole
+    array of 16-bit floats into float32 and back for every piece.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def as_float32(bits: jax.Array, dtype: Any) -> jax.Array:
+    """From `as_bits` of an array of this dtype to float32."""
+    return jax.lax.bitcast_convert_type(bits, dtype).astype(jnp.float32)
 
 
 def pack(mask: jax.Array) -> jax.Array:
@@ -55,7 +78,7 @@ def modulated(vector: jax.Array, mask: jax.Array, scale: jax.Array) -> jax.Array
 
 def fold(
     source: list[jax.Array],
-    rows: jax.Array,
+    rows: jax.Array | None,
     groups: jax.Array,
     present: jax.Array,
     num_groups: int,
@@ -63,9 +86,12 @@ def fold(
 ) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
     """Eqs. 1 to 4 for slots whose task vectors are rows of `source`.
 
+    On CPU the parameters are visited in blocks that stay in a core's cache, so that task vectors
+    are read from memory about once; nothing of their size is made besides the results.
+
     Args:
       source: flat leaves `[rows, n]`.
-      rows: int32 `[slots]`, where each slot's task vector stands in `source`.
+      rows: int32 `[slots]`, where each slot's task vector stands in `source`; None: in order.
       groups: int32 `[slots]`, the group that each slot folds into.
       present: bool `[slots]`.
       num_groups: number of groups.
@@ -74,87 +100,137 @@ def fold(
     Returns:
       Flat vectors `[groups, n]`, packed masks `[slots, bytes]`, scales `[slots]`.
     """
-
-    def row(leaf, index, here):
-        return jnp.where(here, leaf[index].astype(jnp.float32), 0.0)
-
-    def elect(sums, slot):
-        index, group, here = slot
-        values = [row(leaf, index, here) for leaf in source]
-        largest = jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in values]).max()
-        return [a.at[group].add(x) for a, x in zip(sums, values, strict=True)], largest
-
-    slots = (rows, groups, present)
-    zeros = [loop_zeros((num_groups, x.shape[1]), jnp.float32, x, *slots) for x in source]
-    sums, largest = jax.lax.scan(elect, zeros, slots)
-
-    def agreeing(leaf, total, slot):
-        """|tau_s| where its sign is the elected one, else 0."""
-        index, group, here = slot
-        elected = total[group]
-        x = row(leaf, index, here)
-        return jnp.maximum(jnp.where(elected > 0, x, jnp.where(elected < 0, -x, 0.0)), 0.0)
-
-    if magnitude == "max":
-
-        def grow(tops, slot):
-            return [
-                top.at[slot[1]].max(agreeing(leaf, total, slot))
-                for top, leaf, total in zip(tops, source, sums, strict=True)
-            ], None
-
-        sizes, _ = jax.lax.scan(grow, zeros, slots)
-        broken = [jnp.isinf(size) for size in sizes]
-    else:
-
-        def gather(carry, slot):
-            totals, counts = carry
-            values = [agreeing(leaf, t, slot) for leaf, t in zip(source, sums, strict=True)]
-            # Halving keeps a sum of finite numbers near the largest float32 finite.
-            totals = [t.at[slot[1]].add(x / len_slots) for t, x in zip(totals, values, strict=True)]
-            counts = [
-                c.at[slot[1]].add((x > 0).astype(c.dtype))
-                for c, x in zip(counts, values, strict=True)
-            ]
-            return (totals, counts), None
-
-        len_slots = float(2 ** (rows.shape[0] - 1).bit_length())
-        none = [zero.astype(jnp.int32) for zero in zeros]
-        (totals, counts), _ = jax.lax.scan(gather, (zeros, none), slots)
-        sizes = [
-            t / jnp.maximum(c, 1).astype(jnp.float32) * len_slots
-            for t, c in zip(totals, counts, strict=True)
-        ]
-        broken = [jnp.isinf(t) for t in totals]
-    # A mean that overflows is clipped; an infinity that came in stays, for the server to refuse.
-    vectors = [
-        jnp.where(
-            bad, (jnp.sign(t) * jnp.inf).astype(x.dtype), clip_to(jnp.sign(t) * size, x.dtype)
-        )
-        for t, size, bad, x in zip(sums, sizes, broken, source, strict=True)
-    ]
-
+    folded = [_fold_leaf(x, rows, groups, present, num_groups, magnitude) for x in source]
+    # Sums are relative to a block's largest entry, then to the slot's, so that none overflows.
+    tops, own, kept = jnp.moveaxis(jnp.concatenate([sums for *_, sums in folded]), 1, 0)
+    top = tops.max(axis=0)
+    share = jnp.where(tops > 0, tops, 1.0) / jnp.where(top > 0, top, 1.0)[None]
+    own, kept = total((own * share).T), total((kept * share).T)
+    limit = jnp.float32(jnp.finfo(jnp.float32).max)
+    scales = jnp.minimum(own / jnp.where(kept > 0, kept, 1.0), limit)
+    # Alone in its group, a slot is the group's vector: 1, without the two sums' rounding.
     held = jnp.zeros(num_groups, jnp.int32).at[groups].add(present.astype(jnp.int32))
+    scales = jnp.where(kept > 0, jnp.where(held[groups] == 1, 1.0, scales), 0.0)
+    return [vector for vector, *_ in folded], [masks for _, masks, _ in folded], scales
 
-    def mask_and_rescale(_, slot):
-        index, group, here, top = slot
-        # Both sums are taken relative to the slot's largest entry, so that neither overflows.
-        unit = jnp.where(top > 0, top, 1.0)
-        packed, own, kept = [], jnp.float32(0), jnp.float32(0)
-        for leaf, vector in zip(source, vectors, strict=True):
-            x, u = row(leaf, index, here), vector[group].astype(jnp.float32)
+
+def _block_size(size: int) -> int:
+    """Parameters to fold at a time: on CPU, what stays in cache; if possible, without a rest.
+
+    A rest is a second program, as long to compile as the first.
+    """
+    if size <= _BLOCK or jax.default_backend() != "cpu":
+        return max(size, 1)
+    fewest = -(-size // _BLOCK)
+    even = [n for n in range(fewest, 3 * fewest) if size % (8 * n) == 0]
+    return size // even[0] if even else _BLOCK
+
+
+def _fold_leaf(
+    leaf: jax.Array,
+    rows: jax.Array | None,
+    groups: jax.Array,
+    present: jax.Array,
+    num_groups: int,
+    magnitude: Magnitude,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`fold` for one leaf, with what scales are made of: float32 sums `[blocks, 3, slots]`.
+
+    They are the largest magnitude of a slot's task vector in a block and, relative to it, the sums
+    of its magnitudes and of the vector's where the mask is set.
+    """
+    count, (_, size), dtype = groups.shape[0], leaf.shape, leaf.dtype
+    block_size = _block_size(size)
+    leaf = as_bits(leaf)
+    inputs = (leaf, groups, present) if rows is None else (leaf, rows, groups, present)
+    # The slots of a group follow each other, so that one running total serves all groups.
+    order = jnp.argsort(groups, stable=True)
+    ordered = groups[order]
+    starts = jnp.concatenate([jnp.ones(1, jnp.bool_), ordered[1:] != ordered[:-1]])
+
+    def over_slots(step, carry):
+        """Carries `(carry, slot, group, whether it is the group's first) -> carry` over slots."""
+        return jax.lax.fori_loop(
+            0, count, lambda i, carry: step(carry, order[i], ordered[i], starts[i]), carry
+        )
+
+    def block(index, carry, length):
+        vector, masks, sums = carry
+        start = index * block_size
+        zero = loop_zeros((1, length), jnp.float32, *inputs)
+
+        def row(slot):
+            where = slot if rows is None else rows[slot]
+            x = jax.lax.dynamic_slice(leaf, (where, start), (1, length))
+            return jnp.where(present[slot], as_float32(x, dtype), 0.0)
+
+        def put(whole, row, value, at=start):
+            return jax.lax.dynamic_update_slice(whole, as_bits(value), (row, at))
+
+        def grow(carry, slot, group, first):
+            vector, sum_, high, low = carry
+            x = row(slot)
+            sum_ = jnp.where(first, x, sum_ + x)
+            high = jnp.where(first, x, jnp.maximum(high, x))
+            low = jnp.where(first, x, jnp.minimum(low, x))
+            # Of the elected sign and the largest magnitude: the largest number, or the smallest.
+            # An infinity that came in stays, and so does a NaN, for the server to refuse.
+            value = jnp.where(sum_ > 0, high, jnp.where(sum_ < 0, low, 0.0 * sum_))
+            return put(vector, group, value.astype(dtype)), sum_, high, low
+
+        def elect(carry, slot, group, first):
+            elected, sum_ = carry
+            sum_ = jnp.where(first, 0.0, sum_) + row(slot)
+            return jax.lax.dynamic_update_slice(elected, sum_, (group, 0)), sum_
+
+        def average(carry, slot, group, first):
+            vector, sum_, many = carry
+            x, sign = row(slot), jax.lax.dynamic_slice(elected, (group, 0), (1, length))
+            agreeing = jnp.maximum(jnp.where(sign > 0, x, jnp.where(sign < 0, -x, 0.0)), 0.0)
+            # Halving keeps a sum of finite numbers near the largest float32 finite.
+            sum_ = jnp.where(first, 0.0, sum_) + agreeing / halved
+            many = jnp.where(first, 0.0, many) + (agreeing > 0).astype(jnp.float32)
+            mean = jnp.sign(sign) * (sum_ / jnp.maximum(many, 1.0) * halved)
+            # A mean that overflows is clipped; an infinity that came in stays.
+            broken = (jnp.sign(sign) * jnp.inf).astype(dtype)
+            value = jnp.where(jnp.isinf(sum_), broken, clip_to(mean, dtype))
+            return put(vector, group, value), sum_, many
+
+        if magnitude == "max":
+            vector, *_ = over_slots(grow, (vector, zero, zero, zero))
+        else:
+            halved = float(2 ** (count - 1).bit_length())
+            elected = loop_zeros((num_groups, length), jnp.float32, *inputs)
+            elected, _ = over_slots(elect, (elected, zero))
+            vector, *_ = over_slots(average, (vector, zero, zero))
+
+        def compare(slot, carry):
+            masks, sums = carry
+            x = row(slot)
+            u = jax.lax.dynamic_slice(vector, (groups[slot], start), (1, length))
+            u = as_float32(u, dtype)
             mask = ((x > 0) & (u > 0)) | ((x < 0) & (u < 0))
-            packed.append(pack(mask))
-            own += total(jnp.abs(x) / unit)
-            kept += total(jnp.where(mask, jnp.abs(u) / unit, 0.0))
-        limit = jnp.float32(jnp.finfo(jnp.float32).max)
-        scale = jnp.minimum(own / jnp.where(kept > 0, kept, 1.0), limit)
-        # Alone in its group, a slot is the group's vector: 1, without the two sums' rounding.
-        scale = jnp.where(kept > 0, jnp.where(held[group] == 1, 1.0, scale), 0.0)
-        return None, (packed, scale)
+            top = jnp.abs(x).max(axis=1, initial=0.0)
+            unit = jnp.where(top > 0, top, 1.0)[:, None]
+            own, kept = jnp.abs(x) / unit, jnp.where(mask, jnp.abs(u) / unit, 0.0)
+            parts = jnp.stack([top, total(own), total(kept)])[None]
+            return (
+                put(masks, slot, pack(mask), at=start // 8),
+                jax.lax.dynamic_update_slice(sums, parts, (index, 0, slot)),
+            )
 
-    _, (masks, scales) = jax.lax.scan(mask_and_rescale, None, (*slots, largest))
-    return vectors, masks, scales
+        return vector, *jax.lax.fori_loop(0, count, compare, (masks, sums))
+
+    whole, rest = divmod(size, block_size)
+    carry = (
+        loop_zeros((num_groups, size), leaf.dtype, *inputs),
+        loop_zeros((count, -(-size // 8)), jnp.uint8, *inputs),
+        loop_zeros((whole + (rest > 0), 3, count), jnp.float32, *inputs),
+    )
+    if whole:
+        carry = jax.lax.fori_loop(0, whole, lambda i, carry: block(i, carry, block_size), carry)
+    vector, masks, sums = block(whole, carry, rest) if rest else carry
+    return jax.lax.bitcast_convert_type(vector, dtype), masks, sums
 
 
 @partial(jax.jit, static_argnames=("magnitude",))
@@ -167,7 +243,7 @@ def _unify(vectors: PyTree, slots: Slots | None, magnitude: Magnitude) -> Unifie
         groups, present, num_groups = slots.client, slots.weight > 0, slots.num_clients
     flat, masks, scales = fold(
         [flat_leaf(leaf) for leaf in leaves],
-        jnp.arange(count),
+        None,
         groups,
         present,
         num_groups,

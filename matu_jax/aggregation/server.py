@@ -157,11 +157,10 @@ def _aggregate(
         ]
 
     # Eq. 9.
-    everything = jnp.arange(tasks, dtype=jnp.int32)
     one_vector, all_masks, all_scales = fold(
         mixed,
-        everything,
-        jnp.zeros_like(everything),
+        None,
+        jnp.zeros(tasks, jnp.int32),
         jnp.ones(tasks, jnp.bool_),
         1,
         config.magnitude,

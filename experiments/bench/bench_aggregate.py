@@ -1,0 +1,117 @@
+"""How fast the server's round is: against a PyTorch loop, and against dense arrays in JAX.
+
+    python experiments/bench/bench_aggregate.py
+    python experiments/bench/bench_aggregate.py --clients 100 --tasks 30 --parameters 300e3
+
+All three compute eqs. 5 to 9 with similarity of aggregated vectors (a matrix product of signs) and
+transfer="mean"; the results are compared before anything is timed. "default" is
+`matu.aggregate` with this library's own default, similarity over slots of different clients.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from rivals import SERVER, dense_aggregate, federation, torch_aggregate
+from timing import copier, finish, interleaved, memory_left, options, peak_growth
+
+import matu_jax as matu
+
+
+def _as_torch(uploads: matu.Unified, slots: matu.Slots, held: int) -> tuple[list, list]:
+    vector, scales = np.array(uploads.vector["w"].astype(jnp.float32)), np.array(uploads.scales)
+    bits = np.unpackbits(
+        np.asarray(uploads.masks["w"]), axis=1, count=vector.shape[1], bitorder="little"
+    ).astype(bool)
+    clients, own = [], []
+    for client in range(slots.num_clients):
+        rows = slice(client * held, (client + 1) * held)
+        masks = [torch.from_numpy(mask) for mask in bits[rows]]
+        clients.append((torch.from_numpy(vector[client]), masks, scales[rows].tolist()))
+        columns = np.asarray(slots.task)[rows].tolist(), np.asarray(slots.weight)[rows].tolist()
+        own.append(list(zip(*columns, strict=True)))
+    return clients, own
+
+
+def _prepared(name: str, clients: int, tasks: int, held: int, size: int):
+    """A function without arguments, for the measurement of memory."""
+    uploads, slots = federation(clients, tasks, held, size, jnp.float32)
+    if name == "torch loop":
+        listed, own = _as_torch(uploads, slots, held)
+        return lambda: torch_aggregate(listed, own, tasks)
+    if name == "dense jax":
+        return lambda: dense_aggregate(uploads, slots, held)
+    return lambda: matu.aggregate(uploads, slots, SERVER)
+
+
+def _check(uploads, slots, listed, own, held: int) -> None:
+    ours = matu.aggregate(uploads, slots, SERVER)
+    for theirs in (
+        torch_aggregate(listed, own, slots.num_tasks),
+        dense_aggregate(uploads, slots, held),
+    ):
+        np.testing.assert_allclose(ours.similarity, np.asarray(theirs[1]), atol=1e-5)
+        np.testing.assert_allclose(ours.task_vectors["w"], np.asarray(theirs[0]), atol=1e-4)
+
+
+def main() -> None:
+    parser = options(__doc__ or "", "bench_aggregate")
+    parser.add_argument("--clients", type=int, default=30)
+    parser.add_argument("--tasks", type=int, default=30)
+    parser.add_argument("--held", default="1,4", help="tasks per client")
+    parser.add_argument("--parameters", default="300e3,3e6")
+    given = parser.parse_args()
+    table = []
+    for size in (int(float(x)) for x in given.parameters.split(",")):
+        for held in map(int, given.held.split(",")):
+            case = given.clients, given.tasks, held, size
+            if 5 * given.clients * held * size * 4 > memory_left():
+                print(f"{case}: left out, it does not fit into memory")
+                continue
+            uploads, slots = federation(*case, jnp.float32)
+            listed, own = _as_torch(uploads, slots, held)
+            _check(uploads, slots, listed, own, held)
+            jax.clear_caches()
+            times = interleaved(
+                {
+                    "copy": copier(2**27),
+                    "torch loop": lambda listed=listed, own=own: torch_aggregate(
+                        listed, own, given.tasks
+                    ),
+                    "dense jax": lambda u=uploads, s=slots, h=held: dense_aggregate(u, s, h),
+                    "library": lambda u=uploads, s=slots: matu.aggregate(u, s, SERVER),
+                    "default": lambda u=uploads, s=slots: matu.aggregate(u, s),
+                },
+                given.repeats,
+            )
+            del uploads, listed, own
+            bandwidth = 2 * 2**27 / times["copy"].median
+            bits = given.clients * held * size / 8
+            moved = 4 * size * (2 * given.clients + 3 * given.tasks + 1) + 2 * bits
+            ours = times["library"].median
+            grown = {
+                name: peak_growth(_prepared, name, *case)
+                for name in ("torch loop", "dense jax", "library")
+            }
+            table.append(
+                {
+                    "clients": given.clients,
+                    "tasks": given.tasks,
+                    "held": held,
+                    "d": size,
+                    "torch loop ms": 1e3 * times["torch loop"].median,
+                    "dense jax ms": 1e3 * times["dense jax"].median,
+                    "library ms": 1e3 * ours,
+                    "default ms": 1e3 * times["default"].median,
+                    "first call s": times["library"].first,
+                    "x torch loop": times["torch loop"].median / ours,
+                    "x dense jax": times["dense jax"].median / ours,
+                    "of copy floor": moved / bandwidth / ours,
+                    **{f"{k} MB": None if v is None else v / 1e6 for k, v in grown.items()},
+                }
+            )
+            finish("aggregate", table, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""How fast `unify` is: against a PyTorch loop, against dense JAX, and against copying memory.
+
+    python experiments/bench/bench_unify.py
+    python experiments/bench/bench_unify.py --threads 1
+
+The floor of eqs. 1 to 4 is reading T x d numbers once and writing d numbers and T x d bits, at the
+speed at which this machine copies memory. "library" is `matu.unify(x)` as a user calls it, which
+jits inside; "outer jit" is the same under `jax.jit`, with checks done once.
+"""
+
+import os
+import sys
+
+if "--threads" in sys.argv[:-1]:  # before anything starts a pool of threads
+    cores = sorted(os.sched_getaffinity(0))[: int(sys.argv[sys.argv.index("--threads") + 1])]
+    os.sched_setaffinity(0, cores)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from rivals import dense_unify, torch_unify
+from timing import copier, finish, interleaved, memory_left, options, peak_growth
+
+import matu_jax as matu
+
+DTYPES = {"float32": (jnp.float32, torch.float32), "bfloat16": (jnp.bfloat16, torch.bfloat16)}
+
+
+def _vectors(rows: int, size: int, dtype: str) -> jax.Array:
+    keys = jax.random.split(jax.random.key(0), rows)
+    draw = jax.jit(lambda keys: jax.lax.map(lambda k: jax.random.normal(k, (size,)), keys))
+    return jax.block_until_ready(draw(keys).astype(DTYPES[dtype][0]))
+
+
+def _as_torch(x: jax.Array, dtype: str) -> list:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    whole = torch.from_numpy(np.array(x.astype(jnp.float32))).to(DTYPES[dtype][1])
+    return list(whole.to(device))
+
+
+def _torch_loop(rows: list):
+    def call():
+        result = torch_unify(rows)
+        if rows[0].is_cuda:
+            torch.cuda.synchronize()
+        return result
+
+    return call
+
+
+def _prepared(name: str, rows: int, size: int, dtype: str):
+    """A function without arguments, for the measurement of memory."""
+    x = _vectors(rows, size, dtype)
+    if name == "torch loop":
+        return _torch_loop(_as_torch(x, dtype))
+    function = {"library": lambda x: matu.unify({"w": x}), "dense jax": dense_unify}[name]
+    jax.block_until_ready(function(x[:, :8]))  # JAX itself is not what is measured
+    return lambda: function(x)
+
+
+def _check(x: jax.Array, rows: list) -> None:
+    ours, theirs = matu.unify({"w": x}), torch_unify(rows)
+    vector = np.asarray(ours.vector["w"].astype(jnp.float32))
+    np.testing.assert_array_equal(vector, theirs[0].float().cpu().numpy())
+    scales = np.array([float(scale) for scale in theirs[2]])
+    np.testing.assert_allclose(np.asarray(ours.scales), scales, rtol=1e-4)
+
+
+def main() -> None:
+    parser = options(__doc__ or "", "bench_unify")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rows", default="8,30,100")
+    parser.add_argument("--parameters", default="300e3,3e6,10e6,30e6,87e6")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    wanted = [
+        (int(rows), int(float(size)), dtype)
+        for dtype in given.dtypes.split(",")
+        for rows in given.rows.split(",")
+        for size in given.parameters.split(",")
+    ]
+    table = []
+    for rows, size, dtype in wanted:
+        width = jnp.dtype(DTYPES[dtype][0]).itemsize
+        if 3 * rows * size * width + 4 * rows * size > memory_left():
+            print(f"{rows} x {size:,} {dtype}: left out, it does not fit into memory")
+            continue
+        x = _vectors(rows, size, dtype)
+        tensors = _as_torch(x, dtype)
+        _check(x, tensors)
+        jax.clear_caches()
+        outer = jax.jit(lambda x: matu.unify({"w": x}))
+        copied = min(rows * size * width, 2**28)
+        times = interleaved(
+            {
+                "copy": copier(copied),
+                "torch loop": _torch_loop(tensors),
+                "dense jax": lambda x=x: dense_unify(x),
+                "library": lambda x=x: matu.unify({"w": x}),
+                "outer jit": lambda x=x, outer=outer: outer(x),
+            },
+            given.repeats,
+        )
+        del x, tensors
+        bandwidth = 2 * copied / times["copy"].median
+        floor = (rows * size * width + size * width + rows * size / 8) / bandwidth
+        ours = times["library"].median
+        table.append(
+            {
+                "T": rows,
+                "d": size,
+                "dtype": dtype,
+                "threads": given.threads,
+                "copy GB/s": bandwidth / 1e9,
+                "torch loop ms": 1e3 * times["torch loop"].median,
+                "dense jax ms": 1e3 * times["dense jax"].median,
+                "library ms": 1e3 * ours,
+                "outer jit ms": 1e3 * times["outer jit"].median,
+                "first call s": times["library"].first,
+                "x torch loop": times["torch loop"].median / ours,
+                "x dense jax": times["dense jax"].median / ours,
+                "of copy floor": floor / ours,
+                **{
+                    f"{name} MB": None if grown is None else grown / 1e6
+                    for name in ("torch loop", "dense jax", "library")
+                    for grown in [peak_growth(_prepared, name, rows, size, dtype)]
+                },
+            }
+        )
+        finish("unify", table, given.out)
+
+
+if __name__ == "__main__":
+    main()
