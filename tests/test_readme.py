@@ -1,6 +1,7 @@
 """What the README says is run, or looked up."""
 
 import doctest
+import json
 import re
 import shutil
 import subprocess
@@ -28,6 +29,29 @@ def test_the_library_example_runs():
     assert similarity.shape == (2, 2)
     # Client 0's task 0 and client 1's task 1 moved every parameter the same way.
     np.testing.assert_allclose(similarity, 1.0)
+
+
+def test_the_table_of_rivals_says_what_was_measured():
+    measured = json.loads((ROOT / "experiments/results/compare8/comparison.json").read_text())
+    pairs, kin = (
+        {
+            arm["label"].replace("matu (paper's server)", "matu, the paper's server"): arm
+            for arm in x
+        }
+        for x in (setting["arms"] for setting in measured["settings"])
+    )
+    start = README.index("| | pairs |")
+    rows = (
+        README[start : README.index("\n\n", start)].replace("*", "").replace("`", "").splitlines()
+    )
+    for row in rows[2:]:
+        name, first, uplink, second = (cell.strip() for cell in row.split("|")[1:5])
+        bits = pairs[name]["communication"]["uplink_bits_per_client_round"]
+        assert uplink.split()[0] == f"{bits / 1000:.0f}", name
+        for cell, arm in ((first, pairs.pop(name)), (second, kin[name])):
+            mean, std = (100 * arm["accuracy"][key] for key in ("mean", "std"))
+            assert cell == f"{mean:.1f} ± {std:.1f}", name
+    assert not pairs, "arms that the table leaves out"
 
 
 def test_the_how_to_for_an_algorithm_works_and_it_appears_in_the_report(tmp_path):

@@ -154,7 +154,10 @@ def curves(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> D
             panel.tick_params(labelbottom=True)
     first = panels[0, 0]
     first.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-    low, high = _span([value for _, mean, _ in lines.values() for value in mean])
+    edges = [
+        mean + np.nan_to_num(side * std) for _, mean, std in lines.values() for side in (-1, 1)
+    ]
+    low, high = _span([value for edge in edges for value in edge])
     first.set_ylim(low, high)
     _percent_axis(first.yaxis)
     figure.supxlabel("round", fontsize=9)
