@@ -1,5 +1,6 @@
 """The client side, eqs. 1 to 4: folding task vectors into a unified, and rebuilding them."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ from matu_jax.aggregation.types import Magnitude, Slots, Unified, check_slots, c
 from matu_jax.trees import PyTree, as_floating, check_stacked
 
 _LANES = 1024  # partial sums kept apart, so that float32 sums stay exact enough at 1e8 parameters
-_BLOCK = 1 << 15  # parameters that are folded at a time on CPU; a multiple of 8, for the masks
+_BLOCK = 1 << 15  # parameters that are visited at a time on CPU; a multiple of 8, for the masks
 
 
 def flat_leaf(leaf: jax.Array, axes: int = 1) -> jax.Array:
@@ -46,17 +47,17 @@ def loop_zeros(shape: tuple[int, ...], dtype: Any, *inputs: jax.Array) -> jax.Ar
 
 
 def as_bits(x: jax.Array) -> jax.Array:
-    """Floats as whole numbers of the same bits.
+    """16-bit floats as whole numbers of the same bits; others as they are.
 
-    What a loop cuts pieces from and puts pieces into is kept so: XLA on CPU would turn a whole
-    array of 16-bit floats into float32 and back for every piece.
+    What a loop puts pieces into is kept so: XLA on CPU would turn a whole array of 16-bit floats
+    into float32 and back for every piece.
     """
-    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
-def as_float32(bits: jax.Array, dtype: Any) -> jax.Array:
-    """From `as_bits` of an array of this dtype to float32."""
-    return jax.lax.bitcast_convert_type(bits, dtype).astype(jnp.float32)
+def from_bits(bits: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `as_bits`."""
+    return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def pack(mask: jax.Array) -> jax.Array:
@@ -67,6 +68,50 @@ def pack(mask: jax.Array) -> jax.Array:
 def unpack(packed: jax.Array, size: int) -> jax.Array:
     """Unpacks bytes `[..., ceil(size / 8)]` into bools `[..., size]`."""
     return jnp.unpackbits(packed, axis=-1, count=size, bitorder="little").astype(jnp.bool_)
+
+
+def _block_size(size: int) -> int:
+    """Parameters to visit at a time: on CPU, what stays in cache; if possible, without a rest.
+
+    A rest is a second program, as long to compile as the first.
+    """
+    if size <= _BLOCK or jax.default_backend() != "cpu":
+        return max(size, 1)
+    fewest = -(-size // _BLOCK)
+    even = [n for n in range(fewest, 3 * fewest) if size % (8 * n) == 0]
+    return size // even[0] if even else _BLOCK
+
+
+def over_blocks(size: int, visit: Callable[..., Any], carry: Any) -> Any:
+    """Carries `(index, start, length, carry) -> carry` over a leaf's blocks of parameters.
+
+    Starts are multiples of 8; the length is static. There are `count_blocks(size)` blocks.
+    """
+    length = _block_size(size)
+    whole, rest = divmod(size, length)
+    if whole:
+        carry = jax.lax.fori_loop(
+            0, whole, lambda i, carry: visit(i, i * length, length, carry), carry
+        )
+    return visit(whole, whole * length, rest, carry) if rest else carry
+
+
+def count_blocks(size: int) -> int:
+    """How many blocks `over_blocks` visits."""
+    return -(-size // _block_size(size))
+
+
+def over_groups(groups: jax.Array, step: Callable[..., Any], carry: Any) -> Any:
+    """Carries `(carry, slot, group, first) -> carry` over slots, one group after the other.
+
+    First says whether a slot is the first of its group, so that one running total serves all.
+    """
+    order = jnp.argsort(groups, stable=True)
+    ordered = groups[order]
+    first = jnp.concatenate([jnp.ones(1, jnp.bool_), ordered[1:] != ordered[:-1]])
+    return jax.lax.fori_loop(
+        0, groups.shape[0], lambda i, carry: step(carry, order[i], ordered[i], first[i]), carry
+    )
 
 
 def modulated(vector: jax.Array, mask: jax.Array, scale: jax.Array) -> jax.Array:
@@ -114,18 +159,6 @@ def fold(
     return [vector for vector, *_ in folded], [masks for _, masks, _ in folded], scales
 
 
-def _block_size(size: int) -> int:
-    """Parameters to fold at a time: on CPU, what stays in cache; if possible, without a rest.
-
-    A rest is a second program, as long to compile as the first.
-    """
-    if size <= _BLOCK or jax.default_backend() != "cpu":
-        return max(size, 1)
-    fewest = -(-size // _BLOCK)
-    even = [n for n in range(fewest, 3 * fewest) if size % (8 * n) == 0]
-    return size // even[0] if even else _BLOCK
-
-
 def _fold_leaf(
     leaf: jax.Array,
     rows: jax.Array | None,
@@ -140,32 +173,19 @@ def _fold_leaf(
     of its magnitudes and of the vector's where the mask is set.
     """
     count, (_, size), dtype = groups.shape[0], leaf.shape, leaf.dtype
-    block_size = _block_size(size)
-    leaf = as_bits(leaf)
     inputs = (leaf, groups, present) if rows is None else (leaf, rows, groups, present)
-    # The slots of a group follow each other, so that one running total serves all groups.
-    order = jnp.argsort(groups, stable=True)
-    ordered = groups[order]
-    starts = jnp.concatenate([jnp.ones(1, jnp.bool_), ordered[1:] != ordered[:-1]])
 
-    def over_slots(step, carry):
-        """Carries `(carry, slot, group, whether it is the group's first) -> carry` over slots."""
-        return jax.lax.fori_loop(
-            0, count, lambda i, carry: step(carry, order[i], ordered[i], starts[i]), carry
-        )
-
-    def block(index, carry, length):
+    def block(index, start, length, carry):
         vector, masks, sums = carry
-        start = index * block_size
         zero = loop_zeros((1, length), jnp.float32, *inputs)
 
         def row(slot):
             where = slot if rows is None else rows[slot]
             x = jax.lax.dynamic_slice(leaf, (where, start), (1, length))
-            return jnp.where(present[slot], as_float32(x, dtype), 0.0)
+            return jnp.where(present[slot], x.astype(jnp.float32), 0.0)
 
-        def put(whole, row, value, at=start):
-            return jax.lax.dynamic_update_slice(whole, as_bits(value), (row, at))
+        def put(whole, row, value):
+            return jax.lax.dynamic_update_slice(whole, as_bits(value), (row, start))
 
         def grow(carry, slot, group, first):
             vector, sum_, high, low = carry
@@ -197,40 +217,37 @@ def _fold_leaf(
             return put(vector, group, value), sum_, many
 
         if magnitude == "max":
-            vector, *_ = over_slots(grow, (vector, zero, zero, zero))
+            vector, *_ = over_groups(groups, grow, (vector, zero, zero, zero))
         else:
             halved = float(2 ** (count - 1).bit_length())
             elected = loop_zeros((num_groups, length), jnp.float32, *inputs)
-            elected, _ = over_slots(elect, (elected, zero))
-            vector, *_ = over_slots(average, (vector, zero, zero))
+            elected, _ = over_groups(groups, elect, (elected, zero))
+            vector, *_ = over_groups(groups, average, (vector, zero, zero))
 
         def compare(slot, carry):
             masks, sums = carry
             x = row(slot)
             u = jax.lax.dynamic_slice(vector, (groups[slot], start), (1, length))
-            u = as_float32(u, dtype)
+            u = from_bits(u, dtype).astype(jnp.float32)
             mask = ((x > 0) & (u > 0)) | ((x < 0) & (u < 0))
             top = jnp.abs(x).max(axis=1, initial=0.0)
             unit = jnp.where(top > 0, top, 1.0)[:, None]
             own, kept = jnp.abs(x) / unit, jnp.where(mask, jnp.abs(u) / unit, 0.0)
             parts = jnp.stack([top, total(own), total(kept)])[None]
             return (
-                put(masks, slot, pack(mask), at=start // 8),
+                jax.lax.dynamic_update_slice(masks, pack(mask), (slot, start // 8)),
                 jax.lax.dynamic_update_slice(sums, parts, (index, 0, slot)),
             )
 
         return vector, *jax.lax.fori_loop(0, count, compare, (masks, sums))
 
-    whole, rest = divmod(size, block_size)
     carry = (
-        loop_zeros((num_groups, size), leaf.dtype, *inputs),
+        as_bits(loop_zeros((num_groups, size), dtype, *inputs)),
         loop_zeros((count, -(-size // 8)), jnp.uint8, *inputs),
-        loop_zeros((whole + (rest > 0), 3, count), jnp.float32, *inputs),
+        loop_zeros((count_blocks(size), 3, count), jnp.float32, *inputs),
     )
-    if whole:
-        carry = jax.lax.fori_loop(0, whole, lambda i, carry: block(i, carry, block_size), carry)
-    vector, masks, sums = block(whole, carry, rest) if rest else carry
-    return jax.lax.bitcast_convert_type(vector, dtype), masks, sums
+    vector, masks, sums = over_blocks(size, block, carry)
+    return from_bits(vector, dtype), masks, sums
 
 
 @partial(jax.jit, static_argnames=("magnitude",))

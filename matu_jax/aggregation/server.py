@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from matu_jax.aggregation.directions import gram, same_client_gram
-from matu_jax.aggregation.fold import clip_to, flat_leaf, fold, loop_zeros, modulate_jit, modulated
+from matu_jax.aggregation.fold import (
+    as_bits,
+    clip_to,
+    flat_leaf,
+    fold,
+    from_bits,
+    loop_zeros,
+    modulate_jit,
+    modulated,
+    over_blocks,
+    over_groups,
+)
 from matu_jax.aggregation.shrinkage import shrinkage
 from matu_jax.aggregation.types import (
     Aggregated,
@@ -34,6 +45,75 @@ def _lending(similarity: jax.Array, allowed: jax.Array, config: AggregationConfi
     return jnp.zeros_like(similarity).at[jnp.arange(tasks)[:, None], index].set(values)
 
 
+def _same_task(
+    leaf: jax.Array,
+    mask: jax.Array,
+    old: jax.Array,
+    scales: jax.Array,
+    share: jax.Array,
+    accepted: jax.Array,
+    holders: jax.Array,
+    slots: Slots,
+    config: AggregationConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Eqs. 5 and 6 for one flat leaf: `[tasks, n]` in the storage dtype, `old` where unreported.
+
+    Also the products of the tasks' sums of signs, `[tasks, tasks]`, if slots of different clients
+    are to be compared, and sums of squares `[tasks]`, if transfer is by shrinkage; else zeros.
+    """
+    tasks, (_, size), dtype = slots.num_tasks, leaf.shape, leaf.dtype
+    old = as_bits(clip_to(old.astype(jnp.float32), dtype))
+    inputs = (leaf, mask, scales, share, accepted, slots.client, slots.task)
+
+    def block(_, start, length, carry):
+        own, products, energies = carry
+        zero = loop_zeros((1, length), jnp.float32, *inputs)
+
+        def add_slot(carry, slot, task, first):
+            own, signs, energies, mean, sign, rows = carry
+            packed = jax.lax.dynamic_slice(mask, (slot, start // 8), (1, -(-length // 8)))
+            x = jax.lax.dynamic_slice(leaf, (slots.client[slot], start), (1, length))
+            ok = accepted[slot]
+            scale = jnp.where(ok, scales[slot], 0.0)[None]
+            x = modulated(x, packed, scale)
+            # Put down and taken up again, or XLA on CPU would unpack the mask for every use.
+            place = (slot % 2, jnp.zeros_like(slot))
+            rows = jax.lax.dynamic_update_slice(rows, jnp.where(ok, x, 0.0), place)
+            x = jax.lax.dynamic_slice(rows, place, (1, length))
+            mean = jnp.where(first, 0.0, mean) + share[slot] * x
+            sign = jnp.where(first, 0.0, sign) + jnp.sign(x)
+            held = holders[task]
+            agreement = jnp.abs(sign) / jnp.maximum(held, 1).astype(jnp.float32)
+            gate = jnp.where(agreement >= config.agreement_threshold, 1.0, agreement)
+            before = jax.lax.dynamic_slice(own, (task, start), (1, length))
+            value = jnp.where(held > 0, as_bits(clip_to(gate * mean, dtype)), before)
+            own = jax.lax.dynamic_update_slice(own, value, (task, start))
+            if compares:
+                signs = jax.lax.dynamic_update_slice(signs, sign, (task, 0))
+            if config.transfer == "shrinkage":
+                energies = energies.at[task].add(jnp.square(x).sum())
+            return own, signs, energies, mean, sign, rows
+
+        signs = loop_zeros((tasks, length if compares else 0), jnp.float32, *inputs)
+        own, signs, energies, *_ = over_groups(
+            slots.task,
+            add_slot,
+            (own, signs, energies, zero, zero, jnp.concatenate([zero, zero])),
+        )
+        if compares:
+            products = products + gram([signs], signs=False) * length
+        return own, products, energies
+
+    compares = config.similarity == "cross_client"
+    carry = (
+        old + loop_zeros(old.shape, old.dtype, *inputs),
+        loop_zeros((tasks, tasks), jnp.float32, *inputs),
+        loop_zeros((tasks,), jnp.float32, *inputs),
+    )
+    own, products, energies = over_blocks(size, block, carry)
+    return from_bits(own, dtype), products, energies
+
+
 @partial(jax.jit, static_argnames=("config",))
 def _aggregate(
     uploads: Unified,
@@ -49,41 +129,12 @@ def _aggregate(
     scale_ok = jnp.isfinite(uploads.scales) & (uploads.scales >= 0)
     accepted = (slots.weight > 0) & scale_ok & finite[slots.client]
 
-    # Eqs. 5 and 6: one visit to each slot adds its weighted vector and its signs to its task.
     weight = jnp.where(accepted, slots.weight, 0.0)
     weight = weight / jnp.maximum(weight.max(), jnp.finfo(jnp.float32).tiny)
     weight_sum = jnp.zeros(tasks, jnp.float32).at[slots.task].add(weight)
     holders = jnp.zeros(tasks, jnp.int32).at[slots.task].add(accepted.astype(jnp.int32))
     share = weight / jnp.where(weight_sum > 0, weight_sum, 1.0)[slots.task]
-    learns = config.transfer == "shrinkage"
-    sign_dtype = jnp.int8 if count < 128 else jnp.int16 if count < 32768 else jnp.int32
-
-    def add_slot(carry, slot):
-        means, signs, energies = carry
-        client, task, ok, part, scale, packed = slot
-        scale = jnp.where(ok, scale, 0.0)
-        energy = jnp.float32(0)
-        for i, leaf in enumerate(vector):
-            x = jnp.where(ok, modulated(leaf[client], packed[i], scale), 0.0)
-            means[i] = means[i].at[task].add(part * x)
-            signs[i] = signs[i].at[task].add(jnp.sign(x).astype(sign_dtype))
-            if learns:
-                energy = energy + jnp.square(x).sum()
-        return (means, signs, energies.at[task].add(energy)), None
-
-    inputs = (slots.client, slots.task, accepted, share, uploads.scales)
-    zeros = [
-        loop_zeros((tasks, leaf.shape[1]), jnp.float32, leaf, mask, *inputs)
-        for leaf, mask in zip(vector, masks, strict=True)
-    ]
-    no_signs = [z.astype(sign_dtype) for z in zeros]
-    no_energy = loop_zeros((tasks,), jnp.float32, *vector, *masks, *inputs)
-    (means, signs, energies), _ = jax.lax.scan(
-        add_slot,
-        (zeros, no_signs, no_energy),
-        (slots.client, slots.task, accepted, share, uploads.scales, masks),
-    )
-    reported = (holders > 0)[:, None]
+    reported = holders > 0
     if isinstance(previous, ServerState):
         start = [flat_leaf(leaf) for leaf in jax.tree.leaves(previous.task_vectors)]
         agreement, energy = previous.agreement, previous.energy
@@ -97,14 +148,16 @@ def _aggregate(
     if config.uploads == "change":
         kept = [jnp.zeros_like(leaf) for leaf in start]
 
-    def same_task(mean, sign, leaf, old):
-        agreement = jnp.abs(sign).astype(jnp.float32) / jnp.maximum(holders, 1)[:, None].astype(
-            jnp.float32
+    # Eqs. 5 and 6.
+    learns = config.transfer == "shrinkage"
+    own, products = [], jnp.zeros((tasks, tasks), jnp.float32)
+    energies = jnp.zeros(tasks, jnp.float32)
+    for leaf, mask, old in zip(vector, masks, kept, strict=True):
+        new, signs, squares = _same_task(
+            leaf, mask, old, uploads.scales, share, accepted, holders, slots, config
         )
-        gate = jnp.where(agreement >= config.agreement_threshold, 1.0, agreement)
-        return clip_to(jnp.where(reported, gate * mean, old.astype(jnp.float32)), leaf.dtype)
-
-    own = [same_task(*args) for args in zip(means, signs, vector, kept, strict=True)]
+        own.append(new)
+        products, energies = products + signs, energies + squares
 
     # Eq. 7.
     if config.similarity == "aggregated":
@@ -114,8 +167,9 @@ def _aggregate(
         present = jnp.zeros((slots.num_clients, tasks), jnp.float32)
         present = present.at[slots.client, slots.task].add(accepted.astype(jnp.float32))
         held = holders.astype(jnp.float32)
+        size = sum(leaf.shape[1] for leaf in vector)
         pairs = held[:, None] * held[None, :] - present.T @ present
-        products = gram(signs, signs=False) - same_client_gram(
+        products = products / size - same_client_gram(
             vector, masks, uploads.scales, slots, accepted
         )
         compared = pairs > 0
@@ -128,12 +182,12 @@ def _aggregate(
     if config.transfer != "none" and (config.top_k > 0 or learns) and tasks > 1:
         lenders = jnp.stack([(leaf != 0).any(axis=1) for leaf in own]).any(axis=0)
         # A task that nobody reported keeps what it has; where nothing was compared, nobody lends.
-        allowed = compared & lenders[None, :] & reported
+        allowed = compared & lenders[None, :] & reported[:, None]
         if learns:
             # Bounded, so that no upload makes the sum over rounds infinite.
             energies = jnp.minimum(energies, 1e30)
-            size = jnp.sqrt(energies / jnp.maximum(holders, 1).astype(jnp.float32))
-            pair = jnp.where(compared, size[:, None] * size[None, :], 0.0)
+            length = jnp.sqrt(energies / jnp.maximum(holders, 1).astype(jnp.float32))
+            pair = jnp.where(compared, length[:, None] * length[None, :], 0.0)
             agreement, energy = agreement + mean_product * pair, energy + pair
             spread = jnp.zeros(tasks, jnp.float32).at[slots.task].add(jnp.square(share))
             worth = 1 / jnp.where(spread > 0, spread, 1.0)
