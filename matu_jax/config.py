@@ -112,8 +112,8 @@ class LocalConfig:
       learning_rate: step size.
       momentum: of sgd.
       weight_decay: of adamw; task vectors decay, that is, parameters towards the base.
-      parallel_slots: slots trained at once on a device; 0 = by platform (1 on CPU, where one slot
-        after the other is faster; all of a device's slots on accelerators).
+      parallel_slots: slots trained at once on a device; 0 = by platform: 1 on CPU, where one slot
+        after the other is faster; on accelerators as many as memory is predicted to allow.
     """
 
     steps: int = _field(20, at_least=1)

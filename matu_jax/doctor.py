@@ -30,7 +30,7 @@ from matu_jax.checkpoint import Checkpoints
 from matu_jax.commandline import UserError, read_config, run_program
 from matu_jax.config import Config
 from matu_jax.metrics import versions
-from matu_jax.parallel import slot_mesh, use_cores
+from matu_jax.parallel import memory_there, slot_mesh, use_cores
 from matu_jax.report import human_bytes
 
 # Where the drivers of accelerators show themselves, and the package that lets JAX use them.
@@ -114,8 +114,9 @@ def _memory(config: Config) -> tuple[Finding, int]:
     federation = rounds.federate(config)
     model = models.build(config.model, federation.tasks, seed=config.seed)
     algorithm, mesh = algorithms.build(config), slot_mesh()
+    config = rounds.fitted(config, model, algorithm, federation, mesh)
     needed = sum(rounds.predicted_bytes(config, model, algorithm, federation, mesh).values())
-    there = train.memory_there(mesh.devices.flat[0])
+    there = memory_there(mesh.devices.flat[0])
     text = f"about {human_bytes(needed / mesh.size)} per device are needed"
     level = "ok"
     if there:

@@ -143,8 +143,10 @@ def local_training(
     def over_slots(function):
         return map_slots(function, mesh, parallel_slots=config.parallel_slots)
 
-    return LocalTraining(
-        lambda downloads: over_slots(begin)((), downloads),
-        over_slots(advance),
-        lambda carry: over_slots(finish)((), carry),
-    )
+    def begin_all(downloads: PyTree) -> Carry:
+        return over_slots(begin)((), downloads)
+
+    def finish_all(carry: Carry) -> Trained:
+        return over_slots(finish)((), carry)
+
+    return LocalTraining(begin_all, over_slots(advance), finish_all)

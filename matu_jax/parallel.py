@@ -41,10 +41,23 @@ def slot_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether the devices of a mesh are (virtual) CPU devices."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def memory_there(device: Any) -> int | None:
+    """Bytes of memory that one device has, where that can be told."""
+    if device.platform == "cpu":
+        if "SC_PHYS_PAGES" not in os.sysconf_names:
+            return None
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def slots_at_once(mesh: Mesh, slots: int, parallel_slots: int = 0) -> int:
     """Slots that one device computes at once, of `slots` that it has; see `map_slots`."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return max(1, min(parallel_slots or (1 if on_cpu else slots), slots))
+    return max(1, min(parallel_slots or (1 if on_cpu(mesh) else slots), slots))
 
 
 def map_slots(
@@ -85,6 +98,7 @@ def map_slots(
             check_vma=False,
         )(shared, *stacked)
 
+    over_slots.__name__ = function.__name__  # what traces call it
     return over_slots
 
 

@@ -1,5 +1,7 @@
 """The round loop: download, local training, upload, aggregation, evaluation. Prints nothing."""
 
+import bisect
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +25,7 @@ from matu_jax.metrics import relatedness_auc
 from matu_jax.models import Model, linearised
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.backbone import recomputed_bytes
-from matu_jax.parallel import AXIS, padded_rows, slot_mesh, slots_at_once
+from matu_jax.parallel import AXIS, memory_there, on_cpu, padded_rows, slot_mesh, slots_at_once
 from matu_jax.trees import PyTree
 
 
@@ -250,6 +252,36 @@ def predicted_bytes(
     }
 
 
+def fitted(
+    config: Config, model: Model, algorithm: Algorithm, federation: Federation, mesh: Mesh
+) -> Config:
+    """Chooses `config.local.parallel_slots` where it is 0: on accelerators, by predicted memory.
+
+    As many slots at once as leave a tenth of the memory free, all if they fit; one if nothing fits.
+    On CPU, and where a device does not tell its memory, 0 stays, see `parallel.map_slots`.
+    """
+    there = memory_there(mesh.devices.flat[0])
+    if config.local.parallel_slots or on_cpu(mesh) or there is None:
+        return config
+
+    def choose(count: int) -> Config:
+        return dataclasses.replace(
+            config, local=dataclasses.replace(config.local, parallel_slots=count)
+        )
+
+    def needed(count: int) -> float:
+        parts = predicted_bytes(choose(count), model, algorithm, federation, mesh)
+        return sum(parts.values()) / mesh.size
+
+    slots = federation.slots
+    trained = len(trained_slots(config, slots, participants(config, slots, 0)))
+    most = -(-trained // mesh.size)
+    if needed(most) <= 0.9 * there:
+        return choose(most)
+    fits = bisect.bisect_right(range(1, most), 0.9 * there, key=needed)
+    return choose(max(fits, 1))
+
+
 def run(
     config: Config,
     algorithm: Algorithm,
@@ -278,6 +310,7 @@ def run(
     over_slots = NamedSharding(mesh, PartitionSpec(AXIS))
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
+    config = fitted(config, model, algorithm, federation, mesh)
     model = linearised(model) if algorithm.local.linearised else model
     local = local_training(model, config.local, algorithm.local, mesh, seed=config.seed)
     begin, finish = jax.jit(local.begin), jax.jit(local.finish, donate_argnums=0)

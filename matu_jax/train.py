@@ -5,20 +5,26 @@
                               --config.data=synthetic is short for --config.data.source=synthetic
     --workdir DIR             where results and checkpoints go; a directory of an interrupted run
                               is gone on with. Default: runs/<config>-<time>
+    --profile                 traces one round, the second if there is one, into WORKDIR/profile,
+                              for TensorBoard and https://ui.perfetto.dev
+
+Compiled programs are kept in ~/.cache/matu_jax/compiled, and found there by the next run;
+JAX_ENABLE_COMPILATION_CACHE=false turns that off.
 
 Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said in one message;
 130 interrupted with Ctrl-C.
 """
 
+import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +39,7 @@ from matu_jax.data import embedded, prepared
 from matu_jax.metrics import MetricsLog, relatedness_auc, versions, write_json
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.huggingface import checkpoint_folder
-from matu_jax.parallel import slot_mesh, use_cores
+from matu_jax.parallel import keep_programs, memory_there, slot_mesh, use_cores
 
 INTERRUPTED = "Interrupted. The same command with the same --workdir goes on."
 _AUC = (
@@ -41,25 +47,30 @@ _AUC = (
     "than an unrelated pair, over all pairs of different tasks, ties counting one half; of the "
     "mean over all rounds of the similarity that the server measured (matrix)"
 )
+_OWN_PHASES = ("client_unify", "server_aggregation", "server_download")
+_OVERHEAD = (
+    f"the algorithm's own work ({', '.join(_OWN_PHASES)}) over all rounds, and its share of the "
+    "seconds of the run without compilation"
+)
 _SIMULATION = (
     "predicted for the whole simulation on these devices: all clients, their data and the server"
 )
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, Path, Path]:
-    """Reads the command line: the checked config, its file, and the workdir.
+def parse(argv: Sequence[str]) -> tuple[Config, Path, Path, bool]:
+    """Reads the command line: the checked config, its file, the workdir, and whether to profile.
 
     Raises:
       UserError: with what is wrong, and where.
     """
-    config, file, options = read_config(argv, __doc__ or "", options=["workdir"])
+    config, file, options = read_config(argv, __doc__ or "", ["workdir"], flags=["profile"])
     try:
         algorithms.build(config)
     except ValueError as error:
         raise UserError(str(error)) from None
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     workdir = options.get("workdir") or Path("runs") / f"{file.stem}-{stamp}"
-    return config, file, Path(workdir)
+    return config, file, Path(workdir), "profile" in options
 
 
 def check_inputs(config: Config, file: Path) -> None:
@@ -152,8 +163,17 @@ def _differences(found: dict, wanted: dict, path: str = "config") -> list[str]:
     return lines
 
 
-def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
+def train(
+    config: Config, name: str, workdir: Path, console: Console, *, profile: bool = False
+) -> dict:
     """Runs or resumes an experiment and writes everything about it into the workdir.
+
+    Args:
+      config: the experiment.
+      name: what it is called in titles.
+      workdir: where everything goes.
+      console: what is printed on.
+      profile: whether a round is traced into `workdir / "profile"`.
 
     Returns:
       The summary, as in summary.json.
@@ -200,7 +220,11 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
             console.print(f"Going on after round {start[0]} of {config.rounds}.")
         with _progress(console) as bar:
             job = bar.add_task("", total=config.rounds, completed=start[0] if start else 0)
-            for last in rounds.run(config, algorithm, model, federation, mesh=mesh, start=start):
+            results = rounds.run(config, algorithm, model, federation, mesh=mesh, start=start)
+            if profile:
+                left = config.rounds - (start[0] if start else 0)
+                results = _profiled(results, min(2, left), workdir / "profile")
+            for last in results:
                 if last.similarity is not None:
                     similarity_sum = similarity_sum + last.similarity
                 # The line first: a kill in between leaves a line too many, which resuming drops.
@@ -244,6 +268,23 @@ def train(config: Config, name: str, workdir: Path, console: Console) -> dict:
     return summary
 
 
+def _profiled(
+    results: Iterator[rounds.RoundResult], number: int, folder: Path
+) -> Iterator[rounds.RoundResult]:
+    """Traces the making of one result; 1 is the first, which compiles."""
+    for index in itertools.count(1):
+        trace = (
+            jax.profiler.trace(folder, create_perfetto_trace=True)
+            if index == number
+            else contextlib.nullcontext()
+        )
+        with trace:
+            result = next(results, None)
+        if result is None:
+            return
+        yield result
+
+
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("round"),
@@ -264,6 +305,7 @@ def _status(record: dict) -> str:
 
 def _print_plan(config, algorithm, model, federation, mesh, workdir, console) -> None:
     slots = federation.slots
+    config = rounds.fitted(config, model, algorithm, federation, mesh)
     state = jax.eval_shape(algorithm.init, model.base, slots)
     stacked = jax.eval_shape(algorithm.download, state, slots)
     uplink, downlink = jax.eval_shape(
@@ -300,15 +342,6 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
         )
 
 
-def memory_there(device: Any) -> int | None:
-    """Bytes of memory that one device has, where that can be told."""
-    if device.platform == "cpu":
-        if "SC_PHYS_PAGES" not in os.sysconf_names:
-            return None
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.device_count()
-    return (device.memory_stats() or {}).get("bytes_limit")
-
-
 def _summary(config, federation, records, similarity) -> dict:
     measured = [r for r in records if r["accuracy"] is not None]
     best = max(measured, key=lambda r: r["accuracy"]["validation_mean"])
@@ -316,6 +349,10 @@ def _summary(config, federation, records, similarity) -> dict:
     clients = sum(len(r["clients"]) for r in records)
     phases = sorted({phase for r in records for phase in r["seconds"]})
     by_round = [r["similarity_auc"] for r in records]
+    seconds = {phase: sum(r["seconds"].get(phase, 0.0) for r in records) for phase in phases}
+    total = sum(seconds.values())
+    own = sum(seconds.get(phase, 0.0) for phase in _OWN_PHASES)
+    running = total - seconds.get("compile", 0.0)
     return {
         "algorithm": config.algorithm,
         "seed": config.seed,
@@ -334,8 +371,12 @@ def _summary(config, federation, records, similarity) -> dict:
             "uplink_bits_total": sum(r["uplink_bits"] for r in records),
             "downlink_bits_total": sum(r["downlink_bits"] for r in records),
         },
-        "seconds": {"total": sum(sum(r["seconds"].values()) for r in records)}
-        | {phase: sum(r["seconds"].get(phase, 0.0) for r in records) for phase in phases},
+        "seconds": {"total": total} | seconds,
+        "overhead": {
+            "seconds": own,
+            "share": own / running if running else None,
+            "definition": _OVERHEAD,
+        },
         "similarity": None
         if not similarity.any()
         else {
@@ -362,12 +403,13 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
 
     def work(console: Console) -> None:
-        config, file, workdir = parse(argv)
+        config, file, workdir, profile = parse(argv)
         if not (workdir / "summary.json").exists():
             check_inputs(config, file)
         prepare_workdir(workdir, config)
         use_cores()
-        train(config, file.stem, workdir, console)
+        keep_programs()
+        train(config, file.stem, workdir, console, profile=profile)
 
     return run_program(work, interrupted=INTERRUPTED)
 

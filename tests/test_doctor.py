@@ -103,7 +103,7 @@ def test_mistakes_are_said(ask, words, message):
 
 
 def test_what_does_not_fit_is_said(ask, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "memory_there", lambda device: 1000)
+    monkeypatch.setattr(doctor, "memory_there", lambda device: 1000)
     code, text = ask()
     assert code == 0
     assert "are there. Lower config.local.parallel_slots" in text

@@ -191,6 +191,7 @@ def summary():
             "downlink_bits_total": 0,
         },
         "seconds": {"total": 93.4},
+        "overhead": {"seconds": 1.0, "share": 0.0123},
     }
 
 
@@ -200,9 +201,10 @@ def test_result_table_says_accuracy_traffic_and_time():
         "matu, seed 3: round 9 of 10",
         "1.26 Mbit up, 131 kbit down",
         "93 seconds in all",
+        "1.2 % the algorithm's own",
     ):
         assert words in text
-    rows = [line.strip("│ ").split("│") for line in text.splitlines() if "%" in line]
+    rows = [line.strip("│ ").split("│") for line in text.splitlines() if "│" in line]
     found = {name.strip(): value.strip() for name, value in rows}
     assert found == {"hue [bold]": "75.0 %", "tilt": "87.5 %", "mean": "81.2 %"}
 

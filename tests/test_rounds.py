@@ -228,6 +228,33 @@ def test_predicted_memory_is_near_what_xla_needs(federation):
     assert 0.5 < predicted["activations"] / analysis.temp_size_in_bytes < 2
 
 
+def test_on_an_accelerator_as_many_slots_train_at_once_as_memory_allows(federation, monkeypatch):
+    config = dataclasses.replace(TINY, model=ModelConfig(checkpoint="random"))
+    model = models.build(config.model, federation.tasks)
+    algorithm, mesh = algorithms.build(config), one_device()
+
+    def needed(count):
+        local = dataclasses.replace(config.local, parallel_slots=count)
+        trial = dataclasses.replace(config, local=local)
+        return sum(rounds.predicted_bytes(trial, model, algorithm, federation, mesh).values())
+
+    def chosen(memory, config=config):
+        monkeypatch.setattr(rounds, "memory_there", lambda device: memory)
+        found = rounds.fitted(config, model, algorithm, federation, mesh)
+        return found.local.parallel_slots
+
+    assert chosen(10**15) == 0  # on CPU, the platform's default stays
+    monkeypatch.setattr(rounds, "on_cpu", lambda mesh: False)
+    assert chosen(None) == 0
+    assert chosen(10**15) == 6
+    assert needed(3) < needed(4)
+    assert chosen(needed(4) / 0.9 * 1.001) == 4
+    assert chosen(needed(4) / 0.9 * 0.999) == 3
+    assert chosen(1) == 1
+    two = dataclasses.replace(config, local=dataclasses.replace(config.local, parallel_slots=2))
+    assert chosen(10**15, two) == 2
+
+
 def test_pieces_over_several_devices_equal_a_round_in_one_go(federation, model, monkeypatch):
     local = dataclasses.replace(TINY.local, optimizer="sgd", learning_rate=0.01)
     config = dataclasses.replace(TINY, rounds=1, local=local)

@@ -1,5 +1,6 @@
 """The program as its user meets it: mistakes, results, kill -9 and resume."""
 
+import gzip
 import json
 import os
 import signal
@@ -39,6 +40,21 @@ def experiment(tmp_path):
     checkpoint = tiny.write_checkpoint(tmp_path / "tiny.safetensors")
     file.write_text(EXPERIMENT.format(checkpoint=checkpoint))
     return f"--config={file}"
+
+
+def test_profile_traces_a_round_and_the_summary_says_the_algorithms_own_share(experiment, tmp_path):
+    words = ["train", experiment, "--config.rounds=2", f"--workdir={tmp_path / 'run'}"]
+    assert train.main([*words, "--profile"]) == 0
+    (trace,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    assert {"PjitFunction(advance)", "PjitFunction(upload)"} <= names
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    own = [summary["seconds"][x] for x in ("client_unify", "server_aggregation", "server_download")]
+    assert summary["overhead"]["seconds"] == pytest.approx(sum(own))
+    running = summary["seconds"]["total"] - summary["seconds"]["compile"]
+    assert summary["overhead"]["share"] == pytest.approx(sum(own) / running)
 
 
 def mistake(capsys, *arguments):
@@ -99,7 +115,7 @@ def test_workdirs_that_cannot_serve_are_refused(capsys, experiment, tmp_path):
 
 
 def test_a_workdir_of_another_config_is_refused_with_the_differences(capsys, experiment, tmp_path):
-    config, _, _ = train.parse(["train", experiment])
+    config, *_ = train.parse(["train", experiment])
     train.prepare_workdir(tmp_path / "run", config)
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     text = mistake(capsys, experiment, "--config.rounds=9", f"--workdir={tmp_path}/run")
