@@ -127,7 +127,7 @@ class LocalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MatuConfig:
-    """MaTU's choices; see `matu_jax.AggregationConfig`, whose fields these are.
+    """MaTU's choices; see `matu_jax.AggregationConfig`, whose fields these are, and precision.
 
     The defaults follow experiments/results/ablation8; those of `AggregationConfig` are the paper's
     equations as this project reads them: magnitude "max", agreement_threshold 0.4, uploads
@@ -142,6 +142,8 @@ class MatuConfig:
       similarity: what eq. 7 compares.
       uploads: what clients fold and send: "vector" (their task vectors) or "change" (what the round
         has added to them).
+      precision: how unified vectors cross the network, up and down: "float32", "bfloat16", or
+        "int8" with a float32 scale for 256 parameters (`matu_jax.rounding`).
     """
 
     magnitude: str = _field("mean", choices=("max", "mean"))
@@ -151,6 +153,7 @@ class MatuConfig:
     transfer: str = _field("shrinkage", choices=("none", "mean", "additive", "shrinkage"))
     similarity: str = _field("cross_client", choices=("cross_client", "aggregated"))
     uploads: str = _field("change", choices=("vector", "change"))
+    precision: str = _field("float32", choices=("float32", "bfloat16", "int8"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 
 import matu_jax as matu
 from matu_jax.algorithms import ALGORITHMS, build, message_bits, with_heads
+from matu_jax.algorithms.matu import aggregation_config
 from matu_jax.config import Config, MatuConfig, ModelConfig
 
 CLIENT = np.array([0, 0, 1, 2, 2, 3])
@@ -46,9 +47,16 @@ def one_round(algorithm, state, vectors, slots):
 PAPER = MatuConfig(magnitude="max", agreement_threshold=0.4, uploads="vector", transfer="none")
 
 
-@pytest.fixture(params=[*sorted(ALGORITHMS), "matu, as in the paper"])
+VARIANTS = {
+    "matu, as in the paper": PAPER,
+    "matu, bfloat16": MatuConfig(precision="bfloat16"),
+    "matu, int8": MatuConfig(precision="int8"),
+}
+
+
+@pytest.fixture(params=[*sorted(ALGORITHMS), *VARIANTS])
 def algorithm(request):
-    choices = PAPER if "paper" in request.param else MatuConfig()
+    choices = VARIANTS.get(request.param, MatuConfig())
     return build(dataclasses.replace(Config(), algorithm=request.param.split(",")[0], matu=choices))
 
 
@@ -205,7 +213,7 @@ def test_individual_keeps_every_slot_its_own():
 @pytest.mark.parametrize("choices", [PAPER, MatuConfig()], ids=["paper", "default"])
 def test_matu_is_the_library(choices):
     vectors, (_, metrics, download) = run("matu", matu=choices)
-    slots, config = slots_with(), matu.AggregationConfig(**dataclasses.asdict(choices))
+    slots, config = slots_with(), aggregation_config(choices)
     uploads = matu.unify(vectors, slots, magnitude=config.magnitude)
     result = matu.aggregate(uploads, slots, config)  # of the first round, in which all is zero
     chex.assert_trees_all_close(download, matu.modulate(result.downloads, slots), rtol=1e-6)
@@ -284,3 +292,29 @@ def test_trained_heads_belong_to_tasks(name):
     np.testing.assert_array_equal(
         message_bits(up, slots_with()), message_bits(plain[0], slots_with()) + extra
     )
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("bfloat16", 16), ("int8", 8)])
+def test_fewer_bits_cross_the_network_and_little_is_lost(precision, bits):
+    exact, coarse = (
+        build(dataclasses.replace(Config(), matu=MatuConfig(precision=p)))
+        for p in ("float32", precision)
+    )
+    slots, vectors = slots_with(), vectors_from(0)
+    found = []
+    for algorithm in (exact, coarse):
+        state = algorithm.init(BASE, slots)
+        uploads = algorithm.upload(vectors, slots)
+        sent = [message_bits(message, slots) for message in algorithm.sent(state, uploads)]
+        found.append((sent, one_round(algorithm, state, vectors, slots)[2]))
+    leaves = len(jax.tree.leaves(BASE))
+    extra = 32 * leaves if precision == "int8" else 0  # each leaf is less than a block
+    for before, after in zip(found[0][0], found[1][0], strict=True):
+        np.testing.assert_array_equal(before - after, PARAMETERS * (32 - bits) - extra)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(found[0][1]))
+    chex.assert_trees_all_close(found[1][1], found[0][1], atol=0.03 * largest)
+    moved = [
+        jnp.abs(x - y).max()
+        for x, y in zip(*map(jax.tree.leaves, (found[0][1], found[1][1])), strict=True)
+    ]
+    assert max(map(float, moved)) > 0

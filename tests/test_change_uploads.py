@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import matu_jax as matu
 from matu_jax.algorithms import build, with_heads
+from matu_jax.algorithms.matu import aggregation_config
 from matu_jax.config import Config, MatuConfig
 
 # Twelve slots of at most twelve clients: every federation has these shapes, and compiles once.
@@ -575,7 +576,7 @@ def test_clients_with_a_task_of_their_own_get_their_vectors_back():
 def test_the_algorithm_is_the_aggregator(transfer):
     everyone, state = _federation(2), None
     algorithm = _algorithm(uploads="change", transfer=transfer)
-    config = matu.AggregationConfig(**dataclasses.asdict(_matu_config(transfer)))
+    config = aggregation_config(_matu_config(transfer))
     own = algorithm.init(jax.tree.map(lambda x: x[0], _changes(0)), everyone)
     state = _start()
     _same(own.server, state)

@@ -15,7 +15,8 @@ from matu_jax.aggregation import (
     unify,
 )
 from matu_jax.algorithms.base import Algorithm, Message, zeros
-from matu_jax.config import Config
+from matu_jax.config import Config, MatuConfig
+from matu_jax.rounding import restored, rounded
 
 
 class MatuState(NamedTuple):
@@ -31,10 +32,20 @@ class MatuState(NamedTuple):
     server: Unified | ServerState
 
 
+def aggregation_config(choices: MatuConfig) -> AggregationConfig:
+    """The aggregator's part of an experiment's choices."""
+    fields = dataclasses.fields(AggregationConfig)
+    return AggregationConfig(**{field.name: getattr(choices, field.name) for field in fields})
+
+
 def matu(config: Config) -> Algorithm:
     """MaTU with the choices of `config.matu`."""
-    changes = config.matu.uploads == "change"
-    choices = AggregationConfig(**dataclasses.asdict(config.matu))  # type: ignore[arg-type]
+    precision, changes = config.matu.precision, config.matu.uploads == "change"
+    choices = aggregation_config(config.matu)
+
+    def received(unified):
+        vector = unified.vector
+        return unified._replace(vector=restored(rounded(vector, precision), vector))
 
     def nothing(base, rows, *groups):
         masks = jax.tree.map(lambda x: jnp.zeros((rows, -(-x.size // 8)), jnp.uint8), base)
@@ -52,15 +63,18 @@ def matu(config: Config) -> Algorithm:
     def server(state, uploads, slots):
         result = aggregate(uploads, slots, choices, state.server)
         keeps = result.state if changes else result.unified
-        return MatuState(result.downloads, keeps), {"similarity": result.similarity}
+        return MatuState(received(result.downloads), keeps), {"similarity": result.similarity}
 
     def message(unified):
-        return Message(per_client=unified.vector, per_shared_slot=(unified.masks, unified.scales))
+        return Message(
+            per_client=rounded(unified.vector, precision),
+            per_shared_slot=(unified.masks, unified.scales),
+        )
 
     return Algorithm(
         init=init,
         download=lambda state, slots: modulate(state.downloads, slots),
-        upload=lambda vectors, slots: unify(vectors, slots, magnitude=choices.magnitude),
+        upload=lambda vectors, slots: received(unify(vectors, slots, magnitude=choices.magnitude)),
         aggregate=server,
         sent=lambda state, uploads: (message(uploads), message(state.downloads)),
         kept=lambda state: state.server,
