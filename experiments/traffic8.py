@@ -3,14 +3,14 @@
     python -m matu_jax.compare --config experiments/traffic8.py
 
 Vectors cross the network as float32, bfloat16 or int8 with a scale for 256 parameters, up and
-down; masks and scales as ever. The settings are compare8's, with fresh seeds, and "fours" besides.
+down; masks and scales as ever. The settings are compare8's and settings8's "fours", with seeds of
+their own.
 """
 
 import dataclasses
 from pathlib import Path
 
 from matu_jax.commandline import run_file
-from matu_jax.comparison.plan import Setting
 
 ARMS = {
     "matu": {},
@@ -22,15 +22,11 @@ ARMS = {
 
 def get_config():
     shipped = run_file(Path(__file__).with_name("compare8.py"))
-    fours = Setting(
-        "Eight tasks, six clients with four tasks each, three holders a task, 128 images a slot.",
-        {"data.clients": 6, "data.tasks_per_client": 4},
-        seconds=48,
-    )
+    others = run_file(Path(__file__).with_name("settings8.py")).settings
     return dataclasses.replace(
         shipped,
         title="MaTU with fewer bits a parameter",
-        settings={**shipped.settings, "fours": fours},
+        settings={**shipped.settings, "fours": others["fours"]},
         arms=ARMS,
         seeds=(3, 4, 5),
         search={},

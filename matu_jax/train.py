@@ -201,7 +201,8 @@ def train(
         target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
     except ValueError as error:
         raise UserError(str(error)) from None
-    _print_plan(config, algorithm, model, federation, mesh, workdir, console)
+    fitted = rounds.fitted(config, model, algorithm, federation, mesh)
+    _print_plan(fitted, algorithm, model, federation, mesh, workdir, console)
 
     log = MetricsLog(workdir / "metrics.jsonl")
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
@@ -220,7 +221,7 @@ def train(
             console.print(f"Going on after round {start[0]} of {config.rounds}.")
         with _progress(console) as bar:
             job = bar.add_task("", total=config.rounds, completed=start[0] if start else 0)
-            results = rounds.run(config, algorithm, model, federation, mesh=mesh, start=start)
+            results = rounds.run(fitted, algorithm, model, federation, mesh=mesh, start=start)
             if profile:
                 left = config.rounds - (start[0] if start else 0)
                 results = _profiled(results, min(2, left), workdir / "profile")
@@ -305,7 +306,6 @@ def _status(record: dict) -> str:
 
 def _print_plan(config, algorithm, model, federation, mesh, workdir, console) -> None:
     slots = federation.slots
-    config = rounds.fitted(config, model, algorithm, federation, mesh)
     state = jax.eval_shape(algorithm.init, model.base, slots)
     stacked = jax.eval_shape(algorithm.download, state, slots)
     uplink, downlink = jax.eval_shape(
