@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from matu_jax.config import Config, did_you_mean, freeze, override
+from matu_jax.interruption import end_on_sigterm
 
 
 class UserError(Exception):
@@ -36,18 +37,20 @@ def run_program(
       mistakes: exceptions whose text is for the user.
 
     Returns:
-      The exit code: 2 after a mistake, 130 after Ctrl-C, else what the work returned.
+      The exit code: 2 after a mistake, 130 after Ctrl-C, 143 after SIGTERM, else what the work
+      returned.
     """
     errors = Console(stderr=True, soft_wrap=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    end_on_sigterm()
     try:
         return work(Console(soft_wrap=True)) or 0
     except mistakes as error:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         return 2
-    except KeyboardInterrupt:
-        errors.print(interrupted, markup=False)
-        return 130
+    except KeyboardInterrupt as error:
+        errors.print(str(error) or interrupted, markup=False, highlight=False)
+        return getattr(error, "exit_code", 130)
 
 
 def read_words(

@@ -12,7 +12,7 @@ Writes comparison.json, report.html, report.md and pictures into the workdir. A 
 interrupted goes on from its last checkpoint.
 
 Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said in one message;
-130 interrupted with Ctrl-C.
+130 stopped with Ctrl-C, 143 with SIGTERM: the round under way ends and is saved.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from matu_jax.comparison.tuning import search
 from matu_jax.config import Config, override
 from matu_jax.metrics import versions, write_json
 from matu_jax.parallel import keep_programs, use_cores
+from matu_jax.workdir import opened
 
 
 def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Path, Path, bool]:
@@ -98,10 +99,10 @@ class Runner:
         """
         self._bar.update(self._job, description=name)
         quiet = Console(file=io.StringIO(), soft_wrap=True)
-        train.prepare_workdir(folder, config)
         started = time.perf_counter()
-        fresh = not (folder / "summary.json").exists()
-        summary = train.train(config, name, folder, quiet)
+        with opened(folder, config):
+            fresh = not (folder / "summary.json").exists()
+            summary = train.train(config, name, folder, quiet)
         seconds = time.perf_counter() - started
         if fresh:
             jax.clear_caches()

@@ -129,6 +129,8 @@ class LocalConfig:
 class MatuConfig:
     """MaTU's choices; see `matu_jax.AggregationConfig`, whose fields these are, and precision.
 
+    (Its defences are in DefenceConfig.)
+
     The defaults follow experiments/results/ablation8; those of `AggregationConfig` are the paper's
     equations as this project reads them: magnitude "max", agreement_threshold 0.4, uploads
     "vector", transfer "none".
@@ -154,6 +156,101 @@ class MatuConfig:
     similarity: str = _field("cross_client", choices=("cross_client", "aggregated"))
     uploads: str = _field("change", choices=("vector", "change"))
     precision: str = _field("float32", choices=("float32", "bfloat16", "int8"))
+
+
+@dataclasses.dataclass(frozen=True)
+class DefenceConfig:
+    """How the server bounds what single clients can do; see `matu_jax.AggregationConfig`.
+
+    The means over clients of the other algorithms follow the same three rules, of changes and with
+    clients instead of slots where a client sends one vector; algorithms without such a mean have no
+    defences and refuse other values than these.
+
+    Attributes:
+      clip: no upload counts for more than this many times the median length; 0 = off.
+      trim: how many of the largest and smallest numbers of a mean are left out; 0 = off.
+      weighting: "examples", or "agreement" of directions with the others, times examples.
+    """
+
+    clip: float = _field(1.5, at_least=0)
+    trim: int = _field(0, at_least=0)
+    weighting: str = _field("examples", choices=("examples", "agreement"))
+
+
+NO_DEFENCE = DefenceConfig(clip=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FailureConfig:
+    """Clients that vanish, and when there are too few of them.
+
+    Attributes:
+      dropout: probability that a client that takes part in a round sends nothing.
+      trace: a CSV file with the columns round (from 1), client and reason: who sends nothing when;
+        "" = none.
+      slowness: standard deviation of the logarithm of a client's time for a round, relative to the
+        typical time; drawn anew for every round.
+      deadline: who needs longer than this many typical times is too late; 0 = no deadline.
+      quorum: holders of a task whose uploads a round needs to change the task; with fewer it keeps
+        its vector.
+      max_nonfinite_share: the run stops, with a message, where training fails (the loss or a
+        parameter is not a finite number) in a larger share of a round's slots.
+    """
+
+    dropout: float = _field(0.0, at_least=0, at_most=1)
+    trace: str = ""
+    slowness: float = _field(0.0, at_least=0)
+    deadline: float = _field(0.0, at_least=0)
+    quorum: int = _field(1, at_least=1)
+    max_nonfinite_share: float = _field(0.5, at_least=0, at_most=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackConfig:
+    """Clients that lie, to find out what they can do; `matu_jax.attacks` says what each kind does.
+
+    Attributes:
+      kind: "none", "sign_flip", "scaling", "noise", "constant", "label_flip", "masks", "scales" or
+        "garbage".
+      share: of every task's holders at most this part lies, and as many as that allows.
+      strength: how many times longer than an honest one a lie is.
+      colludes: whether the liars of a task agree on one lie, made from the mean of what they
+        trained.
+    """
+
+    kind: str = _field(
+        "none",
+        choices=(
+            "none",
+            "sign_flip",
+            "scaling",
+            "noise",
+            "constant",
+            "label_flip",
+            "masks",
+            "scales",
+            "garbage",
+        ),
+    )
+    share: float = _field(0.2, at_least=0, at_most=1)
+    strength: float = _field(1.0, above=0)
+    colludes: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of clients towards the server, see `matu_jax.privacy`.
+
+    Attributes:
+      clip_norm: what a client has changed in a round, over all its tasks, is scaled down to this
+        Euclidean length; 0 = no privacy.
+      noise_multiplier: standard deviation of the Gaussian noise on every number, in clip_norms.
+      delta: of (epsilon, delta).
+    """
+
+    clip_norm: float = _field(0.0, at_least=0)
+    noise_multiplier: float = _field(0.0, at_least=0)
+    delta: float = _field(1e-5, above=0, at_most=0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +303,10 @@ class Config:
       model: see ModelConfig.
       local: see LocalConfig.
       matu: see MatuConfig.
+      defence: see DefenceConfig.
+      failures: see FailureConfig.
+      attack: see AttackConfig.
+      privacy: see PrivacyConfig.
       evaluation: see EvaluationConfig.
       checkpoint: see CheckpointConfig.
     """
@@ -225,6 +326,10 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
     matu: MatuConfig = dataclasses.field(default_factory=MatuConfig)
+    defence: DefenceConfig = dataclasses.field(default_factory=DefenceConfig)
+    failures: FailureConfig = dataclasses.field(default_factory=FailureConfig)
+    attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)
+    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
@@ -365,6 +470,21 @@ def _check(field: dataclasses.Field, value: Any, where: str, problems: list[str]
 
 def _cross_checks(config: Config) -> list[str]:
     problems = []
+    if config.defence.trim and config.defence.weighting != "examples":
+        problems.append(
+            "config.defence.weighting: found 'agreement' beside trim = "
+            f"{config.defence.trim}, which counts all holders the same; choose one of the two."
+        )
+    if config.failures.deadline and not config.failures.slowness:
+        problems.append(
+            f"config.failures.deadline: found {config.failures.deadline}, but nobody is slow: set "
+            "config.failures.slowness too."
+        )
+    if bool(config.privacy.clip_norm) != bool(config.privacy.noise_multiplier):
+        problems.append(
+            f"config.privacy: found clip_norm = {config.privacy.clip_norm} and noise_multiplier = "
+            f"{config.privacy.noise_multiplier}; privacy needs both, or neither."
+        )
     if config.clients_per_round > config.data.clients:
         problems.append(
             f"config.clients_per_round: found {config.clients_per_round}, expected at most "

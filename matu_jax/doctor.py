@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from matu_jax import algorithms, models, rounds, train
+from matu_jax import workdir as workdirs
 from matu_jax.checkpoint import Checkpoints
 from matu_jax.commandline import UserError, read_config, run_program
 from matu_jax.config import Config
@@ -136,7 +137,9 @@ def _workdir(workdir: Path, config: Config) -> Finding:
     try:
         if not workdir.exists():
             return Finding("ok", "workdir", f"{workdir} will be made")
-        train.check_workdir(workdir, config)
+        workdirs.check(workdir, config)
+        if workdirs.is_locked(workdir):
+            return Finding("problem", "workdir", f"{workdir}: a process is at work in it")
         if (workdir / "summary.json").exists():
             return Finding("note", "workdir", f"{workdir}: this run is finished")
         if not (workdir / "checkpoints").exists():

@@ -4,7 +4,8 @@ import bisect
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from matu_jax import attacks, failures, privacy
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm, message_bits
 from matu_jax.config import Config, did_you_mean
@@ -36,11 +38,17 @@ class Federation(NamedTuple):
       tasks: all tasks, with their data.
       slots: client, task and number of training examples of every slot, as numpy arrays.
       indices: per slot, positions in its task's train split.
+      trace: who sends nothing when, from `config.failures.trace`: {round: {client: reason}}.
     """
 
     tasks: tuple[Task, ...]
     slots: Slots
     indices: list[np.ndarray]
+    trace: Mapping[int, Mapping[int, str]] = MappingProxyType({})
+
+
+class StoppedError(RuntimeError):
+    """A run that cannot sensibly go on; says why, and what to do."""
 
 
 class RoundResult(NamedTuple):
@@ -118,10 +126,13 @@ def federate(config: Config) -> Federation:
     """Loads the tasks and deals them out to clients.
 
     Raises:
-      ValueError: for an unknown task, data that is not there, or an assignment or partition that
-        cannot be made; it names the setting to change.
+      ValueError: for an unknown task, data that is not there, an assignment or partition that
+        cannot be made, or a trace that cannot be read; it names the setting to change.
     """
     data = config.data
+    trace = {}
+    if config.failures.trace:
+        trace = failures.read_trace(config.failures.trace, data.clients)
     tasks = load_tasks(config)
     try:
         client, task = assign(
@@ -142,7 +153,8 @@ def federate(config: Config) -> Federation:
             f"dirichlet_alpha) cannot be dealt out: {error}. Tasks: {names}."
         ) from None
     weight = np.array([len(rows) for rows in indices], np.float32)
-    return Federation(tasks, Slots(client, task, weight, data.clients, len(tasks)), indices)
+    slots = Slots(client, task, weight, data.clients, len(tasks))
+    return Federation(tasks, slots, indices, trace)
 
 
 def related(tasks: tuple[Task, ...]) -> np.ndarray:
@@ -304,8 +316,31 @@ def run(
     Yields:
       One `RoundResult` per round. Everything random is drawn from (seed, round, client, task), so
       a run that goes on from a state equals one that was never interrupted.
+
+    Raises:
+      ValueError: at once, for an attack on masks or scales where uploads have none.
+      StoppedError: in the round in which the training of too many slots fails.
     """
-    mesh = mesh or slot_mesh()
+    if config.attack.kind in attacks.OF_UPLOADS:
+        slots = federation.slots
+        state = jax.eval_shape(algorithm.init, model.base, slots)
+        vectors = jax.eval_shape(algorithm.download, state, slots)
+        if not attacks.has_modulators(jax.eval_shape(algorithm.upload, vectors, slots)):
+            raise ValueError(
+                f"config.attack.kind: found {config.attack.kind!r}, but the uploads of "
+                f"{config.algorithm!r} have no masks and scales; choose another kind."
+            )
+    return _run(config, algorithm, model, federation, mesh or slot_mesh(), start)
+
+
+def _run(
+    config: Config,
+    algorithm: Algorithm,
+    model: Model,
+    federation: Federation,
+    mesh: Mesh,
+    start: tuple[int, Any] | None,
+) -> Iterator[RoundResult]:
     everywhere, server = NamedSharding(mesh, PartitionSpec()), mesh.devices.flat[0]
     over_slots = NamedSharding(mesh, PartitionSpec(AXIS))
     tasks, slots = federation.tasks, federation.slots
@@ -324,16 +359,41 @@ def run(
     download = some(algorithm.download)
     evaluated = some(algorithm.evaluated) if algorithm.evaluated else download
 
+    lies = jnp.asarray(attacks.liars(config.attack, slots, config.seed)[slots.client])
+    lies_in_changes = config.attack.kind not in ("none", "label_flip", *attacks.OF_UPLOADS)
+    disturbed = lies_in_changes or config.privacy.clip_norm > 0
+
     @jax.jit
-    def upload(state: Any, trained: list[PyTree], slots: Slots, rows: jax.Array) -> Any:
+    def upload(
+        state: Any, trained: list[PyTree], slots: Slots, rows: jax.Array, index: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """What clients send, and the weights of what is taken."""
+
         def spread(*groups):
             whole = jnp.zeros((slots.client.shape[0], *groups[0].shape[1:]), groups[0].dtype)
             return whole.at[rows].set(jnp.concatenate(groups)[: rows.shape[0]])
 
         vectors = jax.tree.map(spread, *trained)
-        if algorithm.sends_change:
-            vectors = jax.tree.map(jnp.subtract, vectors, algorithm.download(state, slots))
-        return algorithm.upload(vectors, slots)
+        if algorithm.sends_change or disturbed:
+            before = algorithm.download(state, slots)
+            vectors = jax.tree.map(jnp.subtract, vectors, before)
+            if config.privacy.clip_norm:
+                vectors = privacy.privatised(config.privacy, vectors, slots, index, config.seed)
+            if lies_in_changes:
+                vectors = attacks.lied(config.attack, vectors, lies, slots, index, config.seed)
+            if disturbed:  # the server takes no numbers that are not finite
+                finite = [
+                    jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
+                    for x in jax.tree.leaves(vectors)
+                ]
+                weight = jnp.where(jnp.stack(finite).all(axis=0), slots.weight, 0.0)
+                slots = dataclasses.replace(slots, weight=weight)
+            if not algorithm.sends_change:
+                vectors = jax.tree.map(jnp.add, before, vectors)
+        uploads = algorithm.upload(vectors, slots)
+        if config.attack.kind in attacks.OF_UPLOADS:
+            uploads = attacks.lied_upload(config.attack, uploads, lies)
+        return uploads, slots.weight
 
     aggregate = jax.jit(algorithm.aggregate, donate_argnums=0)
 
@@ -372,20 +432,41 @@ def run(
             for name in ("loss", "finite")
         )
         takes_part = chosen[slots.client[rows]]
-        weight = np.zeros_like(slots.weight)
-        weight[rows] = slots.weight[rows] * (takes_part & finite)
-        present = Slots(slots.client, slots.task, weight, slots.num_clients, slots.num_tasks)
+        failed = rows[takes_part & ~finite]
+        _check_failed(config, federation, failed, int(takes_part.sum()), index)
+        absent = failures.absent_clients(
+            config.failures, federation.trace, chosen, seed=config.seed, round_index=index
+        )
+        gone = np.isin(slots.client, list(absent))
+        reasons = {row: absent[slots.client[row]] for row in rows[takes_part & gone[rows]]}
+        reasons |= dict.fromkeys(failed, "training loss or a parameter is not a finite number")
+        present = _weighted(slots, np.isin(range(len(gone)), rows[takes_part & finite]) & ~gone)
 
-        uploads = upload(state, trained, present, rows)
+        uploads, taken = upload(state, trained, present, rows, np.int32(index))
         clock.lap("client_unify", uploads)
         messages = messages or jax.eval_shape(algorithm.sent, state, uploads)
-        state, metrics = aggregate(state, uploads, present)
+        counted = _weighted(slots, np.asarray(taken) > 0)
+        refused = np.flatnonzero((present.weight > 0) & (counted.weight == 0))
+        reasons |= dict.fromkeys(refused, "upload refused: a number is not finite")
+        few = failures.without_quorum(counted, config.failures.quorum)
+        reasons |= dict.fromkeys(
+            np.flatnonzero(few), f"fewer than {config.failures.quorum} holders of the task reported"
+        )
+        counted = _weighted(slots, (counted.weight > 0) & ~few)
+        metrics: dict[str, Any] = {}
+        if counted.weight.any():  # else nothing changes
+            state, metrics = aggregate(state, uploads, counted)
+        if "accepted" in metrics:
+            wrong = np.flatnonzero((counted.weight > 0) & ~np.asarray(metrics["accepted"]))
+            reasons |= dict.fromkeys(
+                wrong, "upload refused: a number is not finite, or a scale < 0"
+            )
         clock.lap("server_aggregation", (state, metrics))
         del downloads, results, trained, uploads, carry, examples
 
-        senders, receivers = present, _chosen(slots, chosen)
+        senders, receivers = present, _weighted(slots, chosen[slots.client])
         if algorithm.one_shot:  # everybody, after the last round
-            senders = receivers = _chosen(slots, np.full_like(chosen, index + 1 == config.rounds))
+            senders = receivers = _weighted(slots, np.full(len(gone), index + 1 == config.rounds))
         accuracy = None
         if (index + 1) % config.evaluation.every_rounds == 0 or index + 1 == config.rounds:
             accuracy = measure(functools.partial(evaluated, state, slots))
@@ -405,15 +486,16 @@ def run(
                 if similarity is None
                 else relatedness_auc(similarity, related(tasks)),
                 "clients": np.flatnonzero(chosen).tolist(),
+                "aggregated": bool(counted.weight.any()),
                 "uplink_bits": int(message_bits(messages[0], senders).sum()),
                 "downlink_bits": int(message_bits(messages[1], receivers).sum()),
                 "dropped": [
                     {
                         "client": int(slots.client[row]),
                         "task": tasks[slots.task[row]].name,
-                        "reason": "training loss or a parameter is not a finite number",
+                        "reason": reasons[row],
                     }
-                    for row in rows[takes_part & ~finite]
+                    for row in sorted(reasons)
                 ],
                 "seconds": clock.seconds,
             },
@@ -425,25 +507,36 @@ def _batches(config: Config, federation: Federation, cut: Grid, done: int) -> It
     """Images and labels of every piece of every round from `done` on, made ahead by threads."""
     slots, tasks, local = federation.slots, federation.tasks, config.local
 
+    flips = config.attack.kind == "label_flip"
+    lies = attacks.liars(config.attack, slots, config.seed)
+
     @functools.lru_cache(maxsize=4)
-    def drawn(index: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+    def drawn(index: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows = trained_slots(config, slots, participants(config, slots, index))
         part = padded_rows(rows, cut.slots).reshape(cut.groups, cut.slots)[group]
-        return slots.task[part], round_indices(
-            [federation.indices[row] for row in part],
-            slots.client[part],
+        return (
+            part,
             slots.task[part],
-            seed=config.seed,
-            round_index=index,
-            steps=local.steps,
-            batch_size=local.batch_examples,
+            round_indices(
+                [federation.indices[row] for row in part],
+                slots.client[part],
+                slots.task[part],
+                seed=config.seed,
+                round_index=index,
+                steps=local.steps,
+                batch_size=local.batch_examples,
+            ),
         )
 
     def piece(number: int) -> tuple[np.ndarray, np.ndarray]:
         index, rest = divmod(number, cut.groups * cut.chunks)
         group, chunk = divmod(rest, cut.chunks)
-        task, indices = drawn(index, group)
-        return gather(tasks, task, indices[:, chunk * cut.steps : (chunk + 1) * cut.steps])
+        part, task, indices = drawn(index, group)
+        chunks = indices[:, chunk * cut.steps : (chunk + 1) * cut.steps]
+        images, labels = gather(tasks, task, chunks)
+        for slot in np.flatnonzero(flips & lies[slots.client[part]]):
+            labels[slot] = tasks[task[slot]].num_classes - 1 - labels[slot]
+        return images, labels
 
     pieces = cut.groups * cut.chunks
     return prefetched(piece, done * pieces, config.rounds * pieces)
@@ -505,8 +598,26 @@ def _measuring(
     return measure
 
 
-def _chosen(slots: Slots, chosen: np.ndarray) -> Slots:
-    weight = np.where(chosen[slots.client], slots.weight, 0).astype(np.float32)
+def _check_failed(
+    config: Config, federation: Federation, failed: np.ndarray, trained: int, index: int
+) -> None:
+    """Stops a run in which the training of too many slots fails."""
+    allowed = config.failures.max_nonfinite_share
+    if len(failed) <= allowed * trained:
+        return
+    client, task = federation.slots.client[failed[0]], federation.slots.task[failed[0]]
+    raise StoppedError(
+        f"round {index + 1}: training failed in {len(failed)} of {trained} slots (client {client}, "
+        f"task {federation.tasks[task].name}, and so on): the loss or a parameter is not a finite "
+        f"number. config.failures.max_nonfinite_share = {allowed:g} allows no more. Lower "
+        "config.local.learning_rate, or compute in float32, and start in another directory; the "
+        "rounds before are as they were."
+    )
+
+
+def _weighted(slots: Slots, there: np.ndarray) -> Slots:
+    """The slots, with weight 0 for those that are not there, bool `[slots]`."""
+    weight = np.where(there, slots.weight, 0).astype(np.float32)
     return Slots(slots.client, slots.task, weight, slots.num_clients, slots.num_tasks)
 
 

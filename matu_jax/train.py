@@ -12,15 +12,17 @@ Compiled programs are kept in ~/.cache/matu_jax/compiled, and found there by the
 JAX_ENABLE_COMPILATION_CACHE=false turns that off.
 
 Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said in one message;
-130 interrupted with Ctrl-C.
+130 stopped with Ctrl-C, 143 with SIGTERM: the first one of either lets the round under way end and
+saves it.
 """
 
+import collections
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,16 +33,19 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from matu_jax import algorithms, models, report, rounds
+from matu_jax import algorithms, models, privacy, report, rounds
 from matu_jax.checkpoint import Checkpoints
 from matu_jax.commandline import UserError, read_config, run_program
 from matu_jax.config import Config
 from matu_jax.data import embedded, prepared
+from matu_jax.interruption import Stopped, StopRequest
 from matu_jax.metrics import MetricsLog, relatedness_auc, versions, write_json
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.huggingface import checkpoint_folder
 from matu_jax.parallel import keep_programs, memory_there, slot_mesh, use_cores
+from matu_jax.workdir import opened
 
+_FINISHING = "Stopping after this round, which is saved then; once more ends at once and loses it."
 INTERRUPTED = "Interrupted. The same command with the same --workdir goes on."
 _AUC = (
     "probability that a related pair of tasks (same label space) has a higher direction similarity "
@@ -80,6 +85,11 @@ def check_inputs(config: Config, file: Path) -> None:
       UserError: one message with everything that is missing, and how to get it.
     """
     problems = []
+    if config.privacy.clip_norm and not importlib.util.find_spec("dp_accounting"):
+        problems.append(
+            "config.privacy: dp-accounting, which computes epsilon, is not installed. Install it "
+            "with\n    pip install 'matu_jax[privacy]'"
+        )
     try:
         names = rounds.task_names(config)
         if config.model.architecture != "embedded" and config.data.source == "prepared":
@@ -98,69 +108,6 @@ def check_inputs(config: Config, file: Path) -> None:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-
-
-def prepare_workdir(workdir: Path, config: Config) -> None:
-    """Makes the workdir, or checks that it holds a run of this very config.
-
-    Raises:
-      UserError: if it cannot be written, or holds something else.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        check_workdir(workdir, config)
-        write_json(workdir / "config.json", dataclasses.asdict(config))
-    except OSError as error:
-        raise UserError(
-            f"--workdir {workdir} cannot be written: {error.strerror}. Give a directory that can."
-        ) from None
-
-
-def check_workdir(workdir: Path, config: Config) -> None:
-    """Checks that a directory is empty, or holds a run of this very config, and can be written.
-
-    Raises:
-      UserError: if it holds something else.
-      OSError: if it cannot be read or written.
-    """
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    kept = workdir / "config.json"
-    if not os.access(workdir, os.W_OK):
-        raise PermissionError(13, "Permission denied", str(workdir))
-    if kept.exists():
-        try:
-            found = json.loads(kept.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{kept} is damaged ({error}). Give another --workdir.") from None
-        found = found if isinstance(found, dict) else {}
-        differences = _differences(found, wanted) if _has_run(workdir) else []
-        if differences:
-            raise UserError(
-                f"--workdir {workdir} holds a run of another config:\n  "
-                + "\n  ".join(differences)
-                + "\nGive another --workdir, or the same config to go on with that run."
-            )
-    elif any(workdir.iterdir()):
-        raise UserError(
-            f"--workdir {workdir} is not empty and holds no run of this program (no "
-            "config.json). Give another directory."
-        )
-
-
-def _has_run(workdir: Path) -> bool:
-    """Whether a run got so far as to write anything but its config."""
-    return any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-
-
-def _differences(found: dict, wanted: dict, path: str = "config") -> list[str]:
-    lines = []
-    for key in sorted(found.keys() | wanted.keys()):
-        a, b, where = found.get(key), wanted.get(key), f"{path}.{key}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += _differences(a, b, where)
-        elif a != b:
-            lines.append(f"{where}: there {a!r}, here {b!r}")
-    return lines
 
 
 def train(
@@ -219,9 +166,12 @@ def train(
             raise UserError(str(error)) from None
         if start:
             console.print(f"Going on after round {start[0]} of {config.rounds}.")
-        with _progress(console) as bar:
+        with _progress(console) as bar, StopRequest(lambda: bar.console.print(_FINISHING)) as stop:
             job = bar.add_task("", total=config.rounds, completed=start[0] if start else 0)
-            results = rounds.run(fitted, algorithm, model, federation, mesh=mesh, start=start)
+            try:
+                results = rounds.run(fitted, algorithm, model, federation, mesh=mesh, start=start)
+            except ValueError as error:
+                raise UserError(str(error)) from None
             if profile:
                 left = config.rounds - (start[0] if start else 0)
                 results = _profiled(results, min(2, left), workdir / "profile")
@@ -232,20 +182,27 @@ def train(
                 last.record["seconds"]["checkpoint"] = saving
                 log.append(last.record)
                 clock = time.perf_counter()
-                if last.round % config.checkpoint.every_rounds == 0 or last.round == config.rounds:
+                due = last.round % config.checkpoint.every_rounds == 0
+                if due or last.round == config.rounds or stop.signal:
                     state = {"state": last.state, "similarity_sum": similarity_sum}
                     checkpoints.save(last.round, state, {"round": last.round})
                 saving = time.perf_counter() - clock
                 bar.update(job, completed=last.round, description=_status(last.record))
-                for drop in last.record["dropped"]:
-                    bar.console.print(
-                        f"round {last.round}: client {drop['client']}, task {drop['task']} "
-                        f"left out: {drop['reason']}"
+                for line in _left_out(last.record["dropped"]):
+                    bar.console.print(f"round {last.round}: left out: {line}", markup=False)
+                if stop.signal and last.round < config.rounds:
+                    raise Stopped(
+                        f"Stopped after round {last.round} of {config.rounds}, which is saved. Go "
+                        f"on with the same command and --workdir {workdir}.",
+                        stop.signal,
                     )
-    similarity = similarity_sum / config.rounds
-    summary = _summary(config, federation, log.records(), similarity)
+    records = log.records()
+    similarity = similarity_sum / max(sum(r["aggregated"] for r in records), 1)
+    summary = _summary(config, federation, records, similarity)
     summary["config"] = dataclasses.asdict(config)
     summary["label_spaces"] = [task.label_space for task in federation.tasks]
+    if config.privacy.clip_norm:
+        summary["privacy"] = _privacy(config, records)
     kept = jax.eval_shape(algorithm.kept, target)
     summary["server"] = {
         "kept_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)),
@@ -253,7 +210,7 @@ def train(
     }
     names = [task.name for task in federation.tasks]
     title = f"{name}: {config.algorithm}"
-    report.plot_accuracy(log.records(), workdir / "accuracy.png", title=title)
+    report.plot_accuracy(records, workdir / "accuracy.png", title=title)
     if summary["similarity"]:
         families = [task.label_space for task in federation.tasks]
         report.plot_similarity(
@@ -342,6 +299,31 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
         )
 
 
+def _privacy(config: Config, records: list[dict]) -> dict:
+    """What the clients' noise has bought; of the client that took part most often."""
+    times = collections.Counter(client for r in records for client in r["clients"])
+    releases = max(times.values(), default=0)
+    return {
+        "epsilon": privacy.epsilon(config.privacy, releases),
+        "delta": config.privacy.delta,
+        "releases": releases,
+        "definition": "client-level, zero-out adjacency, towards the server; see matu_jax.privacy",
+    }
+
+
+def _left_out(dropped: list[dict]) -> list[str]:
+    """What to say about slots that were left out of a round, a line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for drop in dropped:
+        slot = f"client {drop['client']}, task {drop['task']}"
+        by_reason.setdefault(drop["reason"], []).append(slot)
+    lines = []
+    for reason, slots in by_reason.items():
+        more = f"; and {len(slots) - 3} more" if len(slots) > 3 else ""
+        lines.append(f"{'; '.join(slots[:3])}{more} ({reason})")
+    return lines
+
+
 def _summary(config, federation, records, similarity) -> dict:
     measured = [r for r in records if r["accuracy"] is not None]
     best = max(measured, key=lambda r: r["accuracy"]["validation_mean"])
@@ -406,10 +388,10 @@ def main(argv: Sequence[str]) -> int:
         config, file, workdir, profile = parse(argv)
         if not (workdir / "summary.json").exists():
             check_inputs(config, file)
-        prepare_workdir(workdir, config)
-        use_cores()
-        keep_programs()
-        train(config, file.stem, workdir, console, profile=profile)
+        with opened(workdir, config):
+            use_cores()
+            keep_programs()
+            train(config, file.stem, workdir, console, profile=profile)
 
     return run_program(work, interrupted=INTERRUPTED)
 

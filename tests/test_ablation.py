@@ -12,7 +12,9 @@ from matu_jax import algorithms
 from matu_jax.aggregation import Slots, direction_similarity
 from matu_jax.commandline import run_file
 from matu_jax.comparison import plan
-from matu_jax.config import Config, MatuConfig
+from matu_jax.config import NO_DEFENCE, Config, MatuConfig
+
+OPEN = Config(defence=NO_DEFENCE)
 
 EXPERIMENTS = Path(matu_jax.__file__).parents[1] / "experiments"
 SLOTS = Slots(
@@ -87,7 +89,7 @@ def test_every_comparison_can_be_read(name, variants):
 
 
 def test_folded_is_what_the_library_computes(variants):
-    config = Config(matu=MatuConfig(transfer="none", agreement_threshold=0.0))
+    config = Config(defence=NO_DEFENCE, matu=MatuConfig(transfer="none", agreement_threshold=0.0))
     dense, library = variants["folded"](config), algorithms.build(config)
     for count in (1, 2):
         (state, _), (expected, _) = rounds_of(dense, count), rounds_of(library, count)
@@ -103,7 +105,7 @@ def test_a_slot_that_is_absent_changes_nothing(variants):
     absent = SLOTS.weight.at[2].set(0.0)
     slots = Slots(SLOTS.client, SLOTS.task, absent, 3, 3)
     for name, builder in variants.items():
-        algorithm = builder(Config())
+        algorithm = builder(OPEN)
         states = []
         for value in (1.0, 1e6):
             vectors = jax.tree.map(lambda x, v=value: x.at[2].set(v), tree(0, 6))
@@ -117,7 +119,7 @@ def test_a_slot_that_is_absent_changes_nothing(variants):
 def test_masks_and_scales(variants):
     vectors = tree(0, 6)
     found = {
-        name: variants[name](Config()).upload(vectors, SLOTS)[0]["blocks"]["query"]["lora_a"]
+        name: variants[name](OPEN).upload(vectors, SLOTS)[0]["blocks"]["query"]["lora_a"]
         for name in (
             "folded",
             "masks off",
@@ -145,7 +147,7 @@ def test_least_squares_scales_are_nearer_than_others(variants):
     vectors = tree(0, 6)
 
     def error(name):
-        folded = variants[name](Config()).upload(vectors, SLOTS)[0]
+        folded = variants[name](OPEN).upload(vectors, SLOTS)[0]
         parts = jax.tree.map(lambda x, y: jnp.square(x - y).sum(axis=(1, 2, 3)), vectors, folded)
         return np.sum(jax.tree.leaves(parts), axis=0)
 
@@ -155,16 +157,16 @@ def test_least_squares_scales_are_nearer_than_others(variants):
 
 def test_what_is_not_folded_is_exact_and_costs_its_traffic(variants):
     folded, whole = (
-        bits(variants["folded"](Config())),
-        bits(variants["upload not folded"](Config())),
+        bits(variants["folded"](OPEN)),
+        bits(variants["upload not folded"](OPEN)),
     )
     assert whole[1] == folded[1]
     assert whole[0] == [2 * 32 * (2 * 3 * (10 + 8))] * 3
-    assert bits(variants["download not folded"](Config())) == [folded[0], whole[0]]
+    assert bits(variants["download not folded"](OPEN)) == [folded[0], whole[0]]
     vectors = tree(0, 6)
-    algorithm = variants["upload not folded"](Config())
+    algorithm = variants["upload not folded"](OPEN)
     jax.tree.map(np.testing.assert_array_equal, algorithm.upload(vectors, SLOTS)[0], vectors)
-    algorithm = variants["download not folded"](Config())
+    algorithm = variants["download not folded"](OPEN)
     state, _ = rounds_of(algorithm, 2)
     jax.tree.map(
         lambda x, y: np.testing.assert_array_equal(x, y[SLOTS.task]),
@@ -174,7 +176,7 @@ def test_what_is_not_folded_is_exact_and_costs_its_traffic(variants):
 
 
 def test_b_only_trains_and_sends_b_alone(variants):
-    algorithm = variants["B only"](Config())
+    algorithm = variants["B only"](OPEN)
     trains = algorithm.local.trains(tree(0), jnp.float32(0))
     assert trains["blocks"]["query"] == {"lora_a": 0.0, "lora_b": 1.0}
     vector, masks = 32 * 2 * 3 * 8, 2 * 2 * 24
@@ -184,7 +186,7 @@ def test_b_only_trains_and_sends_b_alone(variants):
 @pytest.mark.parametrize("name", ["mean of 3", "mean of 3, sharpened"])
 def test_transfer_mixes_by_similarity_of_slots_of_different_clients(variants, name):
     changes = tree(0, 6)
-    algorithm = variants[name](Config())
+    algorithm = variants[name](OPEN)
     uploads = algorithm.upload(changes, SLOTS)
     state, _ = algorithm.aggregate(algorithm.init(tree(9), SLOTS), uploads, SLOTS)
     similarity = np.asarray(direction_similarity(uploads[0]), np.float64)
@@ -236,7 +238,7 @@ def test_similarity_of_products_looks_at_what_the_kernels_gain(variants):
     }
     lent = {}
     for name in ("mean of 3", "mean of 3, of products"):
-        algorithm = variants[name](Config())
+        algorithm = variants[name](OPEN)
         state = algorithm.init(base, slots)
         state, _ = algorithm.aggregate(state, algorithm.upload(changes, slots), slots)
         lent[name] = float(state.exact["blocks"]["query"]["lora_b"][0].mean())

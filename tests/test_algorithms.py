@@ -11,7 +11,9 @@ import pytest
 import matu_jax as matu
 from matu_jax.algorithms import ALGORITHMS, build, message_bits, with_heads
 from matu_jax.algorithms.matu import aggregation_config
-from matu_jax.config import Config, MatuConfig, ModelConfig
+from matu_jax.config import NO_DEFENCE, Config, MatuConfig, ModelConfig
+
+OPEN = Config(defence=NO_DEFENCE)
 
 CLIENT = np.array([0, 0, 1, 2, 2, 3])
 TASK = np.array([0, 1, 1, 2, 0, 2])
@@ -57,7 +59,7 @@ VARIANTS = {
 @pytest.fixture(params=[*sorted(ALGORITHMS), *VARIANTS])
 def algorithm(request):
     choices = VARIANTS.get(request.param, MatuConfig())
-    return build(dataclasses.replace(Config(), algorithm=request.param.split(",")[0], matu=choices))
+    return build(dataclasses.replace(OPEN, algorithm=request.param.split(",")[0], matu=choices))
 
 
 def test_starts_at_the_base(algorithm):
@@ -162,7 +164,7 @@ def test_what_a_server_keeps():
         "ties": 25,
     }
     for name, size in kept.items():
-        algorithm = build(dataclasses.replace(Config(), algorithm=name))
+        algorithm = build(dataclasses.replace(OPEN, algorithm=name))
         state = algorithm.init(BASE, slots_with())
         assert sum(x.size for x in jax.tree.leaves(algorithm.kept(state))) == size, name
         assert algorithm.kept_per_client == (name == "matfl")
@@ -178,7 +180,7 @@ def weighted(vectors, rows):
 
 
 def run(name, **changes):
-    algorithm = build(dataclasses.replace(Config(), algorithm=name, **changes))
+    algorithm = build(dataclasses.replace(OPEN, algorithm=name, **changes))
     vectors = vectors_from(3)
     return vectors, one_round(algorithm, algorithm.init(BASE, slots_with()), vectors, slots_with())
 
@@ -221,7 +223,7 @@ def test_matu_is_the_library(choices):
 
 
 def test_fedprox_penalises_the_distance_from_the_download():
-    algorithm = build(dataclasses.replace(Config(), algorithm="fedprox", fedprox_mu=0.5))
+    algorithm = build(dataclasses.replace(OPEN, algorithm="fedprox", fedprox_mu=0.5))
     assert algorithm.local.penalty is not None
     a, b = (jax.tree.map(lambda x, r=r: x[r], vectors_from(0)) for r in (0, 1))
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -230,7 +232,7 @@ def test_fedprox_penalises_the_distance_from_the_download():
 
 
 def traffic(name, weight=WEIGHT):
-    algorithm = build(dataclasses.replace(Config(), algorithm=name))
+    algorithm = build(dataclasses.replace(OPEN, algorithm=name))
     slots = slots_with(weight)
     state = algorithm.init(BASE, slots)
     uplink, downlink = algorithm.sent(state, algorithm.upload(vectors_from(0), slots))
@@ -262,12 +264,12 @@ def test_traffic_is_counted_from_what_is_sent():
 
 def test_unknown_algorithm_is_refused_with_a_hint():
     with pytest.raises(ValueError, match='Did you mean "matu"'):
-        build(dataclasses.replace(Config(), algorithm="mattu"))
+        build(dataclasses.replace(OPEN, algorithm="mattu"))
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_trained_heads_belong_to_tasks(name):
-    config = dataclasses.replace(Config(), algorithm=name, model=ModelConfig(head="trained"))
+    config = dataclasses.replace(OPEN, algorithm=name, model=ModelConfig(head="trained"))
     algorithm = build(config)
     base = {"shared": BASE, "head": {"kernel": jnp.zeros((2, 3))}}
     heads = jnp.arange(36.0).reshape(6, 2, 3)
@@ -282,7 +284,7 @@ def test_trained_heads_belong_to_tasks(name):
         holders = [slot] if alone else np.flatnonzero(TASK[slot] == TASK)
         expected = sum(WEIGHT[h] * rows[h] for h in holders) / sum(WEIGHT[h] for h in holders)
         np.testing.assert_allclose(download[slot], expected, rtol=1e-6)
-    inner = build(dataclasses.replace(Config(), algorithm=name))
+    inner = build(dataclasses.replace(OPEN, algorithm=name))
     plain = inner.sent(
         inner.init(BASE, slots_with()), inner.upload(vectors["shared"], slots_with())
     )
@@ -297,7 +299,7 @@ def test_trained_heads_belong_to_tasks(name):
 @pytest.mark.parametrize(("precision", "bits"), [("bfloat16", 16), ("int8", 8)])
 def test_fewer_bits_cross_the_network_and_little_is_lost(precision, bits):
     exact, coarse = (
-        build(dataclasses.replace(Config(), matu=MatuConfig(precision=p)))
+        build(dataclasses.replace(OPEN, matu=MatuConfig(precision=p)))
         for p in ("float32", precision)
     )
     slots, vectors = slots_with(), vectors_from(0)

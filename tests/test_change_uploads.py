@@ -17,7 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import matu_jax as matu
 from matu_jax.algorithms import build, with_heads
 from matu_jax.algorithms.matu import aggregation_config
-from matu_jax.config import Config, MatuConfig
+from matu_jax.config import NO_DEFENCE, Config, MatuConfig
+
+OPEN = Config(defence=NO_DEFENCE)
 
 # Twelve slots of at most twelve clients: every federation has these shapes, and compiles once.
 S, N, T, D = 12, 12, 5, oracle.PARAMETERS
@@ -539,7 +541,7 @@ def _algorithm(**fields):
     choices = MatuConfig(
         **{"transfer": "none", "magnitude": "max", "agreement_threshold": 0.4} | fields
     )
-    return build(dataclasses.replace(Config(), algorithm="matu", matu=choices))
+    return build(dataclasses.replace(OPEN, algorithm="matu", matu=choices))
 
 
 def _as_clients(seed, rows):

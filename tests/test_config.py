@@ -73,13 +73,15 @@ def test_whole_numbers_are_taken_for_floats_and_lists_for_tuples():
 def test_matu_block_is_the_aggregation_config():
     fields = schema.MatuConfig.__dataclass_fields__
     library = AggregationConfig.__dataclass_fields__
-    assert list(fields) == [*library, "precision"]
+    fields = {**fields, **schema.DefenceConfig.__dataclass_fields__}
+    assert set(fields) == {*library, "precision"}
     differing = {n: f.default for n, f in library.items() if f.default != fields[n].default}
     assert differing == {
         "magnitude": "max",
         "agreement_threshold": 0.4,
         "transfer": "none",
         "uploads": "vector",
+        "clip": 0.0,
     }
 
 

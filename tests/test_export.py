@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from matu_jax import export, models, rounds, train
 from matu_jax.config import default, freeze
+from matu_jax.workdir import opened
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -50,8 +51,8 @@ def config_of(architecture, checkpoint, **model):
 
 
 def run(workdir, config):
-    train.prepare_workdir(workdir, config)
-    train.train(config, "tiny", workdir, QUIET)
+    with opened(workdir, config):
+        train.train(config, "tiny", workdir, QUIET)
     return workdir
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from matu_jax import prepare, rounds, train
 from matu_jax.config import default, freeze
+from matu_jax.workdir import opened
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -72,8 +73,8 @@ def test_prepare_then_train_learns(places):
     assert sorted(np.concatenate(indices)) == list(range(108))
 
     workdir = places / "run"
-    train.prepare_workdir(workdir, config)
-    summary = train.train(config, "tiny", workdir, console)
+    with opened(workdir, config):
+        summary = train.train(config, "tiny", workdir, console)
     records = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["loss"] < records[0]["loss"]
     assert summary["accuracy"]["mean"] > 0.25, summary["accuracy"]  # chance is 0.1

@@ -18,10 +18,19 @@ from scipy.cluster.hierarchy import fcluster, linkage
 import matu_jax as matu
 from matu_jax import models, rounds
 from matu_jax.algorithms import build
-from matu_jax.config import Config, DataConfig, EvaluationConfig, LocalConfig, ModelConfig
+from matu_jax.config import (
+    NO_DEFENCE,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LocalConfig,
+    ModelConfig,
+)
 from matu_jax.data import Split, Task
 from matu_jax.local import local_training
 from matu_jax.trees import leaf_items
+
+OPEN = Config(defence=NO_DEFENCE)
 
 CLIENT = np.array([0, 0, 1, 2, 2, 3, 3])
 TASK = np.array([0, 1, 1, 2, 0, 2, 3])
@@ -194,7 +203,7 @@ SPLITS = [
 
 
 def configured(name, **changes):
-    return build(dataclasses.replace(Config(), algorithm=name, **changes))
+    return build(dataclasses.replace(OPEN, algorithm=name, **changes))
 
 
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])
@@ -508,7 +517,7 @@ def test_fedrep_moves_one_part_at_a_time(tower, optimizer):
     local = LocalConfig(
         steps=STEPS, batch_examples=3, optimizer=optimizer, learning_rate=0.01, weight_decay=0.1
     )
-    config = dataclasses.replace(Config(), algorithm="fedrep", model=model_config, local=local)
+    config = dataclasses.replace(OPEN, algorithm="fedrep", model=model_config, local=local)
     start, middle, end = trained_in_parts(model, local, build(config).local)
     for path in start:
         head, stacked = path.startswith("head"), np.s_[:, :2]
@@ -525,7 +534,7 @@ def test_fedrep_moves_one_part_at_a_time(tower, optimizer):
 def test_fed_lora_b_leaves_a_alone_but_not_the_head(tower):
     model_config, model = tower()
     local = LocalConfig(steps=STEPS, batch_examples=3)
-    config = dataclasses.replace(Config(), algorithm="fed_lora_b", model=model_config, local=local)
+    config = dataclasses.replace(OPEN, algorithm="fed_lora_b", model=model_config, local=local)
     start, _, end = trained_in_parts(model, local, build(config).local)
     for path in start:
         assert (end[path] == start[path]).all() == path.endswith("lora_a"), path

@@ -13,9 +13,11 @@ import pytest
 import tiny
 
 from matu_jax import train
+from matu_jax.workdir import opened
 
 EXPERIMENT = """
 from matu_jax.config import default
+from matu_jax.workdir import opened
 
 
 def get_config():
@@ -116,7 +118,8 @@ def test_workdirs_that_cannot_serve_are_refused(capsys, experiment, tmp_path):
 
 def test_a_workdir_of_another_config_is_refused_with_the_differences(capsys, experiment, tmp_path):
     config, *_ = train.parse(["train", experiment])
-    train.prepare_workdir(tmp_path / "run", config)
+    with opened(tmp_path / "run", config):
+        pass
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     text = mistake(capsys, experiment, "--config.rounds=9", f"--workdir={tmp_path}/run")
     assert "config.rounds: there 4, here 9" in text

@@ -19,6 +19,14 @@ from matu_jax.aggregation.fold import (
     over_blocks,
     over_groups,
 )
+from matu_jax.aggregation.robust import (
+    agreement_weights,
+    clip_factors,
+    sign_sums,
+    trimmed_mean,
+    vector_lengths,
+    with_extremes,
+)
 from matu_jax.aggregation.shrinkage import shrinkage
 from matu_jax.aggregation.types import (
     Aggregated,
@@ -70,7 +78,7 @@ def _same_task(
         zero = loop_zeros((1, length), jnp.float32, *inputs)
 
         def add_slot(carry, slot, task, first):
-            own, signs, energies, mean, sign, rows = carry
+            own, signs, energies, mean, sign, rows, extremes = carry
             packed = jax.lax.dynamic_slice(mask, (slot, start // 8), (1, -(-length // 8)))
             x = jax.lax.dynamic_slice(leaf, (slots.client[slot], start), (1, length))
             ok = accepted[slot]
@@ -85,20 +93,34 @@ def _same_task(
             held = holders[task]
             agreement = jnp.abs(sign) / jnp.maximum(held, 1).astype(jnp.float32)
             gate = jnp.where(agreement >= config.agreement_threshold, 1.0, agreement)
+            middle = mean
+            if config.trim:
+                grown = with_extremes(extremes, x[0], first)
+                absent = jnp.where(first, -jnp.inf, extremes)
+                extremes = jnp.where(ok, grown, absent)
+                middle = trimmed_mean(mean[0], extremes, held)[None]
             before = jax.lax.dynamic_slice(own, (task, start), (1, length))
-            value = jnp.where(held > 0, as_bits(clip_to(gate * mean, dtype)), before)
+            value = jnp.where(held > 0, as_bits(clip_to(gate * middle, dtype)), before)
             own = jax.lax.dynamic_update_slice(own, value, (task, start))
             if compares:
                 signs = jax.lax.dynamic_update_slice(signs, sign, (task, 0))
             if config.transfer == "shrinkage":
                 energies = energies.at[task].add(jnp.square(x).sum())
-            return own, signs, energies, mean, sign, rows
+            return own, signs, energies, mean, sign, rows, extremes
 
         signs = loop_zeros((tasks, length if compares else 0), jnp.float32, *inputs)
         own, signs, energies, *_ = over_groups(
             slots.task,
             add_slot,
-            (own, signs, energies, zero, zero, jnp.concatenate([zero, zero])),
+            (
+                own,
+                signs,
+                energies,
+                zero,
+                zero,
+                jnp.concatenate([zero, zero]),
+                loop_zeros((2, config.trim, length), jnp.float32, *inputs),
+            ),
         )
         if compares:
             products = products + gram([signs], signs=False) * length
@@ -131,6 +153,15 @@ def _aggregate(
 
     weight = jnp.where(accepted, slots.weight, 0.0)
     weight = weight / jnp.maximum(weight.max(), jnp.finfo(jnp.float32).tiny)
+    scales = uploads.scales
+    if config.clip:
+        lengths = jnp.where(accepted, scales * vector_lengths(vector)[slots.client], 0.0)
+        scales = scales * clip_factors(lengths, accepted, config.clip)
+    if config.trim:
+        weight = accepted.astype(jnp.float32)
+    elif config.weighting == "agreement":
+        common, nonzero = sign_sums(vector, masks, scales, accepted, slots)
+        weight = agreement_weights(common, nonzero, weight, slots.task, tasks)
     weight_sum = jnp.zeros(tasks, jnp.float32).at[slots.task].add(weight)
     holders = jnp.zeros(tasks, jnp.int32).at[slots.task].add(accepted.astype(jnp.int32))
     share = weight / jnp.where(weight_sum > 0, weight_sum, 1.0)[slots.task]
@@ -154,7 +185,7 @@ def _aggregate(
     energies = jnp.zeros(tasks, jnp.float32)
     for leaf, mask, old in zip(vector, masks, kept, strict=True):
         new, signs, squares = _same_task(
-            leaf, mask, old, uploads.scales, share, accepted, holders, slots, config
+            leaf, mask, old, scales, share, accepted, holders, slots, config
         )
         own.append(new)
         products, energies = products + signs, energies + squares
@@ -169,9 +200,7 @@ def _aggregate(
         held = holders.astype(jnp.float32)
         size = sum(leaf.shape[1] for leaf in vector)
         pairs = held[:, None] * held[None, :] - present.T @ present
-        products = products / size - same_client_gram(
-            vector, masks, uploads.scales, slots, accepted
-        )
+        products = products / size - same_client_gram(vector, masks, scales, slots, accepted)
         compared = pairs > 0
         mean_product = jnp.where(compared, products / jnp.maximum(pairs, 1.0), 0.0)
         similarity = jnp.clip((1 + mean_product) / 2, 0.0, 1.0)

@@ -15,6 +15,7 @@ Magnitude = Literal["max", "mean"]
 Transfer = Literal["none", "mean", "additive", "shrinkage"]
 Similarity = Literal["cross_client", "aggregated"]
 Uploads = Literal["vector", "change"]
+Weighting = Literal["examples", "agreement"]
 
 
 @partial(
@@ -81,6 +82,17 @@ class AggregationConfig:
         quantisation-aware training with a straight-through estimator. Where every client folds
         the same contradictory tasks, no folded vector serves them all, and the exact ones move on
         without settling.
+      clip: 0 = off. Bounds what one slot can do to the others: its vector is scaled down where
+        scale times length of its client's unified vector exceeds `clip` times the median over the
+        round's slots. That product bounds the length of what the slot's mask lets through, so that
+        neither a long vector nor a large scale nor a full mask gets past it.
+      trim: how many of a task's largest and smallest numbers eq. 6 leaves out, parameter by
+        parameter (the trimmed mean of Yin et al. 2018, arXiv 1803.01498; all but the middle ones
+        where a task has too few holders: the median). Every holder counts the same then, whatever
+        its weight. 0 = off.
+      weighting: what eq. 6 weights holders by. "examples": `Slots.weight`. "agreement": that, times
+        the mean correlation of a holder's signs with those of the task's other holders, not below 0
+        (as FLTrust, Cao et al. 2021, arXiv 2012.13995, weights by the cosine to a trusted vector).
     """
 
     magnitude: Magnitude = "max"
@@ -90,6 +102,9 @@ class AggregationConfig:
     transfer: Transfer = "none"
     similarity: Similarity = "cross_client"
     uploads: Uploads = "vector"
+    clip: float = 0.0
+    trim: int = 0
+    weighting: Weighting = "examples"
 
     def __post_init__(self):
         for field, choices in (
@@ -97,6 +112,7 @@ class AggregationConfig:
             ("transfer", Transfer),
             ("similarity", Similarity),
             ("uploads", Uploads),
+            ("weighting", Weighting),
         ):
             if getattr(self, field) not in get_args(choices):
                 raise ValueError(
@@ -110,9 +126,20 @@ class AggregationConfig:
                     f"AggregationConfig.{field}: found {getattr(self, field)!r}, expected a number "
                     "from 0 to 1."
                 )
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+        for field in ("top_k", "trim"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(
+                    f"AggregationConfig.{field}: found {value!r}, expected a whole number >= 0."
+                )
+        if not isinstance(self.clip, int | float) or not 0 <= self.clip < float("inf"):
             raise ValueError(
-                f"AggregationConfig.top_k: found {self.top_k!r}, expected a whole number >= 0."
+                f"AggregationConfig.clip: found {self.clip!r}, expected a finite number >= 0."
+            )
+        if self.trim and self.weighting != "examples":
+            raise ValueError(
+                f"AggregationConfig.weighting: found 'agreement' beside trim = {self.trim}, which "
+                "counts all holders the same; choose one of the two."
             )
         needed = ("change", "cross_client")
         if self.transfer == "shrinkage" and (self.uploads, self.similarity) != needed:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from matu_jax.algorithms.base import Algorithm, LocalRule, Message, message_bits, with_heads
-from matu_jax.config import Config, did_you_mean
+from matu_jax.config import NO_DEFENCE, Config, DefenceConfig, did_you_mean
 
 _NAMES = (  # of a module here and of its function `Config -> Algorithm`
     "emr_one_shot",
@@ -40,4 +40,9 @@ def build(config: Config) -> Algorithm:
             + did_you_mean(config.algorithm, ALGORITHMS)
         )
     algorithm = ALGORITHMS[config.algorithm](config)
+    if algorithm.defence is None and config.defence not in (DefenceConfig(), NO_DEFENCE):
+        raise ValueError(
+            f"config.defence: found {config.defence}, but {config.algorithm!r} has no defences; "
+            "leave config.defence as it is, or choose another algorithm."
+        )
     return with_heads(algorithm) if config.model.trains_heads else algorithm

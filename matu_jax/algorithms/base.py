@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from matu_jax.aggregation import Slots
+from matu_jax.aggregation.robust import agreement_weights, clip_factors, trimmed_mean, with_extremes
+from matu_jax.config import NO_DEFENCE, DefenceConfig
 from matu_jax.trees import PyTree, leaf_items
 
 
@@ -58,7 +60,8 @@ class Algorithm(NamedTuple):
         is evaluated unless `evaluated` says otherwise.
       upload: `(vectors [slots, ...], slots) -> uploads`, the client's side.
       aggregate: `(state, uploads, slots) -> (state, metrics)`, the server's side. Metrics is a dict
-        of arrays; "similarity" `[tasks, tasks]` where the algorithm measures one.
+        of arrays; "similarity" `[tasks, tasks]` where the algorithm measures one; "accepted" bool
+        `[slots]` where it refuses uploads by itself.
       sent: `(state, uploads) -> (uplink, downlink)`: the parts of uploads and state that cross the
         network, as `Message`s, from which traffic is counted.
       local: how slots train.
@@ -71,6 +74,8 @@ class Algorithm(NamedTuple):
       one_shot: whether messages cross the network once, after the last round.
       sends_change: whether upload is given what the round has changed, vectors less downloads,
         instead of the vectors.
+      defence: the rules by which its means are defended against clients that lie; None where it has
+        no defences.
     """
 
     init: Callable[[PyTree, Slots], Any]
@@ -85,6 +90,7 @@ class Algorithm(NamedTuple):
     evaluated: Callable[[Any, Slots], PyTree] | None = None
     one_shot: bool = False
     sends_change: bool = False
+    defence: DefenceConfig | None = None
 
 
 def weighted_mean(
@@ -116,11 +122,101 @@ def weighted_mean(
     return jax.tree.map(mean, vectors), total
 
 
+def defended_mean(
+    vectors: PyTree,
+    before: PyTree,
+    weight: jax.Array,
+    group: jax.Array,
+    num_groups: int,
+    defence: DefenceConfig,
+) -> tuple[PyTree, jax.Array]:
+    """`before` plus the mean of changes per group, by the rules of a defence; in float32.
+
+    Args:
+      vectors: leaves `[rows, ...]`; what a row has changed is its difference from its group's
+        `before`.
+      before: leaves `[groups, ...]`.
+      weight: float32 `[rows]`; rows of weight 0 do not count, whatever they hold.
+      group: int32 `[rows]`.
+      num_groups: number of groups.
+      defence: see `matu_jax.AggregationConfig`, with rows for slots and groups for tasks.
+
+    Returns:
+      Leaves `[groups, ...]` in the storage dtype, `before` for a group without weight; and the
+      total weight `[groups]`. Without defences, that is the weighted mean itself.
+    """
+    total = jax.ops.segment_sum(weight, group, num_groups)
+    if defence == NO_DEFENCE:
+        mean, _ = weighted_mean(vectors, weight, group, num_groups)
+        return keep_where_absent(mean, before, total > 0), total
+
+    present = weight > 0
+
+    def change(x, b):
+        rows = x.astype(jnp.float32) - b.astype(jnp.float32)[group]
+        return jnp.where(present[:, None], rows.reshape(rows.shape[0], -1), 0.0)
+
+    changes = jax.tree.map(change, vectors, before)
+    if defence.clip:
+        factors = clip_factors(row_lengths(changes), present, defence.clip)
+        # A length that has overflowed has the factor 0.
+        changes = jax.tree.map(
+            lambda x: jnp.where(factors[:, None] > 0, factors[:, None] * x, 0.0), changes
+        )
+    if defence.weighting == "agreement":
+
+        def signs(x):
+            own = jnp.sign(x)
+            return (own * jax.ops.segment_sum(own, group, num_groups)[group]).sum(axis=1)
+
+        leaves = jax.tree.leaves(changes)
+        common = jnp.stack([signs(x) for x in leaves]).sum(axis=0)
+        nonzero = jnp.stack([(x != 0).sum(axis=1) for x in leaves]).sum(axis=0)
+        nonzero = nonzero.astype(jnp.float32)
+        weight = agreement_weights(common, nonzero, weight, group, num_groups)
+    if defence.trim:
+        weight = present.astype(jnp.float32)
+    moved, _ = weighted_mean(changes, weight, group, num_groups)
+    if defence.trim:
+        members = jnp.zeros(num_groups, jnp.int32).at[group].add(present.astype(jnp.int32))
+
+        def trimmed(mean, x):
+            def add(extremes, row):
+                values, where, there = row
+                grown = with_extremes(extremes[where], values, jnp.bool_(False))
+                return extremes.at[where].set(jnp.where(there, grown, extremes[where])), None
+
+            shape = (num_groups, 2, defence.trim, x.shape[1])
+            extremes, _ = jax.lax.scan(add, jnp.full(shape, -jnp.inf), (x, group, present))
+            return jax.vmap(trimmed_mean)(mean, extremes, members)
+
+        moved = jax.tree.map(trimmed, moved, changes)
+
+    def add(b, x):
+        return (b.astype(jnp.float32) + x.reshape(b.shape)).astype(b.dtype)
+
+    return keep_where_absent(jax.tree.map(add, before, moved), before, total > 0), total
+
+
+def row_lengths(vectors: PyTree) -> jax.Array:
+    """Euclidean lengths of the rows of a stacked tree, over all its leaves: float32 `[rows]`."""
+    squares = [
+        jnp.square(x.astype(jnp.float32)).reshape(x.shape[0], -1).sum(axis=1)
+        for x in jax.tree.leaves(vectors)
+    ]
+    return jnp.sqrt(jnp.stack(squares).sum(axis=0))
+
+
+def per_row(values: jax.Array, like: jax.Array) -> jax.Array:
+    """Gives values `[rows]` as many axes as an array `[rows, ...]` has, to broadcast against it."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
 def keep_where_absent(new: PyTree, old: PyTree, present: jax.Array) -> PyTree:
     """Takes rows of `new` where present and of `old` elsewhere; leaves `[rows, ...]`."""
 
     def choose(n, o):
-        return jnp.where(present.reshape(-1, *([1] * (n.ndim - 1))), n, o)
+        return jnp.where(per_row(present, n), n, o)
 
     return jax.tree.map(choose, new, old)
 
@@ -164,8 +260,8 @@ def last_blocks(count: int) -> Cut:
     return cut
 
 
-def partly_shared(cut: Cut) -> Algorithm:
-    """FedAvg of what a cut shares; the rest stays with its slot, at its client.
+def partly_shared(cut: Cut, defence: DefenceConfig) -> Algorithm:
+    """FedAvg, defended, of what a cut shares; the rest stays with its slot, at its client.
 
     The state is the shared vector, leaves `[...]`, and every slot's personal part, leaves `[slots,
     ...]`; both have the tree of the model, with leaves without rows where there is nothing.
@@ -197,7 +293,7 @@ def partly_shared(cut: Cut) -> Algorithm:
         return mean_of_clients(shared, slots), personal
 
     def aggregate(state, uploads, slots):
-        shared = mean_over_clients(uploads[0], slots, state[0])
+        shared = mean_over_clients(uploads[0], slots, state[0], defence)
         return (shared, keep_where_absent(uploads[1], state[1], slots.weight > 0)), {}
 
     return Algorithm(
@@ -208,6 +304,7 @@ def partly_shared(cut: Cut) -> Algorithm:
         sent=lambda state, uploads: (Message(uploads[0]), Message(uploads[0])),
         shares_heads=False,
         kept=lambda state: state[0],
+        defence=defence,
     )
 
 
@@ -216,12 +313,15 @@ def mean_of_clients(vectors: PyTree, slots: Slots) -> PyTree:
     return weighted_mean(vectors, slots.weight, slots.client, slots.num_clients)[0]
 
 
-def mean_over_clients(uploads: PyTree, slots: Slots, before: PyTree) -> PyTree:
+def mean_over_clients(
+    uploads: PyTree, slots: Slots, before: PyTree, defence: DefenceConfig
+) -> PyTree:
     """Mean over clients, weighted by examples: leaves `[...]`; `before` where nobody is there."""
     weight = jax.ops.segment_sum(slots.weight, slots.client, slots.num_clients)
     one_group = jnp.zeros(slots.num_clients, jnp.int32)
-    mean, total = weighted_mean(uploads, weight, one_group, 1)
-    return jax.tree.map(lambda new, old: jnp.where(total[0] > 0, new[0], old), mean, before)
+    old = jax.tree.map(lambda leaf: leaf[None], before)
+    mean, _ = defended_mean(uploads, old, weight, one_group, 1, defence)
+    return jax.tree.map(lambda leaf: leaf[0], mean)
 
 
 def zeros(base: PyTree, *rows: int) -> PyTree:
@@ -269,16 +369,17 @@ def with_heads(inner: Algorithm) -> Algorithm:
 
     def aggregate(state, uploads, slots):
         shared, metrics = inner.aggregate(state[0], uploads[0], slots)
-        head, present = uploads[1], slots.weight > 0
+        head, before = uploads[1], state[1]
         if inner.sends_change:
-            before = state[1]
+            start = before
             if inner.shares_heads:
-                before = jax.tree.map(lambda x: x[slots.task], before)
-            head = jax.tree.map(jnp.add, before, head)
+                start = jax.tree.map(lambda x: x[slots.task], start)
+            head = jax.tree.map(jnp.add, start, head)
         if inner.shares_heads:
-            head, total = weighted_mean(head, slots.weight, slots.task, slots.num_tasks)
-            present = total > 0
-        return (shared, keep_where_absent(head, state[1], present)), metrics
+            defence = inner.defence or NO_DEFENCE
+            groups = slots.weight, slots.task, slots.num_tasks
+            return (shared, defended_mean(head, before, *groups, defence)[0]), metrics
+        return (shared, keep_where_absent(head, before, slots.weight > 0)), metrics
 
     def sent(state, uploads):
         up, down = inner.sent(state[0], uploads[0])

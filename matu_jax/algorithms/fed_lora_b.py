@@ -44,4 +44,4 @@ def fed_lora_b(config: Config) -> Algorithm:
         return jax.tree.map(lambda a: 0.0 if a else 1.0, is_a(vector))
 
     rule = LocalRule() if config.lora_b_trains_a else LocalRule(trains=trains)
-    return partly_shared(cut)._replace(local=rule, shares_heads=True)
+    return partly_shared(cut, config.defence)._replace(local=rule, shares_heads=True)

@@ -13,7 +13,6 @@ from matu_jax.config import Config
 
 def fedavg(config: Config) -> Algorithm:
     """FedAvg; the state is one vector, leaves `[...]`."""
-    del config
 
     def download(state, slots):
         rows = slots.client.shape[0]
@@ -23,6 +22,10 @@ def fedavg(config: Config) -> Algorithm:
         init=lambda base, slots: zeros(base),
         download=download,
         upload=mean_of_clients,
-        aggregate=lambda state, uploads, slots: (mean_over_clients(uploads, slots, state), {}),
+        aggregate=lambda state, uploads, slots: (
+            mean_over_clients(uploads, slots, state, config.defence),
+            {},
+        ),
         sent=lambda state, uploads: (Message(per_client=uploads), Message(per_client=uploads)),
+        defence=config.defence,
     )

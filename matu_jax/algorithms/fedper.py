@@ -16,4 +16,4 @@ from matu_jax.config import Config
 
 def fedper(config: Config) -> Algorithm:
     """FedPer with `config.personal_blocks`; see `base.partly_shared` for the state."""
-    return partly_shared(last_blocks(config.personal_blocks))
+    return partly_shared(last_blocks(config.personal_blocks), config.defence)

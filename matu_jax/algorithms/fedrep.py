@@ -54,4 +54,6 @@ def fedrep(config: Config) -> Algorithm:
 
         return jax.tree.map(factor, vector, cut(vector, 0))
 
-    return partly_shared(cut)._replace(local=LocalRule(trains=trains, head_trains=personal_phase))
+    return partly_shared(cut, config.defence)._replace(
+        local=LocalRule(trains=trains, head_trains=personal_phase)
+    )

@@ -15,7 +15,7 @@ from matu_jax.aggregation import (
     unify,
 )
 from matu_jax.algorithms.base import Algorithm, Message, zeros
-from matu_jax.config import Config, MatuConfig
+from matu_jax.config import NO_DEFENCE, Config, DefenceConfig, MatuConfig
 from matu_jax.rounding import restored, rounded
 
 
@@ -32,16 +32,19 @@ class MatuState(NamedTuple):
     server: Unified | ServerState
 
 
-def aggregation_config(choices: MatuConfig) -> AggregationConfig:
+def aggregation_config(
+    choices: MatuConfig, defence: DefenceConfig = NO_DEFENCE
+) -> AggregationConfig:
     """The aggregator's part of an experiment's choices."""
-    fields = dataclasses.fields(AggregationConfig)
-    return AggregationConfig(**{field.name: getattr(choices, field.name) for field in fields})
+    given = dataclasses.asdict(choices) | dataclasses.asdict(defence)
+    del given["precision"]
+    return AggregationConfig(**given)
 
 
 def matu(config: Config) -> Algorithm:
     """MaTU with the choices of `config.matu`."""
     precision, changes = config.matu.precision, config.matu.uploads == "change"
-    choices = aggregation_config(config.matu)
+    choices = aggregation_config(config.matu, config.defence)
 
     def received(unified):
         vector = unified.vector
@@ -63,7 +66,10 @@ def matu(config: Config) -> Algorithm:
     def server(state, uploads, slots):
         result = aggregate(uploads, slots, choices, state.server)
         keeps = result.state if changes else result.unified
-        return MatuState(received(result.downloads), keeps), {"similarity": result.similarity}
+        return MatuState(received(result.downloads), keeps), {
+            "similarity": result.similarity,
+            "accepted": result.accepted,
+        }
 
     def message(unified):
         return Message(
@@ -79,4 +85,5 @@ def matu(config: Config) -> Algorithm:
         sent=lambda state, uploads: (message(uploads), message(state.downloads)),
         kept=lambda state: state.server,
         sends_change=changes,
+        defence=config.defence,
     )

@@ -6,20 +6,19 @@ receives k full task vectors.
 
 import jax
 
-from matu_jax.algorithms.base import Algorithm, Message, keep_where_absent, weighted_mean, zeros
+from matu_jax.algorithms.base import Algorithm, Message, defended_mean, zeros
 from matu_jax.config import Config
 
 
 def per_task(config: Config) -> Algorithm:
     """FedAvg per task; the state is one vector per task, leaves `[tasks, ...]`."""
-    del config
 
     def download(state, slots):
         return jax.tree.map(lambda leaf: leaf[slots.task], state)
 
     def aggregate(state, uploads, slots):
-        mean, total = weighted_mean(uploads, slots.weight, slots.task, slots.num_tasks)
-        return keep_where_absent(mean, state, total > 0), {}
+        groups = slots.weight, slots.task, slots.num_tasks
+        return defended_mean(uploads, state, *groups, config.defence)[0], {}
 
     return Algorithm(
         init=lambda base, slots: zeros(base, slots.num_tasks),
@@ -27,4 +26,5 @@ def per_task(config: Config) -> Algorithm:
         upload=lambda vectors, slots: vectors,
         aggregate=aggregate,
         sent=lambda state, uploads: (Message(per_slot=uploads), Message(per_slot=uploads)),
+        defence=config.defence,
     )

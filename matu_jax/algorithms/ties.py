@@ -53,6 +53,7 @@ def ties(config: Config) -> Algorithm:
         return jax.tree.map(merge, uploads, state), {}
 
     return fedavg(config)._replace(
+        defence=None,
         upload=lambda vectors, slots: vectors,
         aggregate=aggregate,
         sent=lambda state, uploads: (Message(per_slot=uploads), Message(per_client=uploads)),

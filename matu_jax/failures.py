@@ -1,0 +1,91 @@
+"""Clients that vanish: drop-out, stragglers, and tasks with too few holders left."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from matu_jax.aggregation import Slots
+from matu_jax.config import FailureConfig
+
+_COLUMNS = ["round", "client", "reason"]
+
+
+def read_trace(file: str, num_clients: int) -> dict[int, dict[int, str]]:
+    """Reads who is absent when: `{round, from 1: {client: reason}}`.
+
+    Args:
+      file: CSV with a header and the columns round, client and reason, in this order.
+      num_clients: clients are below it.
+
+    Raises:
+      ValueError: names the file and the line of what is wrong.
+    """
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8 text"
+        raise ValueError(f"config.failures.trace: {path} cannot be read: {reason}.") from None
+    absent: dict[int, dict[int, str]] = {}
+    rows = csv.reader(text.splitlines())
+    header = [name.strip() for name in next(rows, [])]
+    if header != _COLUMNS:
+        raise ValueError(
+            f"{path}, line 1: found {','.join(header)!r}, expected {','.join(_COLUMNS)!r}."
+        )
+    for row in rows:
+        if not row:
+            continue
+        number = row[0].strip() if len(row) == 3 else ""
+        client = row[1].strip() if len(row) == 3 else ""
+        known = number.isdecimal() and client.isdecimal()
+        if not known or int(number) < 1 or int(client) >= num_clients:
+            raise ValueError(
+                f"{path}, line {rows.line_num}: found {','.join(row)!r}, expected a round from 1, "
+                f"a client from 0 to {num_clients - 1}, and a reason."
+            )
+        absent.setdefault(int(number), {})[int(client)] = row[2].strip() or "no reason given"
+    return absent
+
+
+def absent_clients(
+    config: FailureConfig,
+    trace: Mapping[int, Mapping[int, str]],
+    chosen: np.ndarray,
+    *,
+    seed: int,
+    round_index: int,
+) -> dict[int, str]:
+    """Who of a round's clients sends nothing, and why; drawn from (seed, round, client).
+
+    Args:
+      config: see `FailureConfig`.
+      trace: from `read_trace`.
+      chosen: bool `[clients]`, who takes part.
+      seed: of the run.
+      round_index: from 0.
+    """
+    absent: dict[int, str] = {}
+    traced = trace.get(round_index + 1, {})
+    for client in np.flatnonzero(chosen).tolist():
+        rng = np.random.default_rng((seed, round_index, client, 0xFA11))
+        gone, slow = rng.random(), float(np.exp(config.slowness * rng.standard_normal()))
+        if client in traced:
+            absent[client] = f"absent by the trace: {traced[client]}"
+        elif gone < config.dropout:
+            absent[client] = "dropped out"
+        elif config.deadline and slow > config.deadline:
+            absent[client] = (
+                f"too late: {slow:.2f} typical times, the deadline is {config.deadline:g}"
+            )
+    return absent
+
+
+def without_quorum(slots: Slots, quorum: int) -> np.ndarray:
+    """Slots that sent something for a task of which too few did: bool `[slots]`."""
+    there = np.asarray(slots.weight) > 0
+    task = np.asarray(slots.task)
+    count = np.bincount(task[there], minlength=slots.num_tasks)
+    return there & (count < quorum)[task]

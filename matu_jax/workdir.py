@@ -1,0 +1,133 @@
+"""A run's directory: made, locked against a second process, and checked to be this run's."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from matu_jax.commandline import UserError
+from matu_jax.config import Config
+from matu_jax.metrics import write_json
+
+LOCK = ".lock"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
+
+
+@contextlib.contextmanager
+def opened(workdir: Path, config: Config) -> Iterator[None]:
+    """Makes the workdir, or checks that it holds a run of this very config, and locks it.
+
+    The lock is the operating system's, on the file `.lock`; it ends with the process, however that
+    ends.
+
+    Raises:
+      UserError: if it cannot be written, holds something else, or another process is at work in it.
+    """
+    lock = FileLock(workdir / LOCK)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        check(workdir, config)  # before the lock, which is a file: none in a stranger's directory
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"--workdir {workdir}: another process is at work in it. Wait for its end, or give "
+            "another directory."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--workdir {workdir} cannot be written: {error.strerror}. Give a directory that can."
+        ) from None
+    try:
+        check(workdir, config)  # again, since another process may have ended meanwhile
+        with _disk_errors(workdir):
+            write_json(workdir / "config.json", dataclasses.asdict(config))
+            yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir: Path) -> Iterator[None]:
+    """Turns a full or failing disk into a message; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        file = getattr(error, "filename", None)
+        if isinstance(file, str) and not Path(file).resolve().is_relative_to(workdir.resolve()):
+            raise
+        # Orbax's writers wrap the system's error into others, so that its words are all there is.
+        known = [os.strerror(number) for number in _DISK]
+        number = getattr(error, "errno", None)
+        words = [w for w in known if w in str(error)]
+        if isinstance(error, UserError) or not (words or number in _DISK):
+            raise
+        reason = words[0] if words else os.strerror(number or 0)
+        raise UserError(
+            f"{workdir} cannot be written: {reason}. Make room, or mend the disk; then the same "
+            "command with the same --workdir goes on from the last checkpoint."
+        ) from error
+
+
+def check(workdir: Path, config: Config) -> None:
+    """Checks that a directory is empty, or holds a run of this very config, and can be written.
+
+    Raises:
+      UserError: if it holds something else.
+      OSError: if it cannot be read or written.
+    """
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    kept = workdir / "config.json"
+    if not os.access(workdir, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(workdir))
+    if kept.exists():
+        try:
+            found = json.loads(kept.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{kept} is damaged ({error}). Give another --workdir.") from None
+        found = found if isinstance(found, dict) else {}
+        differences = _differences(found, wanted) if _has_run(workdir) else []
+        if differences:
+            raise UserError(
+                f"--workdir {workdir} holds a run of another config:\n  "
+                + "\n  ".join(differences)
+                + "\nGive another --workdir, or the same config to go on with that run."
+            )
+    elif any(path.name != LOCK for path in workdir.iterdir()):
+        raise UserError(
+            f"--workdir {workdir} is not empty and holds no run of this program (no "
+            "config.json). Give another directory."
+        )
+
+
+def is_locked(workdir: Path) -> bool:
+    """Whether a process is at work in a workdir; OSError if that cannot be told."""
+    if not (workdir / LOCK).exists():
+        return False
+    lock = FileLock(workdir / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _has_run(workdir: Path) -> bool:
+    """Whether a run got so far as to write anything but its config."""
+    return any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+
+
+def _differences(found: dict, wanted: dict, path: str = "config") -> list[str]:
+    lines = []
+    for key in sorted(found.keys() | wanted.keys()):
+        a, b, where = found.get(key), wanted.get(key), f"{path}.{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += _differences(a, b, where)
+        elif a != b:
+            lines.append(f"{where}: there {a!r}, here {b!r}")
+    return lines

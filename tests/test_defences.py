@@ -1,0 +1,214 @@
+"""Defences against clients that lie: against dense float64 arithmetic, and what they guarantee."""
+
+import dataclasses
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+import matu_jax as matu
+from matu_jax.algorithms import ALGORITHMS, build
+from matu_jax.algorithms.base import defended_mean
+from matu_jax.config import NO_DEFENCE, Config, DefenceConfig
+
+# Task 0 has five holders, task 1 three, task 2 one, task 3 two; clients hold one or two tasks.
+CLIENT = np.array([0, 0, 1, 1, 2, 2, 3, 4, 5, 5, 6])
+TASK = np.array([0, 1, 0, 1, 0, 2, 0, 0, 1, 3, 3])
+WEIGHT = np.array([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110], np.float32)
+CLIENTS, TASKS = 7, 4
+SLOTS = matu.Slots(CLIENT, TASK, WEIGHT, CLIENTS, TASKS)
+RULES = [
+    DefenceConfig(clip=0.8),
+    DefenceConfig(clip=0.0, trim=1),
+    DefenceConfig(clip=1.2, trim=2),
+    DefenceConfig(clip=0.0, weighting="agreement"),
+    DefenceConfig(clip=1.0, weighting="agreement"),
+]
+every_rule = pytest.mark.parametrize("rule", RULES, ids=str)
+
+
+def changes(seed):
+    """Rows with something in common per task, of different lengths, and with exact zeros."""
+    rng = np.random.default_rng(seed)
+    shared = rng.normal(size=(TASKS, 30))[TASK]
+    x = (shared + rng.normal(size=shared.shape)) * rng.lognormal(sigma=0.7, size=(len(shared), 1))
+    x[rng.random(x.shape) < 0.1] = 0
+    return x.astype(np.float32)
+
+
+def as_tree(x):
+    return {"a": jnp.asarray(x[:, :18].reshape(-1, 6, 3)), "b": jnp.asarray(x[:, 18:])}
+
+
+def as_rows(tree):
+    return np.concatenate([np.asarray(x).reshape(len(x), -1) for x in (tree["a"], tree["b"])], 1)
+
+
+def expected_means(x, lengths, weight, group, groups, rule):
+    """The rules in float64: clipped, then trimmed or weighted, group by group."""
+    x, there = x.astype(np.float64), weight > 0
+    if rule.clip:
+        longest = rule.clip * np.median(lengths[there & (lengths > 0)])
+        x = x * np.minimum(1, longest / np.maximum(lengths, 1e-30))[:, None]
+    means = np.zeros((groups, x.shape[1]))
+    for g in range(groups):
+        rows = np.flatnonzero(there & (group == g))
+        if not len(rows):
+            continue
+        if rule.trim:
+            cut = min(rule.trim, (len(rows) - 1) // 2)
+            means[g] = np.sort(x[rows], axis=0)[cut : len(rows) - cut].mean(axis=0)
+            continue
+        share = weight[rows].astype(np.float64)
+        if rule.weighting == "agreement" and len(rows) > 1:
+            sign = np.sign(x[rows])
+            agree = [
+                np.mean([sign[i] @ sign[j] for j in range(len(rows)) if j != i])
+                / np.abs(sign[i]).sum()
+                for i in range(len(rows))
+            ]
+            trusted = share * np.maximum(agree, 0)
+            share = trusted if trusted.sum() > 0 else share
+        means[g] = share @ x[rows] / share.sum()
+    return means
+
+
+@every_rule
+@pytest.mark.parametrize("seed", range(3))
+def test_the_aggregator_follows_the_rules(rule, seed):
+    config = matu.AggregationConfig(
+        magnitude="mean",
+        agreement_threshold=0.0,
+        uploads="change",
+        **dataclasses.asdict(rule),
+    )
+    weight = WEIGHT * (np.random.default_rng(seed).random(len(WEIGHT)) < 0.9)
+    slots = dataclasses.replace(SLOTS, weight=weight.astype(np.float32))
+    uploads = matu.unify(as_tree(changes(seed)), slots, magnitude="mean")
+    found = matu.aggregate(uploads, slots, config).task_vectors
+    folded = as_rows(matu.modulate(uploads, slots))
+    lengths = np.asarray(uploads.scales) * np.linalg.norm(as_rows(uploads.vector), axis=1)[CLIENT]
+    expected = expected_means(folded, lengths, weight, TASK, TASKS, rule)
+    np.testing.assert_allclose(as_rows(found), expected, rtol=2e-5, atol=2e-6)
+
+
+@every_rule
+@pytest.mark.parametrize("seed", range(3))
+def test_other_means_follow_the_same_rules(rule, seed):
+    weight = (WEIGHT * (np.random.default_rng(seed).random(len(WEIGHT)) < 0.9)).astype(np.float32)
+    x = changes(seed)
+    before = np.random.default_rng(9).normal(size=(TASKS, 30)).astype(np.float32)
+    moved, total = defended_mean(
+        as_tree(before[TASK] + x),
+        as_tree(before),
+        jnp.asarray(weight),
+        jnp.asarray(TASK),
+        TASKS,
+        rule,
+    )
+    lengths = np.linalg.norm(x, axis=1)
+    expected = before + expected_means(x, lengths, weight, TASK, TASKS, rule)
+    np.testing.assert_allclose(as_rows(moved), expected, rtol=2e-5, atol=5e-6)
+    np.testing.assert_allclose(total, np.bincount(TASK, weight, TASKS))
+
+
+def test_without_defences_nothing_is_different():
+    x, old = as_tree(changes(0)), as_tree(np.zeros((TASKS, 30), np.float32))
+    groups = jnp.asarray(WEIGHT), jnp.asarray(TASK), TASKS
+    plain, _ = defended_mean(x, old, *groups, NO_DEFENCE)
+    wide, _ = defended_mean(x, old, *groups, DefenceConfig(clip=1e6))
+    chex.assert_trees_all_close(plain, wide, rtol=1e-6)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1e2, 1e6, 1e30]), st.booleans())
+def test_one_liar_moves_a_task_no_further_than_clip_allows(seed, factor, through_scales):
+    """Whatever it sends: its task moves by its share of clip times the median length."""
+    uploads = matu.unify(as_tree(changes(seed)), SLOTS, magnitude="mean")
+    config = matu.AggregationConfig(
+        agreement_threshold=0.0, uploads="change", magnitude="mean", clip=1.0
+    )
+
+    def lie(unified):
+        if through_scales:
+            return unified._replace(scales=unified.scales.at[7].mul(factor))  # client 4, task 0
+        return unified._replace(vector=jax.tree.map(lambda v: v.at[4].mul(-factor), unified.vector))
+
+    honest = matu.aggregate(uploads, SLOTS, config)
+    lied = matu.aggregate(lie(uploads), SLOTS, config)
+    lengths = np.asarray(uploads.scales) * np.linalg.norm(as_rows(uploads.vector), axis=1)[CLIENT]
+    # The liar's own length may move the median to the next one up.
+    bound = np.sort(lengths)[len(lengths) // 2 + 1]
+    share = WEIGHT[7] / WEIGHT[TASK == 0].sum()
+    distance = np.linalg.norm(as_rows(lied.task_vectors) - as_rows(honest.task_vectors), axis=1)
+    # Others may be clipped less than before, by as much as the median moves.
+    slack = sum(
+        WEIGHT[s] / WEIGHT[TASK == 0].sum() * (bound - np.median(lengths))
+        for s in np.flatnonzero(TASK == 0)
+    )
+    assert distance[0] <= 2 * share * bound + slack + 1e-5
+    chex.assert_tree_all_finite(lied.downloads)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        DefenceConfig(clip=0.0, trim=1),
+        DefenceConfig(clip=0.0, weighting="agreement"),
+    ],
+    ids=["trim", "agreement"],
+)
+def test_a_flipped_sign_is_left_out(rule):
+    """Five holders of one task who agree up to noise, one of which sends the opposite."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=30)
+    x = (truth + 0.1 * rng.normal(size=(5, 30))).astype(np.float32)
+    x[2] *= -1
+    slots = matu.Slots(np.arange(5), np.zeros(5, int), np.ones(5, np.float32), 5, 1)
+    uploads = matu.unify(as_tree(x), slots)
+    config = matu.AggregationConfig(uploads="change", agreement_threshold=0.0)
+    naive = as_rows(matu.aggregate(uploads, slots, config).task_vectors)[0]
+    config = dataclasses.replace(config, **dataclasses.asdict(rule))
+    found = as_rows(matu.aggregate(uploads, slots, config).task_vectors)[0]
+    assert np.linalg.norm(found - truth) < 0.3 * np.linalg.norm(naive - truth)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"clip": -1.0}, "AggregationConfig.clip: found -1.0"),
+        ({"clip": float("nan")}, "AggregationConfig.clip: found nan"),
+        ({"trim": 1.5}, "AggregationConfig.trim: found 1.5"),
+        ({"weighting": "trust"}, "AggregationConfig.weighting: found 'trust'"),
+        ({"trim": 1, "weighting": "agreement"}, "choose one of the two"),
+    ],
+)
+def test_choices_are_checked(fields, words):
+    with pytest.raises(ValueError, match=words):
+        matu.AggregationConfig(**fields)
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_an_algorithm_defends_itself_or_says_that_it_cannot(name):
+    plain = Config(algorithm=name, defence=NO_DEFENCE)
+    defended = dataclasses.replace(plain, defence=DefenceConfig(clip=0.5, trim=1))
+    if build(plain).defence is None:
+        with pytest.raises(ValueError, match=f"'{name}' has no defences"):
+            build(defended)
+        return
+    base = {"blocks": {"w": {"lora_a": jnp.zeros((2, 3, 2)), "lora_b": jnp.zeros((2, 2, 3))}}}
+    rng = np.random.default_rng(0)
+    vectors = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=(len(CLIENT), *x.shape)), jnp.float32), base
+    )
+
+    def after(config):
+        algorithm = build(config)
+        state = algorithm.init(base, SLOTS)
+        state, _ = algorithm.aggregate(state, algorithm.upload(vectors, SLOTS), SLOTS)
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(algorithm.kept(state))])
+
+    assert not np.allclose(after(plain), after(defended))
