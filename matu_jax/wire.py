@@ -139,6 +139,8 @@ def encode(
     Raises:
       WireError: for what `decode` would refuse.
     """
+    if kind not in _KINDS:
+        raise WireError(f"kind: found {kind!r}, expected 'upload' or 'download'.")
     leaves = [(path, np.asarray(leaf)) for path, leaf in leaf_items(unified.vector)]
     print_ = fingerprint(unified.vector)
     masks = [np.asarray(leaf) for _, leaf in leaf_items(unified.masks)]
@@ -196,8 +198,19 @@ def decode(
       WireError: for a message that is truncated, too long, damaged, of another version or tree, or
         holds a task twice, an unknown task, or a number that is not finite.
     """
+    return _decoded(data, like, fingerprint(like), num_tasks, max_tasks)
+
+
+def _decoded(
+    data: bytes | bytearray | memoryview,
+    like: PyTree,
+    print_: bytes,
+    num_tasks: int,
+    max_tasks: int,
+) -> Received:
+    """`decode`, given the fingerprint of the tree."""
     view = memoryview(data).cast("B")
-    wanted = _size(view[: _HEADER.size], like, max_tasks)
+    wanted = _size(view[: _HEADER.size], like, print_, max_tasks)
     if len(view) != wanted:
         what = "is truncated" if len(view) < wanted else "is too long"
         raise WireError(f"the message {what}: found {len(view)} bytes, expected {wanted}.")
@@ -219,9 +232,10 @@ def read(
     head = stream.read(_HEADER.size)
     if not head:
         raise EOFError("no further message")
-    size = _size(memoryview(head), like, max_tasks)
+    print_ = fingerprint(like)
+    size = _size(memoryview(head), like, print_, max_tasks)
     rest = stream.read(size - len(head))
-    return decode(head + rest, like, num_tasks=num_tasks, max_tasks=max_tasks)
+    return _decoded(head + rest, like, print_, num_tasks, max_tasks)
 
 
 def gather(
@@ -250,11 +264,12 @@ def gather(
     scales = np.zeros(len(client), np.float32)
     refused = []
     taken = np.zeros(slots.num_clients, np.bool_)
+    print_ = fingerprint(like)
     for sender, message in messages.items():
         try:
             if isinstance(message, WireError):
                 raise message
-            found = decode(message, like, num_tasks=slots.num_tasks, max_tasks=slots.num_tasks)
+            found = _decoded(message, like, print_, slots.num_tasks, slots.num_tasks)
             rows = np.flatnonzero((client == sender) & (weight > 0))
             held = sorted(task[rows].tolist())
             if (found.kind, found.client, found.round) != ("upload", sender, round_number):
@@ -309,7 +324,7 @@ def _words(leaf: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(leaf).reshape(-1).view(bits).astype(bits.newbyteorder("<"))
 
 
-def _size(head: memoryview, like: PyTree, max_tasks: int) -> int:
+def _size(head: memoryview, like: PyTree, expected: bytes, max_tasks: int) -> int:
     """Checks the first bytes of a message, and computes the size of all of it."""
     if len(head) < _HEADER.size:
         raise WireError(
@@ -329,7 +344,6 @@ def _size(head: memoryview, like: PyTree, max_tasks: int) -> int:
         )
     if not 1 <= tasks <= max_tasks:
         raise WireError(f"bytes 16 to 19: found {tasks} tasks, expected 1 to {max_tasks}.")
-    expected = fingerprint(like)
     if tree != expected:
         raise WireError(
             f"bytes 20 to 35: found parameter tree {tree.hex()}, expected {expected.hex()}: the "

@@ -125,9 +125,9 @@ def test_a_workdir_of_another_config_is_refused_with_the_differences(capsys, exp
     assert "config.rounds: there 4, here 9" in text
 
 
-def program(experiment, workdir, **popen):
+def program(experiment, workdir, extra=(), **popen):
     return subprocess.Popen(
-        [sys.executable, "-m", "matu_jax.train", experiment, f"--workdir={workdir}"],
+        [sys.executable, "-m", "matu_jax.train", experiment, f"--workdir={workdir}", *extra],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -168,6 +168,7 @@ def test_another_tree_is_refused():
         ({"tasks": [0, 1, -1]}, "task: found -1"),
         ({"client": 2**32}, "client: found 4294967296"),
         ({"round_number": -1}, "round: found -1"),
+        ({"kind": "letter"}, "kind: found .letter."),
     ],
 )
 def test_what_would_be_refused_is_not_written(change, words):

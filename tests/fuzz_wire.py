@@ -1,0 +1,123 @@
+"""Throws damaged and forged messages at `matu_jax.wire` until time is up, and reports.
+
+    python tests/fuzz_wire.py --seconds 600 --out fuzz_wire.json
+
+Half of the time a coverage-guided fuzzer (atheris, which is libFuzzer: `pip install atheris`)
+mutates messages; most get a fresh checksum and fingerprint, so that it comes past both. The other
+half hypothesis draws edits of valid messages, with a new seed each time. Anything but a message
+that is read, a WireError or the end of a stream is a failure, and so is memory beyond a bound.
+"""
+
+import argparse
+import datetime
+import io
+import json
+import platform
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MEGABYTES = 2000  # resident, JAX's own some 300 among them; the tree is of a few hundred bytes
+
+
+def run_coverage_guided(seconds: int) -> None:
+    """Never returns: libFuzzer ends the process."""
+    import atheris
+
+    with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
+        include=["matu_jax.wire"]
+    ):
+        from matu_jax import wire
+    from test_wire import DATA, like, resealed
+
+    tree = like()
+    print_ = wire.fingerprint(tree)
+
+    def one(data: bytes) -> None:
+        forged, data = data[:1], data[1:]
+        if forged and forged[0] % 4 and len(data) >= 40:  # past the fingerprint and the checksum
+            data = resealed(data[:20] + print_ + data[36:])
+        for function in (
+            lambda: wire.decode(data, tree, num_tasks=5, max_tasks=5),
+            lambda: wire.read(io.BytesIO(data), tree, num_tasks=5, max_tasks=5),
+        ):
+            try:
+                function()
+            except (wire.WireError, EOFError):
+                pass
+
+    corpus = tempfile.mkdtemp()
+    for number, data in enumerate(DATA):
+        for kind in (0, 1):
+            (Path(corpus) / f"{number}{kind}").write_bytes(bytes([kind]) + data)
+    words = [f"-max_total_time={seconds}", f"-rss_limit_mb={MEGABYTES}", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], *words, "-max_len=600", corpus], one)
+    atheris.Fuzz()
+
+
+def run_hypothesis(seconds: int) -> None:
+    import hypothesis
+    from test_wire import test_edited_messages_are_read_or_refused as edited
+    from test_wire import test_noise_is_refused as noise
+
+    start, examples, seed = time.monotonic(), 0, 0
+    while time.monotonic() - start < seconds:
+        for test, each in ((edited, 300), (noise, 100)):  # as many as their settings say
+            hypothesis.seed(seed)(test)()
+            examples += each
+        seed += 1
+    print(f"examples: {examples}")
+
+
+def child(name: str, seconds: int) -> tuple[subprocess.CompletedProcess, float]:
+    words = [sys.executable, __file__, "--child", name, "--seconds", str(seconds)]
+    start = time.monotonic()
+    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    return run, time.monotonic() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--out", type=Path, default=Path("fuzz_wire.json"))
+    parser.add_argument("--child", default="")
+    given = parser.parse_args()
+    if given.child:
+        (run_coverage_guided if given.child == "atheris" else run_hypothesis)(given.seconds)
+        return 0
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+    }
+    ok = True
+    for name, pattern in (
+        ("atheris", r"stat::number_of_executed_units: *(\d+)"),
+        ("hypothesis", r"examples: (\d+)"),
+    ):
+        run, seconds = child(name, given.seconds // 2)
+        text = run.stdout + run.stderr
+        found = re.search(pattern, text)
+        cover = re.findall(r"cov: (\d+)", text)
+        report[name] = {
+            "seconds": round(seconds),
+            "messages": int(found[1]) if found else None,
+            "covered": int(cover[-1]) if cover else None,
+            "exit": run.returncode,
+        }
+        if run.returncode or not found:
+            ok = False
+            print(text[-5000:])
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    report["peak_megabytes"] = round(peak / 1024)
+    print(json.dumps(report, indent=1))
+    given.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if ok and report["peak_megabytes"] < MEGABYTES else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

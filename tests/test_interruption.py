@@ -1,0 +1,193 @@
+"""Runs that are killed, stopped, doubled, or run out of disk: nothing is lost, and it is said."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny
+from test_train import EXPERIMENT, program, results
+
+ROUNDS = 12
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiment")
+    text = EXPERIMENT.format(checkpoint=tiny.write_checkpoint(folder / "tiny.safetensors"))
+    text = text.replace("config.rounds = 4", f"config.rounds = {ROUNDS}")
+    (folder / "tiny.py").write_text(text)
+    return f"--config={folder / 'tiny.py'}"
+
+
+@pytest.fixture(scope="module")
+def whole(experiment, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    run = program(experiment, workdir)
+    text, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, text
+    return workdir
+
+
+def lines(workdir):
+    file = workdir / "metrics.jsonl"
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line)["round"] for line in text.split("\n")[:-1]]
+
+
+def longer_than(workdir, count):
+    return len(lines(workdir)) != count
+
+
+def saved(workdir):
+    """The newest round with a complete checkpoint."""
+    files = (workdir / "checkpoints").glob("*/checksums.json")
+    return max((int(file.parent.name) for file in files), default=0)
+
+
+def wait_for(condition, run, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert run.poll() is None, run.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finish(experiment, workdir):
+    run = program(experiment, workdir)
+    text, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, text
+    return text
+
+
+def killed_often(experiment, workdir, whole, kills, seed):
+    """Kills a run at random moments, of start-up and rounds alike; then lets it end."""
+    rng = random.Random(seed)
+    done = survived = 0
+    while survived < kills:
+        run = program(experiment, workdir)
+        if rng.random() < 0.25:  # while it starts
+            time.sleep(rng.uniform(0.2, 6.0))
+        else:
+            before = len(lines(workdir))
+            wait_for(partial(longer_than, workdir, before), run)
+            time.sleep(rng.expovariate(20.0))
+        alive = run.poll() is None
+        run.kill()
+        text, _ = run.communicate()
+        if alive:
+            survived += 1
+            assert "Traceback" not in text, text
+            assert saved(workdir) >= done  # nothing that was saved is lost
+            assert len(lines(workdir)) - saved(workdir) <= 1  # checkpoints are of every round
+            done = saved(workdir)
+        elif (workdir / "summary.json").exists():  # it came to its end first: once more
+            assert results(workdir) == results(whole)
+            for file in (*workdir.rglob("*"), workdir / ".lock"):
+                file.unlink(missing_ok=True) if file.is_file() else None
+            done = 0
+    finish(experiment, workdir)
+    assert results(workdir) == results(whole)
+    assert lines(workdir) == [*range(1, ROUNDS + 1)]
+
+
+def test_killed_at_random_moments_it_ends_the_same(experiment, tmp_path, whole):
+    killed_often(experiment, tmp_path / "run", whole, kills=3, seed=0)
+
+
+@pytest.mark.slow
+def test_fifty_kills(experiment, tmp_path, whole):
+    killed_often(experiment, tmp_path / "run", whole, kills=50, seed=1)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_round_end_saves_it_and_says_how_to_go_on(
+    experiment, tmp_path, whole, number, code
+):
+    workdir = tmp_path / "run"
+    words = ["--config.checkpoint.every_rounds=1000"]  # nothing would be saved before the end
+    run = program(experiment, workdir, extra=words)
+    wait_for(lambda: lines(workdir), run)
+    run.send_signal(number)
+    text, _ = run.communicate(timeout=120)
+    assert run.returncode == code, text
+    assert "Traceback" not in text
+    last = saved(workdir)
+    assert 0 < last < ROUNDS
+    assert f"Stopped after round {last} of {ROUNDS}, which is saved" in text.replace("\n", " ")
+    again = program(experiment, workdir, extra=words)
+    text, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, text
+    assert f"Going on after round {last}" in text
+    assert results(workdir) == results(whole)
+
+
+def test_sigterm_while_it_starts_ends_it_at_once(experiment, tmp_path):
+    workdir = tmp_path / "run"
+    run = program(experiment, workdir)
+    wait_for(lambda: (workdir / "config.json").exists(), run)
+    run.terminate()
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 143, text
+    assert "Traceback" not in text
+    assert "goes on" in text
+
+
+def test_two_processes_in_one_workdir(experiment, tmp_path):
+    workdir = tmp_path / "run"
+    first = program(experiment, workdir)
+    try:
+        wait_for(lambda: (workdir / "config.json").exists(), first)
+        second = program(experiment, workdir)
+        text, _ = second.communicate(timeout=120)
+        assert second.returncode == 2
+        assert "another process is at work in it" in text
+        assert "Traceback" not in text
+        doctor = subprocess.run(
+            [sys.executable, "-m", "matu_jax.doctor", experiment, f"--workdir={workdir}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(tiny.__file__).parents[1],
+        )
+        assert doctor.returncode == 2, doctor.stdout
+        assert "a process is at work in it" in doctor.stdout
+    finally:
+        first.kill()
+        first.communicate()
+    assert "Results" in finish(experiment, workdir)  # the lock has ended with its process
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
+from matu_jax import train
+sys.exit(train.main(["train", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 4000, 20000])
+def test_files_that_cannot_be_written_are_a_message(experiment, tmp_path, limit, whole):
+    """The system refuses files over a limit, as a full disk does at any moment."""
+    workdir = tmp_path / "run"
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), experiment, f"--workdir={workdir}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=Path(tiny.__file__).parents[1],
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+    )
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert "cannot be written: File too large" in run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+    finish(experiment, workdir)
+    assert results(workdir) == results(whole)
