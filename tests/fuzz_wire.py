@@ -9,6 +9,7 @@ that is read, a WireError or the end of a stream is a failure, and so is memory 
 """
 
 import argparse
+import contextlib
 import datetime
 import io
 import json
@@ -46,10 +47,8 @@ def run_coverage_guided(seconds: int) -> None:
             lambda: wire.decode(data, tree, num_tasks=5, max_tasks=5),
             lambda: wire.read(io.BytesIO(data), tree, num_tasks=5, max_tasks=5),
         ):
-            try:
+            with contextlib.suppress(wire.WireError, EOFError):
                 function()
-            except (wire.WireError, EOFError):
-                pass
 
     corpus = tempfile.mkdtemp()
     for number, data in enumerate(DATA):

@@ -208,6 +208,8 @@ def test_collect_counts_rightly(tmp_path):
         [0.4 - 0.5, 0.5 - 0.6, 0.65 - 0.6, 0.75 - 0.7], zero_method="zsplit"
     )
     np.testing.assert_allclose(per_task["against_ours"]["p_value"], expected.pvalue)
+    # Ranks 3.5, 3.5, 1.5, 1.5 of 10: 3 for, 7 against.
+    np.testing.assert_allclose(per_task["against_ours"]["rank_correlation"], -0.4)
     assert found["arms"][0]["commands"][1].endswith('--settings="a" --arms="matu" --seeds=1')
 
 

@@ -617,6 +617,23 @@ def test_an_arm_that_sends_nothing_stands_left_of_the_others(drawn):
     )
 
 
+def test_a_difference_whose_mean_and_ranks_disagree_is_no_victory(tmp_path, undrawn):
+    comparison = make_comparison(ARMS[:7])
+    for label, ranks in (("fedavg", 0.4), ("fedprox", -0.4)):
+        arm_of(comparison, label)["against_ours"].update(
+            difference=-0.001, p_value=0.007, rank_correlation=ranks
+        )
+    page, _, markdown, _ = written(comparison, tmp_path)
+    assert "- matu is ahead on most tasks or in the mean, but not both, of (p < 0.05): fedavg." in (
+        markdown
+    )
+    assert "fedprox" in next(x for x in markdown.splitlines() if x.startswith("- matu beats"))
+    column = "points against ours (p-value)"
+    assert result_rows(page)["fedavg"][column] == "−0.1 (p = 0.007) ‡"
+    assert result_rows(page)["fedprox"][column] == "−0.1 (p = 0.007)"
+    assert "‡ One of the two arms is ahead on most tasks" in markdown
+
+
 def test_pareto_front_is_what_nothing_beats(drawn):
     arms = make_comparison(ARMS)["settings"][0]["arms"]
     figures.traffic(arms, **LABELS)

@@ -31,27 +31,55 @@ def test_the_library_example_runs():
     np.testing.assert_allclose(similarity, 1.0)
 
 
-def test_the_table_of_rivals_says_what_was_measured():
-    measured = json.loads((ROOT / "experiments/results/compare8/comparison.json").read_text())
-    pairs, kin = (
-        {
-            arm["label"].replace("matu (paper's server)", "matu, the paper's server"): arm
-            for arm in x
-        }
-        for x in (setting["arms"] for setting in measured["settings"])
-    )
-    start = README.index("| | pairs |")
-    rows = (
-        README[start : README.index("\n\n", start)].replace("*", "").replace("`", "").splitlines()
-    )
-    for row in rows[2:]:
-        name, first, uplink, second = (cell.strip() for cell in row.split("|")[1:5])
-        bits = pairs[name]["communication"]["uplink_bits_per_client_round"]
-        assert uplink.split()[0] == f"{bits / 1000:.0f}", name
-        for cell, arm in ((first, pairs.pop(name)), (second, kin[name])):
-            mean, std = (100 * arm["accuracy"][key] for key in ("mean", "std"))
-            assert cell == f"{mean:.1f} ± {std:.1f}", name
+def arms_of(comparison):
+    """By setting: the arms that were measured, by the name that the README gives them."""
+    file = ROOT / "experiments" / "results" / comparison / "comparison.json"
+    return [
+        {a["label"].replace("matu (paper's server)", "matu, the paper's server"): a for a in s}
+        for s in (setting["arms"] for setting in json.loads(file.read_text())["settings"])
+    ]
+
+
+def rows_under(header):
+    start = README.index(header)
+    table = README[start : README.index("\n\n", start)].replace("*", "").replace("`", "")
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+
+
+def assert_says(cells, arm):
+    """That an accuracy and the uplink are those measured."""
+    mean, std = (100 * arm["accuracy"][key] for key in ("mean", "std"))
+    assert cells[0] == f"{mean:.1f} ± {std:.1f}", arm["label"]
+    bits = arm["communication"]["uplink_bits_per_client_round"]
+    assert cells[1].split()[0] == f"{bits / 1000:.0f}", arm["label"]
+
+
+def test_the_tables_of_rivals_say_what_was_measured():
+    pairs, kin = arms_of("compare8")
+    for name, accuracy, uplink, other, _ in rows_under("| | pairs |"):
+        assert_says((accuracy, uplink), pairs.pop(name))
+        mean, std = (100 * kin[name]["accuracy"][key] for key in ("mean", "std"))
+        assert other == f"{mean:.1f} ± {std:.1f}", name
     assert not pairs, "arms that the table leaves out"
+
+    (thirty,) = arms_of("compare30")
+    matu, per_task, matfl = (thirty[name] for name in ("matu", "per_task", "matfl"))
+    halfway = [f"{100 * arm['curve']['mean'][0]:.1f}" for arm in (matu, per_task, matfl)]
+    text = " ".join(README.split())
+    assert "behind both ({} against {} and {} %)".format(*halfway) in text
+    shares = [
+        100 * matu[block][key] / per_task[block][key]
+        for block, key in (("accuracy", "mean"), ("communication", "uplink_bits_per_client_round"))
+    ]
+    assert f"{shares[0]:.1f} % of one adapter per task at {shares[1]:.0f} % of its traffic" in text
+    digits = [
+        f"{100 * arm['accuracy']['per_task']['digit/handwritten']['mean']:.0f}"
+        for arm in (matu, per_task)
+    ]
+    assert "({} against {} % on handwritten digits)".format(*digits) in text
+    for name, accuracy, uplink in rows_under("| | thirty |"):
+        assert_says((accuracy, uplink), thirty.pop(name))
+    assert not thirty, "arms that the table leaves out"
 
 
 def test_the_how_to_for_an_algorithm_works_and_it_appears_in_the_report(tmp_path):

@@ -177,7 +177,12 @@ def _similarity(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _against_ours(comparison, label, found, results) -> dict[str, Any] | None:
-    """Wilcoxon's signed-rank test over all pairs of a task and a seed (Wilcoxon 1945)."""
+    """Wilcoxon's signed-rank test over all pairs of a task and a seed (Wilcoxon 1945).
+
+    The rank correlation (matched pairs, Kerby 2014) is 1 where the arm is better in all pairs and
+    -1 where ours is; its sign is the one that the p-value speaks of, which may differ from that of
+    the mean difference.
+    """
     if label == comparison.ours:
         return None
     differences = []
@@ -192,13 +197,17 @@ def _against_ours(comparison, label, found, results) -> dict[str, Any] | None:
             ]
     if not differences:
         return None
-    p_value = 1.0
+    p_value, correlation = 1.0, 0.0
     if np.any(differences):
         tested: Any = stats.wilcoxon(differences, zero_method="zsplit")
         p_value = float(tested.pvalue)
+        above: Any = stats.wilcoxon(differences, zero_method="zsplit", alternative="greater")
+        ranks = len(differences) * (len(differences) + 1) / 2
+        correlation = float(2 * above.statistic / ranks - 1)
     return {
         "difference": float(np.mean(differences)),
         "p_value": p_value,
+        "rank_correlation": correlation,
         "pairs": len(differences),
     }
 

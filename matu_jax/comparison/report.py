@@ -178,6 +178,10 @@ def _in_short(setting: Mapping[str, Any], ours: str, reference: str) -> Iterator
         ("beats", f"{ours} beats (p < {_LEVEL}): "),
         ("ties", f"{ours} cannot be told from (p ≥ {_LEVEL}): "),
         ("loses", f"{ours} loses to (p < {_LEVEL}): "),
+        (
+            "mixed",
+            f"{ours} is ahead on most tasks or in the mean, but not both, of (p < {_LEVEL}): ",
+        ),
         ("untested", f"Not tested against {ours}: "),
     ):
         if found := verdicts.get(verdict):
@@ -185,13 +189,24 @@ def _in_short(setting: Mapping[str, Any], ours: str, reference: str) -> Iterator
 
 
 def _verdict(arm: Mapping[str, Any]) -> str:
-    """What ours does to the arm: beats, ties, loses, or untested."""
+    """What ours does to the arm: beats, ties, loses, mixed (see `_is_mixed`), or untested."""
     difference, p = _of(arm, "against_ours", "difference"), _of(arm, "against_ours", "p_value")
     if difference is None or p is None:
         return "untested"
     if p >= _LEVEL or difference == 0:
         return "ties"
+    if _is_mixed(arm):
+        return "mixed"
     return "beats" if difference < 0 else "loses"
+
+
+def _is_mixed(arm: Mapping[str, Any]) -> bool:
+    """Whether there is a difference, but the mean and the ranks of differences disagree whose."""
+    difference, p = _of(arm, "against_ours", "difference"), _of(arm, "against_ours", "p_value")
+    ranks = _of(arm, "against_ours", "rank_correlation")
+    if difference is None or p is None or ranks is None:
+        return False
+    return p < _LEVEL and difference * ranks < 0
 
 
 def _about(setting: Mapping[str, Any]) -> Iterator[Block]:
@@ -298,6 +313,11 @@ def _result_notes(
     ]
     if any(arm.get("server_state_per_client") for arm in arms):
         notes.append(" † This state grows with the number of clients.")
+    if any(_is_mixed(arm) for arm in arms):
+        notes.append(
+            " ‡ One of the two arms is ahead on most tasks and the other in the mean: many small "
+            "differences against a few large ones."
+        )
     if seeds == 1:
         notes.append(" There is one seed, so no ± can be given.")
     yield Paragraph(notes, "note")
@@ -582,7 +602,8 @@ def _against(arm: Mapping[str, Any]) -> str:
     )
     if p is None:
         return points
-    return f"{points} (p < 0.001)" if p < 0.001 else f"{points} (p = {p:.3f})"
+    mark = " ‡" if _is_mixed(arm) else ""
+    return f"{points} (p < 0.001){mark}" if p < 0.001 else f"{points} (p = {p:.3f}){mark}"
 
 
 def _rounds(found: Mapping[str, Any] | None) -> str:
