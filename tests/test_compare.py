@@ -125,6 +125,19 @@ def test_a_wrong_comparison_is_refused(changes, words):
         plan.check(comparison(**changes))
 
 
+def test_names_with_commas_can_be_chosen():
+    arms = {"matu": {}, "matu, int8": {}, "a, b, c": {}, "c": {}}
+    whole = dataclasses.replace(comparison(), arms=arms)
+    for text, expected in (
+        ("matu, int8", ["matu, int8"]),
+        ("matu, matu, int8,c", ["matu", "matu, int8", "c"]),
+        ("a,b,c", ["a, b, c"]),
+    ):
+        assert list(plan.part(whole, arms=text).arms) == expected
+    with pytest.raises(ValueError, match="--arms: found 'int8'"):
+        plan.part(whole, arms="matu, c, int8")
+
+
 def test_a_part_keeps_what_it_is_measured_by():
     some = plan.part(comparison(), arms="matu", seeds="5", settings="b")
     assert (list(some.arms), some.seeds, list(some.settings)) == (["matu"], (5,), ["b"])

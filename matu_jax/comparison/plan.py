@@ -157,6 +157,17 @@ def check(comparison: Comparison) -> None:
         raise ValueError("\n".join(problems))
 
 
+def _names(words: list[str], known: Mapping[str, Any]) -> list[str]:
+    """Joins words that commas have parted, where that makes a known name; the longest first."""
+    names, at = [], 0
+    while at < len(words):
+        ends = range(len(words), at, -1)
+        end = next((e for e in ends if ", ".join(words[at:e]) in known), at + 1)
+        names.append(", ".join(words[at:end]))
+        at = end
+    return names
+
+
 def part(comparison: Comparison, **chosen: str) -> Comparison:
     """A comparison of some settings, arms or seeds only, each given as names with commas between.
 
@@ -172,10 +183,11 @@ def part(comparison: Comparison, **chosen: str) -> Comparison:
             changes["seeds"] = tuple(map(int, words))
             continue
         there = getattr(comparison, what)
-        for word in words:
-            if word not in there:
-                raise ValueError(f"--{what}: found {word!r}.{did_you_mean(word, there)}")
-        changes[what] = {name: value for name, value in there.items() if name in words}
+        names = _names(words, there)
+        for name in names:
+            if name not in there:
+                raise ValueError(f"--{what}: found {name!r}.{did_you_mean(name, there)}")
+        changes[what] = {name: value for name, value in there.items() if name in names}
     for name in ("reference", "ours"):
         arms = changes.get("arms", comparison.arms)
         if getattr(comparison, name) not in arms and arms:
