@@ -40,26 +40,33 @@ def arms_of(comparison):
     ]
 
 
-def rows_under(header):
-    start = README.index(header)
+def rows_under(header, after=""):
+    start = README.index(header, README.index(after))
     table = README[start : README.index("\n\n", start)].replace("*", "").replace("`", "")
     return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
 
 
 def assert_says(cells, arm):
-    """That an accuracy and the uplink are those measured."""
+    """That an accuracy, and the uplink if it is given, are those measured."""
     mean, std = (100 * arm["accuracy"][key] for key in ("mean", "std"))
     assert cells[0] == f"{mean:.1f} ± {std:.1f}", arm["label"]
     bits = arm["communication"]["uplink_bits_per_client_round"]
-    assert cells[1].split()[0] == f"{bits / 1000:.0f}", arm["label"]
+    for uplink in cells[1:]:
+        assert uplink.split()[0] == f"{bits / 1000:.0f}", arm["label"]
 
 
 def test_the_tables_of_rivals_say_what_was_measured():
     pairs, kin = arms_of("compare8")
     for name, accuracy, uplink, other, _ in rows_under("| | pairs |"):
         assert_says((accuracy, uplink), pairs.pop(name))
-        mean, std = (100 * kin[name]["accuracy"][key] for key in ("mean", "std"))
-        assert other == f"{mean:.1f} ± {std:.1f}", name
+        assert_says((other,), kin[name])
+    assert not pairs, "arms that the table leaves out"
+
+    pairs, kin, fours = arms_of("traffic8")
+    for name, accuracy, uplink, *others in rows_under("| | pairs |", after="Vectors may cross"):
+        assert_says((accuracy, uplink), pairs.pop(name))
+        for cell, arm in zip(others, (fours[name], kin[name]), strict=True):
+            assert_says((cell,), arm)
     assert not pairs, "arms that the table leaves out"
 
     (thirty,) = arms_of("compare30")
