@@ -188,7 +188,7 @@ def compare(
         for run in runs:
             config = plan.run_config(comparison, run)
             runner.run(config, f"{run.setting} / {run.arm} / seed {run.seed}", run.folder(workdir))
-            if run.arm == list(comparison.arms)[-1]:
+            if run.arm == plan.arms_of(comparison, run.setting)[-1]:
                 found = collect(comparison, workdir, file, tuning=tuning)
                 write_json(workdir / "comparison.json", found)
                 report.write(found, workdir)

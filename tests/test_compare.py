@@ -118,11 +118,36 @@ def test_runs_are_ordered_so_that_a_part_is_a_comparison():
         ({"tuning_seed": 1}, "tuning_seed: found 1, which is one of seeds"),
         ({"tuning_setting": "c"}, "tuning_setting: found 'c'"),
         ({"own_search": {"fedprox": {}}}, "own_search: found 'fedprox', no such arm"),
+        (
+            {"settings": {"a": plan.Setting("A.", {}, arms=("mattu",))}},
+            r"settings\['a'\].arms: found 'mattu', no such arm. Did you mean \"matu\"",
+        ),
     ],
 )
 def test_a_wrong_comparison_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         plan.check(comparison(**changes))
+
+
+def test_a_setting_can_have_arms_of_its_own(tmp_path):
+    own = {"a": plan.Setting("A.", {}, arms=("matu",)), "b": plan.Setting("B.", {})}
+    made = comparison(settings=own, seeds=(3,), tuning_setting="a")
+    plan.check(made)
+    order = [(run.setting, run.arm) for run in plan.runs(made)]
+    assert order == [("a", "matu"), ("b", "matu"), ("b", "per_task")]
+    for run in plan.runs(made):
+        fake_run(run.folder(tmp_path), 0.5)
+    found = collect(made, tmp_path, Path("small.py"), tuning=None)["settings"]
+    assert [[arm["label"] for arm in setting["arms"]] for setting in found] == [
+        ["matu"],
+        ["matu", "per_task"],
+    ]
+    assert not any(setting["missing"] for setting in found)
+
+    some = plan.part(made, arms="per_task")
+    plan.check(some)
+    assert [(run.setting, run.arm) for run in plan.runs(some)] == [("b", "per_task")]
+    assert some.tuning_setting == ""
 
 
 def test_names_with_commas_can_be_chosen():

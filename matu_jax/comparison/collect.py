@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from matu_jax.comparison.plan import Comparison, Run
+from matu_jax.comparison.plan import Comparison, Run, arms_of
 from matu_jax.metrics import MetricsLog, versions
 
 _NEAR = 0.95  # of the reference's accuracy
@@ -53,15 +53,16 @@ def collect(
 
 def _setting(comparison: Comparison, name: str, workdir: Path, command: str) -> dict[str, Any]:
     setting = comparison.settings[name]
+    labels = arms_of(comparison, name)
     results = {
         (arm, seed): _result(Run(name, arm, seed).folder(workdir))
-        for arm in comparison.arms
+        for arm in labels
         for seed in comparison.seeds
     }
     there = [result for result in results.values() if result]
     tasks = list(there[0]["summary"]["accuracy"]["per_task"]) if there else []
     arms = []
-    for label in comparison.arms:
+    for label in labels:
         found = {seed: results[label, seed] for seed in comparison.seeds}
         if any(found.values()):
             arms.append(_arm(comparison, name, label, found, results, command))

@@ -23,11 +23,13 @@ class Setting:
       fields: what differs from the comparison's experiment.
       seconds: what one run took on two CPU cores, to say from the start how long it will take; 0 =
         not known.
+      arms: labels of the arms that are run here; empty = all.
     """
 
     description: str
     fields: Fields
     seconds: float = 0.0
+    arms: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +84,17 @@ def folder_name(label: str) -> str:
     return "".join(c if c.isalnum() or c in "-_.,=+" else "_" for c in label)
 
 
+def arms_of(comparison: Comparison, setting: str) -> list[str]:
+    """The labels of the arms that are run in a setting."""
+    own = comparison.settings[setting].arms
+    return [label for label in comparison.arms if not own or label in own]
+
+
 def runs(comparison: Comparison) -> Iterator[Run]:
     """All runs, setting by setting and seed by seed, so that a part of them is a comparison."""
     for setting in comparison.settings:
         for seed in comparison.seeds:
-            for arm in comparison.arms:
+            for arm in arms_of(comparison, setting):
                 yield Run(setting, arm, seed)
 
 
@@ -134,6 +142,11 @@ def check(comparison: Comparison) -> None:
         if label not in comparison.arms:
             hint = did_you_mean(label, comparison.arms)
             problems.append(f"own_search: found {label!r}, no such arm.{hint}")
+    for name, setting in comparison.settings.items():
+        for label in setting.arms:
+            if label not in comparison.arms:
+                hint = did_you_mean(label, comparison.arms)
+                problems.append(f"settings[{name!r}].arms: found {label!r}, no such arm.{hint}")
     if comparison.tuning_setting not in ("", *comparison.settings):
         problems.append(f"tuning_setting: found {comparison.tuning_setting!r}, no such setting.")
     if comparison.tuning_seed in comparison.seeds:
@@ -148,7 +161,7 @@ def check(comparison: Comparison) -> None:
                 problems.append(f"{what}: {label!r}: another one has the same folder, {folder!r}.")
     if not problems:
         for setting in comparison.settings:
-            for arm in comparison.arms:
+            for arm in arms_of(comparison, setting):
                 try:
                     run_config(comparison, Run(setting, arm, comparison.seeds[0]))
                 except ValueError as error:
@@ -192,14 +205,20 @@ def part(comparison: Comparison, **chosen: str) -> Comparison:
         arms = changes.get("arms", comparison.arms)
         if getattr(comparison, name) not in arms and arms:
             changes[name] = next(iter(arms))
-    if comparison.tuning_setting not in ("", *changes.get("settings", comparison.settings)):
-        changes["tuning_setting"] = ""
     if "arms" in changes:
+        settings = {}
+        for name, setting in changes.get("settings", comparison.settings).items():
+            own = tuple(label for label in setting.arms if label in changes["arms"])
+            if own or not setting.arms:
+                settings[name] = dataclasses.replace(setting, arms=own)
+        changes["settings"] = settings
         changes["own_search"] = {
             label: fields
             for label, fields in comparison.own_search.items()
             if label in changes["arms"]
         }
+    if comparison.tuning_setting not in ("", *changes.get("settings", comparison.settings)):
+        changes["tuning_setting"] = ""
     return dataclasses.replace(comparison, **changes)
 
 
