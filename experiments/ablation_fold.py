@@ -33,8 +33,8 @@ def fold(vectors, slots, *, masks=True, scales="l1"):
       vectors: leaves `[slots, ...]`.
       slots: which client each row belongs to.
       masks: whether a slot leaves out what does not agree with it.
-      scales: "l1" (of the whole vector), "l1 per layer" (of every leaf and block), "least squares"
-        or "none".
+      scales: "l1" (of the whole vector), "l1 per layer" (of every leaf: a layer's A, or its B),
+        "least squares" or "none".
     """
 
     def of_client(x):
@@ -51,19 +51,19 @@ def fold(vectors, slots, *, masks=True, scales="l1"):
     def ratio(above, below):
         return jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), 0.0)
 
-    def total(x, axes):
-        return jnp.sum(x, axis=tuple(range(axes, x.ndim)), keepdims=True)
+    def total(x):
+        return jnp.sum(x, axis=tuple(range(1, x.ndim)), keepdims=True)
 
     parts = jax.tree.map(part, vectors)
     if scales == "none":
         return parts
     if scales == "l1 per layer":
         return jax.tree.map(
-            lambda x, u: u * ratio(total(jnp.abs(x), 2), total(jnp.abs(u), 2)), vectors, parts
+            lambda x, u: u * ratio(total(jnp.abs(x)), total(jnp.abs(u))), vectors, parts
         )
 
     def whole(values):
-        return sum(total(x, 1).reshape(-1) for x in jax.tree.leaves(values))
+        return sum(total(x).reshape(-1) for x in jax.tree.leaves(values))
 
     if scales == "l1":
         above, below = (whole(jax.tree.map(jnp.abs, tree)) for tree in (vectors, parts))
@@ -75,14 +75,16 @@ def fold(vectors, slots, *, masks=True, scales="l1"):
 
 
 def products(vectors, base):
-    """What LoRA adds to every kernel, A B less the base's: leaves `[slots, depth, in, out]`."""
+    """What LoRA adds to every kernel, A B less the base's: leaves `[slots, in, out]`."""
 
     def product(pair, start):
+        if "lora_a" not in pair:
+            return {name: product(pair[name], start[name]) for name in pair}
         a, b = (pair[name] + start[name][None] for name in ("lora_a", "lora_b"))
         first = jnp.matmul(start["lora_a"], start["lora_b"])
         return jnp.matmul(a, b) - first[None]
 
-    return {name: product(pair, base["blocks"][name]) for name, pair in vectors["blocks"].items()}
+    return product(vectors, base)
 
 
 def lending(similarity, slots, *, sharpened, lenders=3):
@@ -162,7 +164,7 @@ def dense(
         if not folds:
             return Message(per_slot=vectors)
         count = slots.client.shape[0]
-        numbers = {"l1 per layer": sum(x.shape[1] for x in jax.tree.leaves(vectors)), "none": 0}
+        numbers = {"l1 per layer": len(jax.tree.leaves(vectors)), "none": 0}
         bits = [jnp.zeros((count, -(-x[0].size // 8)), jnp.uint8) for x in jax.tree.leaves(vectors)]
         return Message(
             per_client=jax.tree.map(

@@ -43,15 +43,18 @@ def variants():
 
 def tree(seed, *rows):
     """A tree as the adapters': two projections, three blocks deep."""
-    keys = iter(jax.random.split(jax.random.key(seed), 4))
-    shapes = {"lora_a": (3, 5, 2), "lora_b": (3, 2, 4)}
+    keys = iter(jax.random.split(jax.random.key(seed), 12))
+    shapes = {"lora_a": (5, 2), "lora_b": (2, 4)}
     return {
         "blocks": {
-            projection: {
-                name: jax.random.normal(next(keys), (*rows, *shape))
-                for name, shape in shapes.items()
+            block: {
+                projection: {
+                    name: jax.random.normal(next(keys), (*rows, *shape))
+                    for name, shape in shapes.items()
+                }
+                for projection in ("query", "value")
             }
-            for projection in ("query", "value")
+            for block in range(3)
         }
     }
 
@@ -120,7 +123,7 @@ def test_a_slot_that_is_absent_changes_nothing(variants):
 def test_masks_and_scales(variants):
     vectors = tree(0, 6)
     found = {
-        name: variants[name](OPEN).upload(vectors, SLOTS)[0]["blocks"]["query"]["lora_a"]
+        name: variants[name](OPEN).upload(vectors, SLOTS)[0]["blocks"][0]["query"]["lora_a"]
         for name in (
             "folded",
             "masks off",
@@ -129,7 +132,7 @@ def test_masks_and_scales(variants):
             "scales per layer",
         )
     }
-    query = vectors["blocks"]["query"]["lora_a"]
+    query = vectors["blocks"][0]["query"]["lora_a"]
     plain = found["scales off"]
     # Without masks a client's two slots differ by their scale alone.
     ratio = found["masks off"][0] / found["masks off"][1]
@@ -138,9 +141,9 @@ def test_masks_and_scales(variants):
     # Without scales, what both slots of a client keep is the mean of them.
     both = (plain[0] != 0) & (plain[1] != 0)
     np.testing.assert_allclose(plain[0][both], (query[0] + query[1])[both] / 2, rtol=1e-5)
-    # Per layer, every block of every leaf keeps its mean magnitude.
+    # Per layer, every leaf keeps its mean magnitude.
     np.testing.assert_allclose(
-        jnp.abs(found["scales per layer"]).sum((2, 3)), jnp.abs(query).sum((2, 3)), rtol=1e-5
+        jnp.abs(found["scales per layer"]).sum((1, 2)), jnp.abs(query).sum((1, 2)), rtol=1e-5
     )
 
 
@@ -149,11 +152,13 @@ def test_least_squares_scales_are_nearer_than_others(variants):
 
     def error(name):
         folded = variants[name](OPEN).upload(vectors, SLOTS)[0]
-        parts = jax.tree.map(lambda x, y: jnp.square(x - y).sum(axis=(1, 2, 3)), vectors, folded)
+        parts = jax.tree.map(lambda x, y: jnp.square(x - y).sum(axis=(1, 2)), vectors, folded)
         return np.sum(jax.tree.leaves(parts), axis=0)
 
     assert (error("least-squares scales") < error("folded")).all()
-    assert (error("least-squares scales") < error("scales off")).all()
+    # The best scale is near 1 where what two slots share is balanced.
+    assert (error("least-squares scales") <= error("scales off")).all()
+    assert (error("least-squares scales") < 0.999 * error("scales off")).any()
 
 
 def test_what_is_not_folded_is_exact_and_costs_its_traffic(variants):
@@ -179,7 +184,7 @@ def test_what_is_not_folded_is_exact_and_costs_its_traffic(variants):
 def test_b_only_trains_and_sends_b_alone(variants):
     algorithm = variants["B only"](OPEN)
     trains = algorithm.local.trains(tree(0), jnp.float32(0))
-    assert trains["blocks"]["query"] == {"lora_a": 0.0, "lora_b": 1.0}
+    assert trains["blocks"][0]["query"] == {"lora_a": 0.0, "lora_b": 1.0}
     vector, masks = 32 * 2 * 3 * 8, 2 * 2 * 24
     assert bits(algorithm)[0] == [vector + masks + 2 * 32] * 3
 
@@ -208,12 +213,12 @@ def test_transfer_mixes_by_similarity_of_slots_of_different_clients(variants, na
         between = np.clip((between - low) / (high - low), 0, None)
     mixing = np.where(others, between, 1.0)
     mixing /= mixing.sum(axis=1, keepdims=True)
-    leaf = np.asarray(uploads[0]["blocks"]["query"]["lora_a"], np.float64)
+    leaf = np.asarray(uploads[0]["blocks"][0]["query"]["lora_a"], np.float64)
     means = np.stack(
         [np.average(leaf[task == t], axis=0, weights=weight[task == t]) for t in range(3)]
     )
     np.testing.assert_allclose(
-        state.exact["blocks"]["query"]["lora_a"], np.tensordot(mixing, means, 1), atol=1e-5
+        state.exact["blocks"][0]["query"]["lora_a"], np.tensordot(mixing, means, 1), atol=1e-5
     )
 
 
@@ -221,27 +226,19 @@ def test_similarity_of_products_looks_at_what_the_kernels_gain(variants):
     # Two clients with one task each. Both flip the sign of A and of B, one after the other: the
     # adapters' own changes differ, their products' do not.
     slots = Slots(jnp.array([0, 1]), jnp.array([0, 1]), jnp.ones(2), 2, 2)
-    base = jax.tree.map(lambda x: x * 0.0 + 1.0, tree(9))
-    base["blocks"] = {
-        name: {"lora_a": pair["lora_a"], "lora_b": pair["lora_b"] * 0.0}
-        for name, pair in base["blocks"].items()
-    }
-    up = {"lora_a": 0.0, "lora_b": 1.0}
-    over = {"lora_a": -2.0, "lora_b": -1.0}
-    changes = {
-        "blocks": {
-            name: {
-                leaf: jnp.stack([jnp.full(pair[leaf].shape, v[leaf]) for v in (up, over)])
-                for leaf in pair
-            }
-            for name, pair in base["blocks"].items()
-        }
-    }
+
+    def filled(a, b):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.full(x.shape, a if path[-1].key == "lora_a" else b), tree(9)
+        )
+
+    base = filled(1.0, 0.0)
+    changes = matu_jax.stack([filled(0.0, 1.0), filled(-2.0, -1.0)])
     lent = {}
     for name in ("mean of 3", "mean of 3, of products"):
         algorithm = variants[name](OPEN)
         state = algorithm.init(base, slots)
         state, _ = algorithm.aggregate(state, algorithm.upload(changes, slots), slots)
-        lent[name] = float(state.exact["blocks"]["query"]["lora_b"][0].mean())
+        lent[name] = float(state.exact["blocks"][0]["query"]["lora_b"][0].mean())
     assert lent["mean of 3, of products"] == pytest.approx(0.0)  # similarity 1: half and half
     assert lent["mean of 3"] > 0.4  # B's signs are opposite and A's says nothing
