@@ -233,6 +233,10 @@ VARIANTS = {
 ALGORITHMS.update({f"ablation: {name}": partial(dense, **v) for name, v in VARIANTS.items()})
 
 
+OF_THE_FOLD = (*list(VARIANTS)[:7], "B only")
+OF_SIMILARITY = ("folded", *list(VARIANTS)[7:])
+
+
 def get_config():
     shipped = run_file(Path(__file__).with_name("compare8.py"))
     fours = Setting(
@@ -240,14 +244,18 @@ def get_config():
         "every client holds tasks that contradict each other.",
         {"data.clients": 6, "data.tasks_per_client": 4},
         seconds=40,
+        arms=OF_THE_FOLD,
     )
+    # With one task a client nothing is lost by folding.
+    kin = dataclasses.replace(shipped.settings["kin"], arms=OF_SIMILARITY)
+    shipped.experiment.evaluation.every_rounds = 4
     return dataclasses.replace(
         shipped,
         title="Ablations of the fold, and of what similarity compares",
         settings={
             "pairs": shipped.settings["pairs"],
             "fours": fours,
-            "kin": shipped.settings["kin"],
+            "kin": kin,
         },
         arms={name: {"algorithm": f"ablation: {name}"} for name in VARIANTS},
         reference="folded",
