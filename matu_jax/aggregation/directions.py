@@ -4,18 +4,19 @@ import jax
 import jax.numpy as jnp
 
 from matu_jax.aggregation.fold import flat_leaf, loop_zeros, pack, total
+from matu_jax.aggregation.joining import joining
 from matu_jax.aggregation.types import Slots
 from matu_jax.trees import PyTree, as_floating, check_stacked
 
 _BLOCK = 1 << 16  # parameters per matmul when correlating directions
 
 
-def gram(flat: list[jax.Array], signs: bool) -> jax.Array:
-    """`sum x x^T / d` over all leaves, or of the signs of x: float32 `[rows, rows]`.
+def gram(flat: list[jax.Array], size: int, *, signs: bool) -> jax.Array:
+    """`sum x x^T / size` over all leaves, or of the signs of x: float32 `[rows, rows]`.
 
     Blocks of parameters are small enough for a sum of signs to be exact in float32.
     """
-    rows, size = flat[0].shape[0], sum(leaf.shape[1] for leaf in flat)
+    rows = flat[0].shape[0]
 
     def product(block):
         x = jnp.sign(block).astype(jnp.float32) if signs else block.astype(jnp.float32)
@@ -40,7 +41,9 @@ def gram(flat: list[jax.Array], signs: bool) -> jax.Array:
 
 @jax.jit
 def _direction_similarity(vectors: PyTree) -> jax.Array:
-    products = gram([flat_leaf(leaf) for leaf in jax.tree.leaves(vectors)], signs=True)
+    flat = [flat_leaf(leaf) for leaf in jax.tree.leaves(vectors)]
+    join = joining(flat)
+    products = gram(join.vectors(flat), join.size, signs=True)
     return jnp.clip((1 + products) / 2, 0.0, 1.0)
 
 
@@ -63,14 +66,18 @@ def direction_similarity(vectors: PyTree) -> jax.Array:
 
 
 def same_client_gram(
-    vector: list[jax.Array], masks: list[jax.Array], scales: jax.Array, slots: Slots, ok: jax.Array
+    vector: list[jax.Array],
+    masks: list[jax.Array],
+    size: int,
+    scales: jax.Array,
+    slots: Slots,
+    ok: jax.Array,
 ) -> jax.Array:
-    """`sum sgn(tau_s) sgn(tau_s') / d` over slot pairs of one client, added up per task pair.
+    """`sum sgn(tau_s) sgn(tau_s') / size` over slot pairs of one client, added up per task pair.
 
     Two slots of one client share the signs of u wherever both masks are set, so the product of
     their signs is a count of common mask bits. Work is linear in the pairs that share a client.
     """
-    size = sum(leaf.shape[1] for leaf in vector)
     order = jnp.argsort(slots.client)
     client, task = slots.client[order], slots.task[order]
     first = jnp.searchsorted(client, client).astype(jnp.int32)

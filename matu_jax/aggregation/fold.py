@@ -7,6 +7,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
+from matu_jax.aggregation.joining import joining
 from matu_jax.aggregation.types import Magnitude, Slots, Unified, check_slots, check_unified
 from matu_jax.trees import PyTree, as_floating, check_stacked
 
@@ -258,19 +259,14 @@ def _unify(vectors: PyTree, slots: Slots | None, magnitude: Magnitude) -> Unifie
         groups, present, num_groups = jnp.zeros(count, jnp.int32), jnp.ones(count, jnp.bool_), 1
     else:
         groups, present, num_groups = slots.client, slots.weight > 0, slots.num_clients
-    flat, masks, scales = fold(
-        [flat_leaf(leaf) for leaf in leaves],
-        None,
-        groups,
-        present,
-        num_groups,
-        magnitude,
-    )
+    flat = [flat_leaf(leaf) for leaf in leaves]
+    join = joining(flat)
+    vector, masks, scales = fold(join.vectors(flat), None, groups, present, num_groups, magnitude)
     shaped = [
         vector.reshape(leaf.shape[1:] if slots is None else (num_groups, *leaf.shape[1:]))
-        for vector, leaf in zip(flat, leaves, strict=True)
+        for vector, leaf in zip(join.leaves(vector), leaves, strict=True)
     ]
-    return Unified(treedef.unflatten(shaped), treedef.unflatten(masks), scales)
+    return Unified(treedef.unflatten(shaped), treedef.unflatten(join.leaf_masks(masks)), scales)
 
 
 def unify(vectors: PyTree, slots: Slots | None = None, *, magnitude: Magnitude = "max") -> Unified:

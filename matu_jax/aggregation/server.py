@@ -19,6 +19,7 @@ from matu_jax.aggregation.fold import (
     over_blocks,
     over_groups,
 )
+from matu_jax.aggregation.joining import joining
 from matu_jax.aggregation.robust import (
     agreement_weights,
     clip_factors,
@@ -123,7 +124,7 @@ def _same_task(
             ),
         )
         if compares:
-            products = products + gram([signs], signs=False) * length
+            products = products + gram([signs], 1, signs=False)
         return own, products, energies
 
     compares = config.similarity == "cross_client"
@@ -144,8 +145,19 @@ def _aggregate(
     previous: Unified | ServerState | None,
 ) -> Aggregated:
     leaves, treedef = jax.tree.flatten(uploads.vector)
-    vector, masks = [flat_leaf(leaf) for leaf in leaves], jax.tree.leaves(uploads.masks)
-    tasks, count = slots.num_tasks, slots.client.shape[0]
+    vector, tasks, count = [flat_leaf(x) for x in leaves], slots.num_tasks, slots.client.shape[0]
+    if isinstance(previous, ServerState):
+        start = [flat_leaf(leaf) for leaf in jax.tree.leaves(previous.task_vectors)]
+        agreement, energy = previous.agreement, previous.energy
+    else:
+        agreement = energy = jnp.zeros((tasks, tasks), jnp.float32)
+        if previous is None:
+            start = [jnp.zeros((tasks, leaf.shape[1]), leaf.dtype) for leaf in vector]
+        else:
+            start = [flat_leaf(x) for x in jax.tree.leaves(modulate_jit(previous, None))]
+    join = joining(vector, start)
+    vector, start = join.vectors(vector), join.vectors(start)
+    masks = join.masks(jax.tree.leaves(uploads.masks))
 
     finite = jnp.stack([jnp.isfinite(leaf).all(axis=1) for leaf in vector]).all(axis=0)
     scale_ok = jnp.isfinite(uploads.scales) & (uploads.scales >= 0)
@@ -166,15 +178,6 @@ def _aggregate(
     holders = jnp.zeros(tasks, jnp.int32).at[slots.task].add(accepted.astype(jnp.int32))
     share = weight / jnp.where(weight_sum > 0, weight_sum, 1.0)[slots.task]
     reported = holders > 0
-    if isinstance(previous, ServerState):
-        start = [flat_leaf(leaf) for leaf in jax.tree.leaves(previous.task_vectors)]
-        agreement, energy = previous.agreement, previous.energy
-    else:
-        agreement = energy = jnp.zeros((tasks, tasks), jnp.float32)
-        if previous is None:
-            start = [jnp.zeros((tasks, leaf.shape[1]), leaf.dtype) for leaf in vector]
-        else:
-            start = [flat_leaf(x) for x in jax.tree.leaves(modulate_jit(previous, None))]
     kept = start
     if config.uploads == "change":
         kept = [jnp.zeros_like(leaf) for leaf in start]
@@ -192,15 +195,16 @@ def _aggregate(
 
     # Eq. 7.
     if config.similarity == "aggregated":
-        similarity = jnp.clip((1 + gram(own, signs=True)) / 2, 0.0, 1.0)
+        similarity = jnp.clip((1 + gram(own, join.size, signs=True)) / 2, 0.0, 1.0)
         compared = jnp.ones((tasks, tasks), jnp.bool_)
     else:
         present = jnp.zeros((slots.num_clients, tasks), jnp.float32)
         present = present.at[slots.client, slots.task].add(accepted.astype(jnp.float32))
         held = holders.astype(jnp.float32)
-        size = sum(leaf.shape[1] for leaf in vector)
         pairs = held[:, None] * held[None, :] - present.T @ present
-        products = products / size - same_client_gram(vector, masks, scales, slots, accepted)
+        products = products / join.size - same_client_gram(
+            vector, masks, join.size, scales, slots, accepted
+        )
         compared = pairs > 0
         mean_product = jnp.where(compared, products / jnp.maximum(pairs, 1.0), 0.0)
         similarity = jnp.clip((1 + mean_product) / 2, 0.0, 1.0)
@@ -258,17 +262,19 @@ def _aggregate(
     )
 
     def shaped(flat, lead):
-        return treedef.unflatten(
-            [x.reshape(*lead, *leaf.shape[1:]) for x, leaf in zip(flat, leaves, strict=True)]
-        )
+        pairs = zip(join.leaves(flat), leaves, strict=True)
+        return treedef.unflatten([x.reshape(*lead, *leaf.shape[1:]) for x, leaf in pairs])
+
+    def masked(masks):
+        return treedef.unflatten(join.leaf_masks(masks))
 
     task_vectors = shaped(mixed, (tasks,))
     return Aggregated(
         task_vectors=task_vectors,
         similarity=similarity,
-        unified=Unified(shaped(one_vector, ()), treedef.unflatten(all_masks), all_scales),
+        unified=Unified(shaped(one_vector, ()), masked(all_masks), all_scales),
         downloads=Unified(
-            shaped(down_vector, (slots.num_clients,)), treedef.unflatten(down_masks), down_scales
+            shaped(down_vector, (slots.num_clients,)), masked(down_masks), down_scales
         ),
         accepted=accepted,
         state=ServerState(task_vectors, agreement, energy),

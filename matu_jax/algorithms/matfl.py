@@ -61,7 +61,7 @@ def matfl(config: Config) -> Algorithm:
         ]
         largest = jnp.stack([jnp.abs(x).max(axis=1) for x in deviations]).max(axis=0)
         unit = jnp.where(largest > 0, largest, 1.0)[:, None]  # so that no square overflows
-        products = gram([x / unit for x in deviations], signs=False)
+        products = gram([x / unit for x in deviations], 1, signs=False)
         norm = jnp.sqrt(jnp.diagonal(products))
         lengths = norm[:, None] * norm[None, :]
         cosine = jnp.where(lengths > 0, products / jnp.where(lengths > 0, lengths, 1.0), 0.0)
