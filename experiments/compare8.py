@@ -77,6 +77,7 @@ def get_config():
     experiment.evaluation.every_rounds = 2
     experiment.checkpoint.every_rounds = 8
     experiment.defence.clip = 0.0  # nobody lies here; recorded before there were defences
+    experiment.defence.weighting = "examples"
     return Comparison(
         title="MaTU and its rivals on the embedded benchmark",
         experiment=experiment,
