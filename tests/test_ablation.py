@@ -78,7 +78,16 @@ def bits(algorithm):
 
 @pytest.mark.parametrize(
     "name",
-    ["compare8", "compare30", "settings8", "ablation8", "ablation_fold", "traffic8", "attacks4"],
+    [
+        "compare8",
+        "compare30",
+        "settings8",
+        "ablation8",
+        "ablation_fold",
+        "ablation_rules",
+        "traffic8",
+        "attacks4",
+    ],
 )
 def test_every_comparison_can_be_read(name, variants):
     del variants

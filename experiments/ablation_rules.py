@@ -1,0 +1,65 @@
+"""The server's rules around today's defaults, and on conflicts that no rule was chosen on.
+
+    python -m matu_jax.compare --config experiments/ablation_rules.py
+
+ablation8 had the gate of eq. 5 at rho = 0.4 and led to the default of 0; here all arms that name no
+rho have 0. "other pairs" asks other questions about other kinds of images than "pairs", on which
+the rule for transfer was designed.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from matu_jax.commandline import run_file
+from matu_jax.comparison.plan import Setting
+
+MEAN_OF_3 = {"matu.transfer": "mean", "matu.top_k": 3}
+ARMS = {
+    "matu": {},
+    "no transfer": {"matu.transfer": "none"},
+    "mean of 1": {"matu.transfer": "mean", "matu.top_k": 1},
+    "mean of 3": MEAN_OF_3,
+    "mean of 3, epsilon = 0.51": MEAN_OF_3 | {"matu.min_similarity": 0.51},
+    "additive": MEAN_OF_3 | {"matu.transfer": "additive"},
+    "rho = 0.2": {"matu.agreement_threshold": 0.2},
+    "rho = 0.4": {"matu.agreement_threshold": 0.4},
+    "rho = 0.6": {"matu.agreement_threshold": 0.6},
+    "rho = 1": {"matu.agreement_threshold": 1.0},
+    "per_task": {"algorithm": "per_task"},
+}
+
+
+def get_config():
+    shipped = run_file(Path(__file__).with_name("compare8.py"))
+    shipped.experiment.evaluation.every_rounds = 4
+    pairs, kin = shipped.settings["pairs"], shipped.settings["kin"]
+    other = Setting(
+        "As pairs, with other questions about other kinds of images.",
+        {
+            "data.tasks": ",".join(
+                f"{question}/{images}"
+                for question in ("hue", "position", "tilt", "ground")
+                for images in ("clutter", "plaid")
+            )
+        },
+        seconds=40,
+        arms=("matu", "no transfer", "mean of 1", "mean of 3", "rho = 0.4", "rho = 1", "per_task"),
+    )
+    return dataclasses.replace(
+        shipped,
+        title="Ablations of the server's rules",
+        settings={
+            "other pairs": other,
+            "pairs": dataclasses.replace(
+                pairs,
+                arms=("matu", "rho = 0.2", "rho = 0.6", "mean of 3, epsilon = 0.51", "additive"),
+            ),
+            "kin": dataclasses.replace(
+                kin, arms=("matu", "mean of 3", "mean of 3, epsilon = 0.51", "additive")
+            ),
+        },
+        arms=ARMS,
+        search={},
+        own_search={},
+        tuned="",
+    )
