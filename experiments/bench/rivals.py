@@ -15,11 +15,16 @@ import matu_jax as matu
 SERVER = matu.AggregationConfig(transfer="mean", similarity="aggregated")
 
 
-def federation(clients: int, tasks: int, held: int, size: int, dtype: Any) -> tuple[Any, Any]:
-    """Uploads of clients with `held` tasks each, and their slots; tasks are dealt out in turn."""
+def dealt(clients: int, tasks: int, held: int) -> matu.Slots:
+    """Slots of clients with `held` tasks each; tasks are dealt out in turn."""
     client = jnp.repeat(jnp.arange(clients), held)
     task = (client * held + jnp.tile(jnp.arange(held), clients)) % tasks
-    slots = matu.Slots(client, task, 1.0 + jnp.arange(clients * held) % 3, clients, tasks)
+    return matu.Slots(client, task, 1.0 + jnp.arange(clients * held) % 3, clients, tasks)
+
+
+def federation(clients: int, tasks: int, held: int, size: int, dtype: Any) -> tuple[Any, Any]:
+    """Uploads of clients with `held` tasks each, and their slots."""
+    slots = dealt(clients, tasks, held)
     keys = jax.random.split(jax.random.key(0), clients * held)
     rows = jax.lax.map(lambda key: jax.random.normal(key, (size,), dtype), keys)
     return jax.block_until_ready(matu.unify({"w": rows}, slots)), slots

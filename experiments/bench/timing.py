@@ -1,24 +1,34 @@
-"""What the benchmarks share: interleaved timing, memory, the copy bandwidth, tables and JSON."""
+"""What the benchmarks share: interleaved timing, memory, what a device can do, tables and JSON."""
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import gc
+import importlib.metadata
 import json
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
+
+from matu_jax.parallel import AXIS, slot_mesh
+
+PACKAGES = ("jaxlib", "numpy", "torch", "peft", "transformers", "flwr", "ray", "fedjax")
 
 
 class Timing(NamedTuple):
@@ -64,6 +74,21 @@ def copier(size_bytes: int) -> Callable[[], Any]:
     return lambda: np.copyto(target, source)
 
 
+def multiplier(size: int, dtype: Any) -> tuple[Callable[[], Any], float]:
+    """A function in which every device multiplies two square matrices, and its operations."""
+    mesh = slot_mesh()
+    ones = jnp.ones((mesh.size, size, size), dtype)
+    matrices = jax.device_put(ones, NamedSharding(mesh, PartitionSpec(AXIS)))
+    product = jax.jit(lambda x: x @ x)
+    return lambda: product(matrices), 2.0 * mesh.size * size**3
+
+
+def keep_programs(folder: str) -> None:
+    """Keeps compiled programs, so that the processes that measure memory need not compile."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def peak_growth(work: Callable[..., Any], *arguments: Any) -> int | None:
     """Bytes by which the peak of resident memory grows in a fresh process that calls `work`.
 
@@ -102,6 +127,30 @@ def _measure(send: Any, work: Callable[..., Any], arguments: tuple) -> None:
     send.send(field("VmHWM") - before)
 
 
+def children_bytes() -> int | None:
+    """Memory of all processes that descend from this one, pages that they share divided among them.
+
+    None where it cannot be told (no Linux).
+    """
+    if not Path("/proc/self/smaps_rollup").exists():
+        return None
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # where it has ended meanwhile
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            parents[int(folder.name)] = int(fields[1])
+    total = 0
+    for process in parents:
+        ancestor = parents[process]
+        while ancestor in parents and ancestor != os.getpid():
+            ancestor = parents[ancestor]
+        if ancestor == os.getpid():
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+                total += next(int(x.split()[1]) for x in lines if x.startswith("Pss:")) * 1024
+    return total
+
+
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     device = jax.devices()[0]
@@ -115,14 +164,20 @@ def machine() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
+        "command": shlex.join(["python", *sys.argv]),
         "device": f"{device.device_kind} ({device.platform})",
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "jax": jax.__version__,
         "python": platform.python_version(),
+        "packages": found,
     }
 
 
@@ -136,15 +191,20 @@ def options(doc: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def finish(title: str, rows: list[dict[str, Any]], out: Path) -> None:
-    """Prints the rows as a table and writes them with the machine as JSON."""
+def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Prints rows as a table; the first row has all columns."""
     table = Table(title=title)
     for column in rows[0]:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in rows[0]))
-    Console(width=200).print(table)
-    out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    Console(width=240).print(table)
+
+
+def finish(title: str, rows: list[dict[str, Any]], out: Path, **more: Any) -> None:
+    """Prints the rows as a table and writes them, and what else is given, with the machine."""
+    show(title, rows)
+    out.write_text(json.dumps({"machine": machine(), "rows": rows, **more}, indent=1) + "\n")
 
 
 def _cell(value: Any) -> str:
