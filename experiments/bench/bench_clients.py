@@ -1,6 +1,6 @@
 """How fast clients train: against a PyTorch + PEFT loop over clients, and against fedjax.
 
-    python experiments/bench/bench_clients.py                                        1 to 2 minutes
+    python experiments/bench/bench_clients.py                                        a few minutes
     python experiments/bench/bench_clients.py --architecture clip_vit_b32 --clients 4 --steps 1 \
         --repeats 2                                                                   a few minutes
     python experiments/bench/bench_clients.py --architecture clip_vit_b32 --dtypes bfloat16 \
@@ -73,9 +73,9 @@ from matu_jax.parallel import (
     use_cores,
 )
 
-# Of a vector's length, after a few steps of Adam, which turns rounding into steps where gradients
-# are near zero.
-TOLERANCE = {"float32": 0.02, "bfloat16": 0.3}
+# Of a vector's length, after a few steps of Adam, which turns rounding into whole steps where
+# gradients are near zero; two unrelated vectors are 1.4 apart.
+TOLERANCE = {"float32": 0.02, "bfloat16": 0.5}
 LOSS = {"float32": 1e-3, "bfloat16": 5e-2}
 
 

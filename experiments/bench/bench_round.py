@@ -1,7 +1,7 @@
 """How fast a whole federated round is: against Flower's simulation, with the same model and data.
 
     python -m venv bench && bench/bin/pip install -e '.[bench,parity]'
-    bench/bin/python experiments/bench/bench_round.py                                2 to 3 minutes
+    bench/bin/python experiments/bench/bench_round.py                                a few minutes
 
 Flower is not a dependency of this package, and its extra goes into an environment of its own, since
 it holds protobuf and rich at older versions. Its simulation runs clients in Ray's processes, as

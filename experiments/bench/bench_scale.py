@@ -1,6 +1,6 @@
 """How a round of MaTU grows: with clients, with tasks per client, and with parameters.
 
-    python experiments/bench/bench_scale.py                  about 4 minutes
+    python experiments/bench/bench_scale.py                  at most about 4 minutes
     python experiments/bench/bench_scale.py --seconds 1200   everything that fits into memory
     python experiments/bench/bench_scale.py --quick          seconds; whether it runs
 
@@ -184,6 +184,8 @@ def _run(given: argparse.Namespace, programs: str) -> None:
             reason = ""
             if needed > 0.8 * memory_left():
                 reason = f"it needs about {needed / 1e9:.1f} GB of memory"
+            elif now >= until:
+                reason = f"--seconds {given.seconds:g} are over"
             elif now + expected > until:
                 reason = f"it would take about {expected:.0f} s of --seconds {given.seconds:g}"
             if reason:
