@@ -87,6 +87,7 @@ def bits(algorithm):
         "ablation_rules",
         "traffic8",
         "attacks4",
+        "defence8",
     ],
 )
 def test_every_comparison_can_be_read(name, variants):
