@@ -283,6 +283,13 @@ def test_best_is_first_and_bold_and_ties_share_it(tmp_path, undrawn):
     assert f"| {other} |" in markdown
 
 
+def test_what_is_bold_is_bold_for_every_reader(tmp_path, undrawn):
+    page, _, markdown, _ = written(make_comparison(), tmp_path)
+    shown = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown))
+    assert "Accuracy over rounds." in page.bold
+    assert shown.bold == page.bold
+
+
 def test_in_short_gives_the_verdicts(tmp_path, undrawn):
     comparison = make_comparison(ARMS[:7])
     matu, per_task = arm_of(comparison, "matu"), arm_of(comparison, "per_task")

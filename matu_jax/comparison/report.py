@@ -344,8 +344,8 @@ def _pictures(
         figures.traffic(arms, **labels),
         f"Scatter plot for setting {name}: test accuracy over total traffic. {summary}.",
         [
-            Bold("Accuracy against traffic. "),
-            "Each point is an arm: the higher the more accurate, the further to the left the less "
+            Bold("Accuracy against traffic."),
+            " Each point is an arm: the higher the more accurate, the further to the left the less "
             "is sent. Arms on the pale line (the Pareto front) are the ones to choose from: no "
             "other arm is better without sending more. Bars are ± std over seeds.",
             hidden,
@@ -360,8 +360,8 @@ def _pictures(
         figures.curves(arms, **labels),
         f"A panel per arm of setting {name}: accuracy over rounds.",
         [
-            Bold("Accuracy over rounds. "),
-            "One panel per arm, all on the same scale: the thick line is that arm, its band is "
+            Bold("Accuracy over rounds."),
+            " One panel per arm, all on the same scale: the thick line is that arm, its band is "
             f"± std over seeds. {ours} and {reference} are repeated in each panel for comparison.",
             hidden,
         ],
@@ -372,8 +372,8 @@ def _pictures(
         figures.per_task(arms, tasks, **labels),
         f"Table in colours for setting {name}: accuracy of each arm (columns) on each task (rows).",
         [
-            Bold("Accuracy per task. "),
-            "The number is the test accuracy in %, the mean over seeds. ",
+            Bold("Accuracy per task."),
+            " The number is the test accuracy in %, the mean over seeds. ",
             f"The colour compares with {reference} on the same task: blue is better, red is "
             "worse, white is equal; the darkest colours stand for all differences from there on. "
             if any(arm["label"] == reference and mean_accuracy(arm) is not None for arm in arms)
@@ -393,8 +393,8 @@ def _pictures(
         f"Matrix of similarities between the tasks of setting {name}, measured by "
         f"{chosen['label']}, and the matrix of pairs that share a label space.",
         [
-            Bold(f"Which tasks {chosen['label']} holds to be related. "),
-            "Rows and columns are the tasks in the same order. Red cells are pairs whose updates "
+            Bold(f"Which tasks {chosen['label']} holds to be related."),
+            " Rows and columns are the tasks in the same order. Red cells are pairs whose updates "
             "point the same way.",
             " The server is told nothing of the truth; if it finds it, the same blocks are red in "
             "both matrices."
