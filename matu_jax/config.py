@@ -166,18 +166,21 @@ class DefenceConfig:
     clients instead of slots where a client sends one vector; algorithms without such a mean have no
     defences and refuse other values than these.
 
+    The defaults follow experiments/results/attacks4.
+
     Attributes:
       clip: no upload counts for more than this many times the median length; 0 = off.
       trim: how many of the largest and smallest numbers of a mean are left out; 0 = off.
-      weighting: "examples", or "agreement" of directions with the others, times examples.
+      weighting: "examples", or "agreement" of directions with the others, times examples; to be
+        "examples" where trim is on.
     """
 
     clip: float = _field(1.5, at_least=0)
     trim: int = _field(0, at_least=0)
-    weighting: str = _field("examples", choices=("examples", "agreement"))
+    weighting: str = _field("agreement", choices=("examples", "agreement"))
 
 
-NO_DEFENCE = DefenceConfig(clip=0.0)
+NO_DEFENCE = DefenceConfig(clip=0.0, weighting="examples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,8 +475,9 @@ def _cross_checks(config: Config) -> list[str]:
     problems = []
     if config.defence.trim and config.defence.weighting != "examples":
         problems.append(
-            "config.defence.weighting: found 'agreement' beside trim = "
-            f"{config.defence.trim}, which counts all holders the same; choose one of the two."
+            f"config.defence.trim: found {config.defence.trim}, which counts all holders the same, "
+            "beside weighting = 'agreement'; for a trimmed mean set config.defence.weighting = "
+            "'examples'."
         )
     if config.failures.deadline and not config.failures.slowness:
         problems.append(

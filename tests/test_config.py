@@ -82,6 +82,7 @@ def test_matu_block_is_the_aggregation_config():
         "transfer": "none",
         "uploads": "vector",
         "clip": 0.0,
+        "weighting": "examples",
     }
 
 

@@ -22,9 +22,9 @@ WEIGHT = np.array([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110], np.float32)
 CLIENTS, TASKS = 7, 4
 SLOTS = matu.Slots(CLIENT, TASK, WEIGHT, CLIENTS, TASKS)
 RULES = [
-    DefenceConfig(clip=0.8),
-    DefenceConfig(clip=0.0, trim=1),
-    DefenceConfig(clip=1.2, trim=2),
+    DefenceConfig(clip=0.8, weighting="examples"),
+    DefenceConfig(clip=0.0, trim=1, weighting="examples"),
+    DefenceConfig(clip=1.2, trim=2, weighting="examples"),
     DefenceConfig(clip=0.0, weighting="agreement"),
     DefenceConfig(clip=1.0, weighting="agreement"),
 ]
@@ -120,7 +120,7 @@ def test_without_defences_nothing_is_different():
     x, old = as_tree(changes(0)), as_tree(np.zeros((TASKS, 30), np.float32))
     groups = jnp.asarray(WEIGHT), jnp.asarray(TASK), TASKS
     plain, _ = defended_mean(x, old, *groups, NO_DEFENCE)
-    wide, _ = defended_mean(x, old, *groups, DefenceConfig(clip=1e6))
+    wide, _ = defended_mean(x, old, *groups, DefenceConfig(clip=1e6, weighting="examples"))
     chex.assert_trees_all_close(plain, wide, rtol=1e-6)
 
 
@@ -156,7 +156,7 @@ def test_one_liar_moves_a_task_no_further_than_clip_allows(seed, factor, through
 @pytest.mark.parametrize(
     "rule",
     [
-        DefenceConfig(clip=0.0, trim=1),
+        DefenceConfig(clip=0.0, trim=1, weighting="examples"),
         DefenceConfig(clip=0.0, weighting="agreement"),
     ],
     ids=["trim", "agreement"],
@@ -194,7 +194,9 @@ def test_choices_are_checked(fields, words):
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_an_algorithm_defends_itself_or_says_that_it_cannot(name):
     plain = Config(algorithm=name, defence=NO_DEFENCE)
-    defended = dataclasses.replace(plain, defence=DefenceConfig(clip=0.5, trim=1))
+    defended = dataclasses.replace(
+        plain, defence=DefenceConfig(clip=0.5, trim=1, weighting="examples")
+    )
     if build(plain).defence is None:
         with pytest.raises(ValueError, match=f"'{name}' has no defences"):
             build(defended)
