@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run, one folder per round in `directory`; a context manager.
 
-    For one process (its devices may be many). Orbax, which is slow to import, is imported
-    with the first instance.
+    For one process (its devices may be many): of several that make one run, one keeps them. Orbax,
+    which is slow to import, is imported with the first instance.
 
     Attributes:
       directory: where they are; made if missing.
@@ -45,7 +45,13 @@ class Checkpoints:
         self.directory, self.keep = Path(directory).resolve(), keep
         self.directory.mkdir(parents=True, exist_ok=True)
         with _quiet() as ocp:
-            options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+            own = jax.process_index()  # Orbax would else wait for the other processes
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
+            )
+            options = ocp.CheckpointManagerOptions(
+                enable_async_checkpointing=False, create=False, multiprocessing_options=alone
+            )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> "Checkpoints":

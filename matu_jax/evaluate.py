@@ -12,7 +12,7 @@ from matu_jax.data import Split
 from matu_jax.data.feed import BUDGET_BYTES
 from matu_jax.local import class_mask
 from matu_jax.models import Model
-from matu_jax.parallel import map_slots, padded_rows, slots_at_once
+from matu_jax.parallel import ROWS, WHOLE, map_slots, padded_rows, shares, slots_at_once
 
 _STREAMED_SLOTS = 8  # at once, where images are streamed: few tasks share a piece then
 
@@ -23,13 +23,15 @@ class Piece(NamedTuple):
     Attributes:
       slots: int64 `[rows]`, the last one repeated as padding.
       rows: how many of them count.
-      tasks: int64 `[tasks of the piece]`, the last one repeated as padding.
-      local: int32 `[rows]`, where each slot's task stands in `tasks`.
+      own: int64 `[own rows]`, those of the slots that this process's devices have.
+      tasks: int64 `[tasks of the piece]`, theirs, the last one repeated as padding.
+      local: int32 `[own rows]`, where each own slot's task stands in `tasks`.
       first: position of the first example.
     """
 
     slots: np.ndarray
     rows: int
+    own: np.ndarray
     tasks: np.ndarray
     local: np.ndarray
     first: int
@@ -86,7 +88,7 @@ class EvaluationSet:
         slots = np.arange(len(slot_tasks))
         if len(splits) * batches * self._batch * image_bytes <= budget_bytes:
             groups = [padded_rows(slots, mesh.size)]
-            tasks = [np.arange(len(splits))]
+            streamed = False
         else:
             per_device = -(-len(slots) // mesh.size)
             at_once = min(slots_at_once(mesh, per_device, parallel_slots), _STREAMED_SLOTS)
@@ -95,19 +97,25 @@ class EvaluationSet:
                 padded_rows(slots, mesh.size * at_once),
                 range(mesh.size * at_once, len(slots), mesh.size * at_once),
             )
-            tasks = [np.unique(slot_tasks[group]) for group in groups]
-            widest = max(map(len, tasks))
-            tasks = [np.pad(held, (0, widest - len(held)), mode="edge") for held in tasks]
+            streamed = True
+        process, rows_of = jax.process_index(), shares(mesh, len(groups[0]))
+        # A process loads the tasks of its own slots; the shapes are those of all processes.
+        widest = max(
+            len(np.unique(slot_tasks[group[rows]])) for group in groups for rows in rows_of.values()
+        )
+        if streamed:
             batches = max(1, budget_bytes // (widest * self._batch * image_bytes))
             batches = min(batches, -(-int(lengths.max()) // self._batch))
         self._batches = batches
         self.pieces, counted = [], 0
-        for group, held in zip(groups, tasks, strict=True):
+        for group in groups:
             rows = min(len(slots) - counted, len(group))
             counted += rows
-            local = np.searchsorted(held[: len(np.unique(held))], slot_tasks[group])
-            for first in range(0, int(lengths[held].max()), batches * self._batch):
-                self.pieces.append(Piece(group, rows, held, local.astype(np.int32), first))
+            own = group[rows_of[process]]
+            held, local = np.unique(slot_tasks[own], return_inverse=True)
+            held = np.pad(held, (0, widest - len(held)), mode="edge")
+            for first in range(0, int(lengths[slot_tasks[group]].max()), batches * self._batch):
+                self.pieces.append(Piece(group, rows, own, held, local.astype(np.int32), first))
 
     @property
     def image_bytes(self) -> int:
@@ -117,7 +125,7 @@ class EvaluationSet:
         return tasks * self._batches * self._batch * pixels
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Gathers a piece's examples, padded.
+        """Gathers a piece's examples, padded; of the tasks of this process's slots.
 
         Returns:
           Images, uint8 `[tasks, batches, batch, height, width, channels]`, and labels, int32
@@ -145,9 +153,9 @@ def evaluation(model: Model, mesh: Mesh, *, parallel_slots: int = 0) -> Callable
 
     Returns:
       `((base, frozen, images, labels), vectors, local, task, num_classes) -> counts`, to be jitted:
-      images and labels from `EvaluationSet.load`, vectors leaves `[slots, ...]`, local (position in
-      the piece), task and num_classes int32 `[slots]`; counts int32 `[slots, 2]`: examples
-      classified rightly, and all.
+      images and labels from `EvaluationSet.load`, put `on_each` device, vectors leaves `[slots,
+      ...]`, local (position in the piece), task and num_classes int32 `[slots]`; counts int32
+      `[slots, 2]`: examples classified rightly, and all.
     """
 
     def counts(shared, vector, local, task, num_classes):
@@ -163,7 +171,8 @@ def evaluation(model: Model, mesh: Mesh, *, parallel_slots: int = 0) -> Callable
 
         return jax.lax.map(hits, jnp.arange(images.shape[1])).sum(axis=0)
 
-    return map_slots(counts, mesh, parallel_slots=parallel_slots)
+    specs = (WHOLE, WHOLE, ROWS, ROWS)
+    return map_slots(counts, mesh, parallel_slots=parallel_slots, shared_specs=specs)
 
 
 def per_task(per_slot: np.ndarray, task: np.ndarray, num_tasks: int) -> np.ndarray:

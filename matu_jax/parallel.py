@@ -1,4 +1,4 @@
-"""Spreading slots over devices, and over time within a device."""
+"""Spreading slots over devices, of one process or of several, and over time within a device."""
 
 import os
 import sys
@@ -8,9 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from matu_jax.trees import PyTree
 
 AXIS = "slots"
+ROWS, WHOLE = PartitionSpec(AXIS), PartitionSpec()
+"""How arrays lie on the devices: `[slots, ...]` shared out among them, or whole on each."""
 
 
 def use_cores() -> None:
@@ -37,7 +41,7 @@ def keep_programs() -> None:
 
 
 def slot_mesh() -> Mesh:
-    """A mesh of all devices along one axis, "slots"."""
+    """A mesh of all devices, those of other processes among them, along one axis, "slots"."""
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -51,7 +55,7 @@ def memory_there(device: Any) -> int | None:
     if device.platform == "cpu":
         if "SC_PHYS_PAGES" not in os.sysconf_names:
             return None
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.device_count()
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
@@ -60,8 +64,89 @@ def slots_at_once(mesh: Mesh, slots: int, parallel_slots: int = 0) -> int:
     return max(1, min(parallel_slots or (1 if on_cpu(mesh) else slots), slots))
 
 
+def own_devices(mesh: Mesh) -> list[Any]:
+    """The devices of a mesh that belong to this process; the first one is its server."""
+    return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+
+
+def shares(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
+    """Which of so many rows each process has: `{process: int64 [own rows]}`.
+
+    Args:
+      mesh: from `slot_mesh`.
+      rows: a multiple of the devices, over which they are shared out in order.
+    """
+    process = np.array([device.process_index for device in mesh.devices.flat])
+    by_device = np.arange(rows).reshape(mesh.size, -1)
+    return {int(p): by_device[process == p].reshape(-1) for p in np.unique(process)}
+
+
+def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of so many rows this process has, see `shares`: int64 `[own rows]`."""
+    return shares(mesh, rows)[jax.process_index()]
+
+
+def placed(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
+    """Makes arrays over all devices of what each process has; nothing leaves its process.
+
+    Args:
+      tree: numpy arrays, or arrays of this process's: with `ROWS`, its `own_rows`, `[own rows,
+        ...]`; with `WHOLE`, the same on all processes.
+      mesh: from `slot_mesh`.
+      spec: `ROWS` or `WHOLE`.
+    """
+    own = own_devices(mesh)
+    if len(own) == mesh.size:
+        return jax.device_put(tree, NamedSharding(mesh, spec))
+    local = jax.device_put(tree, NamedSharding(Mesh(np.array(own), (AXIS,)), spec))
+    return _joined(local, mesh, spec, mesh.size if spec == ROWS else len(own), len(own))
+
+
+def on_each(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Puts what this process has on each of its devices, whole; nothing leaves its process.
+
+    Args:
+      tree: numpy arrays `[n, ...]` of any content, but of the same shapes on all processes.
+      mesh: from `slot_mesh`.
+
+    Returns:
+      Arrays `[devices * n, ...]` in `ROWS`: of each of them, a device has its process's own.
+    """
+    own = own_devices(mesh)
+    local = jax.device_put(tree, NamedSharding(Mesh(np.array(own), (AXIS,)), WHOLE))
+    return _joined(local, mesh, ROWS, mesh.size, 1)
+
+
+def _joined(local: PyTree, mesh: Mesh, spec: PartitionSpec, times: int, parts: int) -> PyTree:
+    """Arrays of this process as a part of arrays with `times / parts` as many rows."""
+
+    def whole(x: jax.Array) -> jax.Array:
+        shape = (x.shape[0] * times // parts, *x.shape[1:]) if x.ndim else ()
+        pieces = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), pieces)
+
+    return jax.tree.map(whole, local)
+
+
+def collected(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Brings arrays `[slots, ...]` in `ROWS` to the first device of every process, all rows."""
+    server = own_devices(mesh)[0]
+    if jax.process_count() > 1:
+        tree = jax.jit(_same, out_shardings=NamedSharding(mesh, WHOLE))(tree)
+        tree = jax.tree.map(lambda x: x.addressable_data(0), tree)
+    return jax.device_put(tree, server)
+
+
+def _same(tree: PyTree) -> PyTree:
+    return tree
+
+
 def map_slots(
-    function: Callable[..., Any], mesh: Mesh, *, parallel_slots: int = 0
+    function: Callable[..., Any],
+    mesh: Mesh,
+    *,
+    parallel_slots: int = 0,
+    shared_specs: Any = WHOLE,
 ) -> Callable[..., Any]:
     """Maps a function of one slot over slots, sharded over the devices of a mesh.
 
@@ -72,6 +157,7 @@ def map_slots(
       parallel_slots: slots computed at once on a device. 0 = by platform: one after the other on
         CPU, which is faster there and takes a fraction of the memory; all at once on accelerators,
         which folds the slots into large matrix products.
+      shared_specs: how `shared` lies on the devices, a prefix of its tree.
 
     Returns:
       `(shared, *stacked) -> results`, leaves `[slots, ...]`; to be jitted by the caller. The number
@@ -93,8 +179,8 @@ def map_slots(
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(PartitionSpec(), *[PartitionSpec(AXIS)] * len(stacked)),
-            out_specs=PartitionSpec(AXIS),
+            in_specs=(shared_specs, *[ROWS] * len(stacked)),
+            out_specs=ROWS,
             check_vma=False,
         )(shared, *stacked)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from matu_jax import attacks, failures, privacy
 from matu_jax.aggregation import Slots
@@ -22,12 +22,27 @@ from matu_jax.data.batching import gather, round_indices
 from matu_jax.data.feed import Grid, grid, prefetched
 from matu_jax.data.partition import assign, partition
 from matu_jax.evaluate import EvaluationSet, evaluation, per_task
+from matu_jax.hosts import agreed, highest
 from matu_jax.local import Trained, local_training
 from matu_jax.metrics import relatedness_auc
 from matu_jax.models import Model, linearised
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.backbone import recomputed_bytes
-from matu_jax.parallel import AXIS, memory_there, on_cpu, padded_rows, slot_mesh, slots_at_once
+from matu_jax.parallel import (
+    ROWS,
+    WHOLE,
+    collected,
+    memory_there,
+    on_cpu,
+    on_each,
+    own_devices,
+    own_rows,
+    padded_rows,
+    placed,
+    shares,
+    slot_mesh,
+    slots_at_once,
+)
 from matu_jax.trees import PyTree
 
 
@@ -253,12 +268,14 @@ def predicted_bytes(
     vector = size(model.base)
     pieces = [s.image_bytes for s in _evaluation_sets(config, federation, mesh).values()]
     images = local.batch_examples * int(np.prod(pixels))
+    servers = len(shares(mesh, mesh.size))  # one per process; results reach it by all its devices
+    copies = mesh.size if servers > 1 else 1
     return {
         "parameters": (size(model.frozen) + vector) * mesh.size,
         "activations": per_device * mesh.size * activations,
         "optimiser": 4 * cut.slots * vector,
-        "task vectors": (2 * trained + 2 * slots.client.shape[0]) * vector,
-        "server state": 2 * size(state),
+        "task vectors": ((1 + copies) * trained + 2 * servers * slots.client.shape[0]) * vector,
+        "server state": 2 * servers * size(state),
         "batches": (1 if cut.groups * cut.chunks == 1 else 2) * cut.slots * cut.steps * images,
         "evaluation images": mesh.size * sum(pieces),
     }
@@ -272,7 +289,7 @@ def fitted(
     As many slots at once as leave a tenth of the memory free, all if they fit; one if nothing fits.
     On CPU, and where a device does not tell its memory, 0 stays, see `parallel.map_slots`.
     """
-    there = memory_there(mesh.devices.flat[0])
+    there = memory_there(own_devices(mesh)[0])  # of equal devices in all processes
     if config.local.parallel_slots or on_cpu(mesh) or there is None:
         return config
 
@@ -288,10 +305,10 @@ def fitted(
     slots = federation.slots
     trained = len(trained_slots(config, slots, participants(config, slots, 0)))
     most = -(-trained // mesh.size)
-    if needed(most) <= 0.9 * there:
-        return choose(most)
-    fits = bisect.bisect_right(range(1, most), 0.9 * there, key=needed)
-    return choose(max(fits, 1))
+    fits = most
+    if needed(most) > 0.9 * there:
+        fits = max(bisect.bisect_right(range(1, most), 0.9 * there, key=needed), 1)
+    return choose(-highest(-fits))  # what every process has room for
 
 
 def run(
@@ -341,8 +358,7 @@ def _run(
     mesh: Mesh,
     start: tuple[int, Any] | None,
 ) -> Iterator[RoundResult]:
-    everywhere, server = NamedSharding(mesh, PartitionSpec()), mesh.devices.flat[0]
-    over_slots = NamedSharding(mesh, PartitionSpec(AXIS))
+    server = own_devices(mesh)[0]
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
     config = fitted(config, model, algorithm, federation, mesh)
@@ -400,17 +416,18 @@ def _run(
     done, state = start or (0, jax.jit(algorithm.init)(model.base, slots))
     state = jax.device_put(state, server)
     messages = None
-    parameters = jax.device_put((model.base, model.frozen), everywhere)
+    parameters = placed((model.base, model.frozen), mesh, WHOLE)
     measure = _measuring(config, model, federation, mesh, parameters)
     cut = round_grid(config, federation, mesh)
-    batches = _batches(config, federation, cut, done)
+    own = own_rows(mesh, cut.slots)
+    batches = _batches(config, federation, cut, own, done)
     for index in range(done, config.rounds):
         clock = _Clock()
         chosen = participants(config, slots, index)
         rows = trained_slots(config, slots, chosen)
         results: list[Trained] = []
         for part in padded_rows(rows, cut.slots).reshape(cut.groups, cut.slots):
-            downloads = jax.device_put(download(state, slots, part), over_slots)
+            downloads = placed(download(state, slots, part[own]), mesh, ROWS)
             clock.lap("server_download", downloads)
             carry = begin(downloads)
             position = np.stack(
@@ -418,7 +435,7 @@ def _run(
             ).astype(np.int32)
             for _ in range(cut.chunks):
                 # The next piece crosses over while the one before is computed; no third one does.
-                examples = jax.device_put(next(batches), over_slots)
+                examples = placed(next(batches), mesh, ROWS)
                 clock.lap("data")
                 clock.lap("local_training", carry)
                 carry = advance(
@@ -426,7 +443,8 @@ def _run(
                 )
             results.append(finish(carry))
             clock.lap("local_training", results[-1])
-        trained = jax.device_put([result.vectors for result in results], server)
+        results = collected(results, mesh)
+        trained = [result.vectors for result in results]
         loss, finite = (
             np.concatenate([np.asarray(getattr(result, name)) for result in results])[: len(rows)]
             for name in ("loss", "finite")
@@ -456,6 +474,7 @@ def _run(
         metrics: dict[str, Any] = {}
         if counted.weight.any():  # else nothing changes
             state, metrics = aggregate(state, uploads, counted)
+        state = jax.device_put(agreed(state), server)  # no process drifts away by its rounding
         if "accepted" in metrics:
             wrong = np.flatnonzero((counted.weight > 0) & ~np.asarray(metrics["accepted"]))
             reasons |= dict.fromkeys(
@@ -503,8 +522,13 @@ def _run(
         )
 
 
-def _batches(config: Config, federation: Federation, cut: Grid, done: int) -> Iterator[Any]:
-    """Images and labels of every piece of every round from `done` on, made ahead by threads."""
+def _batches(
+    config: Config, federation: Federation, cut: Grid, own: np.ndarray, done: int
+) -> Iterator[Any]:
+    """Images and labels of every piece of every round from `done` on, made ahead by threads.
+
+    Of the rows that are this process's `own`; nothing else is read.
+    """
     slots, tasks, local = federation.slots, federation.tasks, config.local
 
     flips = config.attack.kind == "label_flip"
@@ -513,7 +537,7 @@ def _batches(config: Config, federation: Federation, cut: Grid, done: int) -> It
     @functools.lru_cache(maxsize=4)
     def drawn(index: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows = trained_slots(config, slots, participants(config, slots, index))
-        part = padded_rows(rows, cut.slots).reshape(cut.groups, cut.slots)[group]
+        part = padded_rows(rows, cut.slots).reshape(cut.groups, cut.slots)[group][own]
         return (
             part,
             slots.task[part],
@@ -546,14 +570,12 @@ def _measuring(
     config: Config, model: Model, federation: Federation, mesh: Mesh, parameters: Any
 ) -> Callable[[Callable[[np.ndarray], PyTree]], dict[str, Any]]:
     """Makes the function that evaluates: (rows -> their task vectors) to what a record holds."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    over_slots = NamedSharding(mesh, PartitionSpec(AXIS))
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
     program = jax.jit(evaluation(model, mesh, parallel_slots=config.local.parallel_slots))
     sets = _evaluation_sets(config, federation, mesh)
     resident = {
-        split: jax.device_put(whole.load(0), everywhere)
+        split: on_each(whole.load(0), mesh)
         for split, whole in sets.items()
         if len(whole.pieces) == 1
     }
@@ -570,20 +592,21 @@ def _measuring(
             waiting: list[tuple[Any, jax.Array]] = []
             group, vectors = None, None
             for piece, examples in zip(whole.pieces, loaded, strict=True):
-                examples = jax.device_put(examples, everywhere)
+                if split not in resident:
+                    examples = on_each(examples, mesh)
                 for before, counted in waiting:  # of the piece before: two are there at most
                     counts[before.slots[: before.rows]] += np.asarray(counted)[: before.rows]
                 if piece.slots is not group:  # the pieces of one group of slots share its array
                     group, vectors = piece.slots, None  # the group before makes room first
-                    vectors = jax.device_put(vectors_of(group), over_slots)
+                    vectors = placed(vectors_of(piece.own), mesh, ROWS)
                 counted = program(
                     (*parameters, *examples),
                     vectors,
-                    piece.local,
+                    placed(piece.local, mesh, ROWS),
                     slots.task[piece.slots].astype(np.int32),
                     num_classes[piece.slots],
                 )
-                waiting = [(piece, counted)]
+                waiting = [(piece, collected(counted, mesh))]
             for before, counted in waiting:
                 counts[before.slots[: before.rows]] += np.asarray(counted)[: before.rows]
             per_slot = counts[:, 0] / counts[:, 1]

@@ -5,15 +5,23 @@
                               --config.data=synthetic is short for --config.data.source=synthetic
     --workdir DIR             where results and checkpoints go; a directory of an interrupted run
                               is gone on with. Default: runs/<config>-<time>
+    --distributed             joins the other processes of a run on a Cloud TPU pod or under Slurm,
+                              where this very command is started once per host or task
+    --coordinator HOST:PORT --processes N --process I
+                              does so on other machines: process I of N, which meet at process 0,
+                              at a port that is free there
     --profile                 traces one round, the second if there is one, into WORKDIR/profile,
                               for TensorBoard and https://ui.perfetto.dev
 
 Compiled programs are kept in ~/.cache/matu_jax/compiled, and found there by the next run;
 JAX_ENABLE_COMPILATION_CACHE=false turns that off.
 
+Of several processes, each reads the data and trains the slots of its own devices; process 0 alone
+prints, and reads and writes the workdir.
+
 Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said in one message;
-130 stopped with Ctrl-C, 143 with SIGTERM: the first one of either lets the round under way end and
-saves it.
+130 stopped with Ctrl-C, 143 with SIGTERM (preemption): the first one of either, at any process,
+lets the round under way end and saves it.
 """
 
 import collections
@@ -27,13 +35,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from matu_jax import algorithms, models, privacy, report, rounds
+from matu_jax import algorithms, hosts, models, privacy, report, rounds
 from matu_jax.checkpoint import Checkpoints
 from matu_jax.commandline import UserError, read_config, run_program
 from matu_jax.config import Config
@@ -42,7 +51,7 @@ from matu_jax.interruption import Stopped, StopRequest
 from matu_jax.metrics import MetricsLog, relatedness_auc, versions, write_json
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.huggingface import checkpoint_folder
-from matu_jax.parallel import keep_programs, memory_there, slot_mesh, use_cores
+from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
 from matu_jax.workdir import opened
 
 _FINISHING = "Stopping after this round, which is saved then; once more ends at once and loses it."
@@ -62,20 +71,22 @@ _SIMULATION = (
 )
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, Path, Path, bool]:
-    """Reads the command line: the checked config, its file, the workdir, and whether to profile.
+def parse(argv: Sequence[str]) -> tuple[Config, Path, Path, dict[str, str]]:
+    """Reads the command line: the checked config, its file, the workdir, and the options given.
 
     Raises:
       UserError: with what is wrong, and where.
     """
-    config, file, options = read_config(argv, __doc__ or "", ["workdir"], flags=["profile"])
+    config, file, options = read_config(
+        argv, __doc__ or "", ["workdir", *hosts.OPTIONS], flags=["profile", "distributed"]
+    )
     try:
         algorithms.build(config)
     except ValueError as error:
         raise UserError(str(error)) from None
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     workdir = options.get("workdir") or Path("runs") / f"{file.stem}-{stamp}"
-    return config, file, Path(workdir), "profile" in options
+    return config, file, Path(workdir), options
 
 
 def check_inputs(config: Config, file: Path) -> None:
@@ -115,6 +126,8 @@ def train(
 ) -> dict:
     """Runs or resumes an experiment and writes everything about it into the workdir.
 
+    To be called by all processes of a run; process 0 alone touches the workdir.
+
     Args:
       config: the experiment.
       name: what it is called in titles.
@@ -123,47 +136,37 @@ def train(
       profile: whether a round is traced into `workdir / "profile"`.
 
     Returns:
-      The summary, as in summary.json.
+      The summary, as in summary.json; at other processes than process 0, nothing.
 
     Raises:
       UserError: for what the user has to mend.
     """
-    summary_file = workdir / "summary.json"
-    if summary_file.exists():
-        console.print(f"{workdir}: this run is finished; its results:")
-        try:
-            summary = json.loads(summary_file.read_text())
-            console.print(report.result_table(summary))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{summary_file} is damaged ({error}). Remove it: the same command makes it again "
-                "from the checkpoints."
-            ) from None
-        return summary
+    first = hosts.is_first()
+    if _is_finished(workdir):
+        with hosts.together():
+            return _finished(workdir, console) if first else {}
 
-    try:
-        federation = rounds.federate(config)
-        model = models.build(config.model, federation.tasks, seed=config.seed)
-        algorithm, mesh = algorithms.build(config), slot_mesh()
-        target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    with hosts.together():
+        try:
+            federation = rounds.federate(config)
+            model = models.build(config.model, federation.tasks, seed=config.seed)
+            algorithm, mesh = algorithms.build(config), slot_mesh()
+            target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
+        except ValueError as error:
+            raise UserError(str(error)) from None
     fitted = rounds.fitted(config, model, algorithm, federation, mesh)
     _print_plan(fitted, algorithm, model, federation, mesh, workdir, console)
 
     log = MetricsLog(workdir / "metrics.jsonl")
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    with contextlib.ExitStack() as stack:
         zero = np.zeros((len(federation.tasks),) * 2, np.float32)
-        start, similarity_sum = None, zero
-        try:
-            restored = checkpoints.restore({"state": target, "similarity_sum": zero})
-            if restored:
-                start = (restored[0], restored[1]["state"])
-                similarity_sum = np.asarray(restored[1]["similarity_sum"])
-            log.truncate_after(start[0] if start else 0)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        checkpoints = None
+        with hosts.together():
+            if first:
+                folder = workdir / "checkpoints"
+                checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
+        start, similarity_sum = _restored(checkpoints, log, target, zero)
         if start:
             console.print(f"Going on after round {start[0]} of {config.rounds}.")
         with _progress(console) as bar, StopRequest(lambda: bar.console.print(_FINISHING)) as stop:
@@ -172,30 +175,36 @@ def train(
                 results = rounds.run(fitted, algorithm, model, federation, mesh=mesh, start=start)
             except ValueError as error:
                 raise UserError(str(error)) from None
-            if profile:
+            if profile and first:
                 left = config.rounds - (start[0] if start else 0)
                 results = _profiled(results, min(2, left), workdir / "profile")
             for last in results:
                 if last.similarity is not None:
                     similarity_sum = similarity_sum + last.similarity
-                # The line first: a kill in between leaves a line too many, which resuming drops.
-                last.record["seconds"]["checkpoint"] = saving
-                log.append(last.record)
-                clock = time.perf_counter()
-                due = last.round % config.checkpoint.every_rounds == 0
-                if due or last.round == config.rounds or stop.signal:
-                    state = {"state": last.state, "similarity_sum": similarity_sum}
-                    checkpoints.save(last.round, state, {"round": last.round})
-                saving = time.perf_counter() - clock
+                signal = hosts.highest(stop.signal or 0)
+                with hosts.together():
+                    if checkpoints:
+                        # The line first: a kill in between leaves a line too many, which resuming
+                        # drops.
+                        last.record["seconds"]["checkpoint"] = saving
+                        log.append(last.record)
+                        clock = time.perf_counter()
+                        due = last.round % config.checkpoint.every_rounds == 0
+                        if due or last.round == config.rounds or signal:
+                            state = {"state": last.state, "similarity_sum": similarity_sum}
+                            checkpoints.save(last.round, state, {"round": last.round})
+                        saving = time.perf_counter() - clock
                 bar.update(job, completed=last.round, description=_status(last.record))
                 for line in _left_out(last.record["dropped"]):
                     bar.console.print(f"round {last.round}: left out: {line}", markup=False)
-                if stop.signal and last.round < config.rounds:
+                if signal and last.round < config.rounds:
                     raise Stopped(
                         f"Stopped after round {last.round} of {config.rounds}, which is saved. Go "
                         f"on with the same command and --workdir {workdir}.",
-                        stop.signal,
+                        signal,
                     )
+    if not first:
+        return {}
     records = log.records()
     similarity = similarity_sum / max(sum(r["aggregated"] for r in records), 1)
     summary = _summary(config, federation, records, similarity)
@@ -220,10 +229,49 @@ def train(
             workdir / "similarity.png",
             title=f"{title}, mean over rounds",
         )
-    write_json(summary_file, summary)
+    write_json(workdir / "summary.json", summary)
     console.print(report.result_table(summary))
     console.print(f"Results: {workdir}")
     return summary
+
+
+def _is_finished(workdir: Path) -> bool:
+    return bool(hosts.highest(hosts.is_first() and (workdir / "summary.json").exists()))
+
+
+def _finished(workdir: Path, console: Console) -> dict:
+    """Shows the results of a run that is finished."""
+    file = workdir / "summary.json"
+    console.print(f"{workdir}: this run is finished; its results:")
+    try:
+        summary = json.loads(file.read_text())
+        console.print(report.result_table(summary))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}). Remove it: the same command makes it again from the "
+            "checkpoints."
+        ) from None
+    return summary
+
+
+def _restored(
+    checkpoints: Checkpoints | None, log: MetricsLog, target: Any, zero: np.ndarray
+) -> tuple[tuple[int, Any] | None, np.ndarray]:
+    """Where a run goes on, and the sum of similarities so far, as process 0 finds it on disk."""
+    target, found = {"state": target, "similarity_sum": zero}, None
+    with hosts.together():
+        try:
+            if checkpoints:
+                found = checkpoints.restore(target)
+                log.truncate_after(found[0] if found else 0)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    done = hosts.highest(found[0] if found else 0)
+    if not done:
+        return None, zero
+    state = found[1] if found else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target)
+    state = hosts.agreed(state)
+    return (done, state["state"]), np.asarray(state["similarity_sum"])
 
 
 def _profiled(
@@ -271,10 +319,11 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
     memory = rounds.predicted_bytes(config, model, algorithm, federation, mesh)
     trained = sum(leaf.size for leaf in jax.tree.leaves(model.base))
     frozen = sum(leaf.size for leaf in jax.tree.leaves(model.frozen))
-    device = mesh.devices.flat[0]
+    device, processes = own_devices(mesh)[0], jax.process_count()
     bits = [algorithms.message_bits(message, slots).mean() for message in (uplink, downlink)]
     plan = {
-        "devices": f"{mesh.size} x {device.device_kind} ({device.platform})",
+        "devices": f"{mesh.size} x {device.device_kind} ({device.platform})"
+        + (f" of {processes} processes" if processes > 1 else ""),
         "algorithm": config.algorithm,
         "clients": f"{slots.num_clients}, {config.clients_per_round or slots.num_clients} a round",
         "tasks": len(federation.tasks),
@@ -385,15 +434,23 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
 
     def work(console: Console) -> None:
-        config, file, workdir, profile = parse(argv)
-        if not (workdir / "summary.json").exists():
-            check_inputs(config, file)
-        with opened(workdir, config):
-            use_cores()
-            keep_programs()
-            train(config, file.stem, workdir, console, profile=profile)
+        config, file, workdir, options = parse(argv)
+        use_cores()
+        keep_programs()
+        hosts.join(options)
+        if not hosts.is_first():
+            console = Console(quiet=True)
+        if not _is_finished(workdir):
+            with hosts.together():
+                check_inputs(config, file)
+        with contextlib.ExitStack() as stack:
+            with hosts.together():
+                if hosts.is_first():
+                    stack.enter_context(opened(workdir, config))
+            train(config, file.stem, workdir, console, profile="profile" in options)
 
-    return run_program(work, interrupted=INTERRUPTED)
+    mistakes = (UserError, rounds.StoppedError)
+    return run_program(work, interrupted=INTERRUPTED, mistakes=mistakes)
 
 
 if __name__ == "__main__":

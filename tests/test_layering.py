@@ -28,6 +28,7 @@ LAYER = {
     "compare": 7,
     "interruption": 0,
     "workdir": 2,
+    "hosts": 2,
     "local": 3,
     "failures": 3,
     "privacy": 3,

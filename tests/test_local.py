@@ -15,7 +15,7 @@ from matu_jax.config import LocalConfig, ModelConfig
 from matu_jax.data import Split, Task
 from matu_jax.evaluate import EvaluationSet, evaluation, per_task
 from matu_jax.local import class_mask, local_training
-from matu_jax.parallel import padded_rows
+from matu_jax.parallel import on_each, padded_rows
 from matu_jax.trees import leaf_items
 
 SLOTS, STEPS, BATCH, CLASSES = 4, 2, 3, 5
@@ -262,7 +262,7 @@ def test_accuracy_counts_every_example_once(model, budget, pieces):
         images, labels = examples.load(i)
         assert images.nbytes == examples.image_bytes
         found = measure(
-            (base, frozen, images, labels),
+            (base, frozen, *on_each((images, labels), mesh)),
             jax.tree.map(lambda x, rows=piece.slots: x[rows], vectors),
             piece.local,
             np.zeros(len(piece.slots), np.int32),  # the model has the heads of one task

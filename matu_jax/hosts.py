@@ -1,0 +1,133 @@
+"""Several processes that make one run: how they find each other, agree, and fail together.
+
+Each has devices of its own, on one machine or on many, and all run the same program. Process 0
+alone prints, and reads and writes the workdir; what the others need of it, it sends them. In a run
+of one process nothing here does anything.
+"""
+
+import collections
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from matu_jax.commandline import UserError
+from matu_jax.interruption import end_on_sigterm
+from matu_jax.trees import PyTree
+
+OPTIONS = ("coordinator", "processes", "process")
+
+
+def join(options: Mapping[str, str]) -> None:
+    """Joins the other processes of the run, if there are any; to be called before JAX is used.
+
+    Args:
+      options: of the command line: "distributed", or all of `OPTIONS`, or none of them.
+
+    Raises:
+      UserError: for options that make no sense, processes that do not find each other, or that
+        have different numbers of devices.
+    """
+    given = [name for name in OPTIONS if name in options]
+    if not given and "distributed" not in options:
+        return
+    try:
+        jax.distributed.initialize(**(_explicit(options) if given else {}))
+    except (ValueError, RuntimeError) as error:
+        if given:
+            raise UserError(
+                f"--coordinator={options['coordinator']}: the processes do not find each other: "
+                f"{error}"
+            ) from None
+        raise UserError(
+            f"--distributed: JAX finds no cluster here ({error}). Give --coordinator=HOST:PORT, "
+            "--processes=N and --process=I."
+        ) from None
+    end_on_sigterm()  # again: JAX has put a handler of its own there
+    devices = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:
+        raise UserError(
+            f"the processes have different numbers of devices ({dict(sorted(devices.items()))}); "
+            "expected the same. On CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N sets it."
+        )
+
+
+def _explicit(options: Mapping[str, str]) -> dict[str, Any]:
+    missing = [f"--{name}" for name in OPTIONS if name not in options]
+    if missing:
+        raise UserError(
+            "--coordinator, --processes and --process go together; missing: " + ", ".join(missing)
+        )
+    address = options["coordinator"]
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(
+            f"--coordinator: found {address!r}, expected HOST:PORT of process 0, a port that is "
+            "free there, such as 10.0.0.1:8476."
+        )
+    for name in ("processes", "process"):
+        if not options[name].isdecimal():
+            raise UserError(f"--{name}: found {options[name]!r}, expected a number.")
+    processes, process = int(options["processes"]), int(options["process"])
+    if process >= processes:
+        raise UserError(
+            f"--process: found {process} of {processes} processes; they are counted from 0."
+        )
+    return {"coordinator_address": address, "num_processes": processes, "process_id": process}
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return jax.process_index() == 0
+
+
+def agreed(tree: PyTree) -> PyTree:
+    """What process 0 has, on all processes, bit for bit.
+
+    Args:
+      tree: arrays of this process, of the same shapes and dtypes on all of them.
+
+    Returns:
+      The tree itself in a run of one process; else numpy arrays.
+    """
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = [np.asarray(leaf) for leaf in leaves]
+    # As bytes, since what crosses is a sum with zeros: -0.0 would lose its sign.
+    found = multihost_utils.broadcast_one_to_all([x.reshape(-1).view(np.uint8) for x in arrays])
+    return treedef.unflatten(
+        [x.view(a.dtype).reshape(a.shape) for x, a in zip(found, arrays, strict=True)]
+    )
+
+
+def highest(number: int) -> int:
+    """The highest number of all processes."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is done inside succeeds on all processes, or fails on all; none waits for ever.
+
+    Raises:
+      UserError: where it has succeeded here, but not on another process, which says why.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        anywhere = highest(failed)
+    if anywhere:
+        raise UserError(
+            "another process of this run has ended with an error; its message says why."
+        )
