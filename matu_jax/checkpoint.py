@@ -82,6 +82,8 @@ class Checkpoints:
         notes = {"leaves": list(_kinds(leaves).items()), "meta": meta}
         json.dumps(notes)  # raises before anything is removed
         arrays = {f"{i:05d}": leaf for i, leaf in enumerate(leaves.values()) if leaf.size}
+        if jax.process_count() > 1:
+            arrays = jax.device_get(arrays)  # JAX arrays Orbax would have written by all processes
         self._remove([other for other in self._folders() if other >= round_index])
         with _quiet() as ocp:
             items = {"meta": ocp.args.JsonSave(notes)}

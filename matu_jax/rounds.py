@@ -444,6 +444,7 @@ def _run(
             results.append(finish(carry))
             clock.lap("local_training", results[-1])
         results = collected(results, mesh)
+        clock.lap("exchange", results)
         trained = [result.vectors for result in results]
         loss, finite = (
             np.concatenate([np.asarray(getattr(result, name)) for result in results])[: len(rows)]
@@ -474,13 +475,14 @@ def _run(
         metrics: dict[str, Any] = {}
         if counted.weight.any():  # else nothing changes
             state, metrics = aggregate(state, uploads, counted)
-        state = jax.device_put(agreed(state), server)  # no process drifts away by its rounding
         if "accepted" in metrics:
             wrong = np.flatnonzero((counted.weight > 0) & ~np.asarray(metrics["accepted"]))
             reasons |= dict.fromkeys(
                 wrong, "upload refused: a number is not finite, or a scale < 0"
             )
         clock.lap("server_aggregation", (state, metrics))
+        state = jax.device_put(agreed(state), server)  # no process drifts away by its rounding
+        clock.lap("exchange", state)
         del downloads, results, trained, uploads, carry, examples
 
         senders, receivers = present, _weighted(slots, chosen[slots.client])
