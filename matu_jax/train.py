@@ -203,8 +203,29 @@ def train(
                         f"on with the same command and --workdir {workdir}.",
                         signal,
                     )
-    if not first:
-        return {}
+    with hosts.together():
+        if not first:
+            return {}
+        summary, similarity = _results(config, algorithm, federation, target, log, similarity_sum)
+        names = [task.name for task in federation.tasks]
+        title = f"{name}: {config.algorithm}"
+        report.plot_accuracy(log.records(), workdir / "accuracy.png", title=title)
+        if summary["similarity"]:
+            report.plot_similarity(
+                similarity,
+                names,
+                summary["label_spaces"],
+                workdir / "similarity.png",
+                title=f"{title}, mean over rounds",
+            )
+        write_json(workdir / "summary.json", summary)
+        console.print(report.result_table(summary))
+        console.print(f"Results: {workdir}")
+        return summary
+
+
+def _results(config, algorithm, federation, target, log, similarity_sum) -> tuple[dict, np.ndarray]:
+    """The summary of a run, and the mean of its similarities."""
     records = log.records()
     similarity = similarity_sum / max(sum(r["aggregated"] for r in records), 1)
     summary = _summary(config, federation, records, similarity)
@@ -217,22 +238,7 @@ def train(
         "kept_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)),
         "kept_per_client": algorithm.kept_per_client,
     }
-    names = [task.name for task in federation.tasks]
-    title = f"{name}: {config.algorithm}"
-    report.plot_accuracy(records, workdir / "accuracy.png", title=title)
-    if summary["similarity"]:
-        families = [task.label_space for task in federation.tasks]
-        report.plot_similarity(
-            similarity,
-            names,
-            families,
-            workdir / "similarity.png",
-            title=f"{title}, mean over rounds",
-        )
-    write_json(workdir / "summary.json", summary)
-    console.print(report.result_table(summary))
-    console.print(f"Results: {workdir}")
-    return summary
+    return summary, similarity
 
 
 def _is_finished(workdir: Path) -> bool:
