@@ -18,8 +18,6 @@ from matu_jax.interruption import end_on_sigterm
 from matu_jax.trees import PyTree
 
 OPTIONS = ("coordinator", "processes", "process")
-_LEAVING_SECONDS = 60
-"""How long a process that ends waits for the others to end; then JAX ends them."""
 
 
 def join(options: Mapping[str, str]) -> None:
@@ -36,9 +34,7 @@ def join(options: Mapping[str, str]) -> None:
     if not given and "distributed" not in options:
         return
     try:
-        jax.distributed.initialize(
-            **(_explicit(options) if given else {}), shutdown_timeout_seconds=_LEAVING_SECONDS
-        )
+        jax.distributed.initialize(**(_explicit(options) if given else {}))
     except (ValueError, RuntimeError) as error:
         if given:
             raise UserError(

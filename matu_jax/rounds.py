@@ -320,7 +320,7 @@ def run(
     mesh: Mesh | None = None,
     start: tuple[int, Any] | None = None,
 ) -> Iterator[RoundResult]:
-    """Runs an experiment, round by round.
+    """Runs an experiment, round by round; all processes of a run call it alike, see `hosts`.
 
     Args:
       config: rounds, seeds, participation, local training, evaluation.
@@ -597,7 +597,8 @@ def _measuring(
                 if split not in resident:
                     examples = on_each(examples, mesh)
                 for before, counted in waiting:  # of the piece before: two are there at most
-                    counts[before.slots[: before.rows]] += np.asarray(counted)[: before.rows]
+                    counted = np.asarray(collected(counted, mesh))
+                    counts[before.slots[: before.rows]] += counted[: before.rows]
                 if piece.slots is not group:  # the pieces of one group of slots share its array
                     group, vectors = piece.slots, None  # the group before makes room first
                     vectors = placed(vectors_of(piece.own), mesh, ROWS)
@@ -608,9 +609,10 @@ def _measuring(
                     slots.task[piece.slots].astype(np.int32),
                     num_classes[piece.slots],
                 )
-                waiting = [(piece, collected(counted, mesh))]
+                waiting = [(piece, counted)]
             for before, counted in waiting:
-                counts[before.slots[: before.rows]] += np.asarray(counted)[: before.rows]
+                counted = np.asarray(collected(counted, mesh))
+                counts[before.slots[: before.rows]] += counted[: before.rows]
             per_slot = counts[:, 0] / counts[:, 1]
             by_task = per_task(per_slot, slots.task, len(tasks))
             accuracy[f"{split}_mean"] = float(np.nanmean(by_task))
