@@ -199,8 +199,12 @@ def train(
                     bar.console.print(f"round {last.round}: left out: {line}", markup=False)
                 if signal and last.round < config.rounds:
                     raise Stopped(
-                        f"Stopped after round {last.round} of {config.rounds}, which is saved. Go "
-                        f"on with the same command and --workdir {workdir}.",
+                        f"Stopped after round {last.round} of {config.rounds}, which is saved."
+                        + (
+                            f" Go on with the same command and --workdir {workdir}."
+                            if first
+                            else ""
+                        ),
                         signal,
                     )
     with hosts.together():
