@@ -52,8 +52,8 @@ def restored(sent: PyTree, like: PyTree) -> PyTree:
         if not isinstance(part, Blocks):
             return part.astype(like.dtype)
         rows, size = part.values.shape
-        values = _padded(part.values.astype(jnp.float32))
-        return (values * part.scales[..., None]).reshape(rows, -1)[:, :size].reshape(like.shape)
+        values = _padded(part.values.astype(jnp.float32)) * part.scales[..., None]
+        return values.reshape(rows, -1)[:, :size].reshape(like.shape).astype(like.dtype)
 
     return jax.tree.map(leaf, like, sent)
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from matu_jax import attacks, failures, privacy
 from matu_jax.aggregation import Slots
-from matu_jax.algorithms import Algorithm, message_bits
+from matu_jax.algorithms import Algorithm, frame_bits, message_bits
 from matu_jax.config import Config, did_you_mean
 from matu_jax.data import Task, datasets, embedded, prepared, synthetic
 from matu_jax.data.batching import gather, round_indices
@@ -510,6 +510,8 @@ def _run(
                 "aggregated": bool(counted.weight.any()),
                 "uplink_bits": int(message_bits(messages[0], senders).sum()),
                 "downlink_bits": int(message_bits(messages[1], receivers).sum()),
+                "uplink_frame_bits": int(frame_bits(algorithm, senders).sum()),
+                "downlink_frame_bits": int(frame_bits(algorithm, receivers).sum()),
                 "dropped": [
                     {
                         "client": int(slots.client[row]),

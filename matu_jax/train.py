@@ -66,6 +66,10 @@ _OVERHEAD = (
     f"the algorithm's own work ({', '.join(_OWN_PHASES)}) over all rounds, and its share of the "
     "seconds of the run without compilation"
 )
+_FRAMES = (
+    "headers, task ids and checksums of messages (matu_jax.wire), which the other counts leave "
+    "out; 0 for algorithms whose messages have no format"
+)
 _SIMULATION = (
     "predicted for the whole simulation on these devices: all clients, their data and the server"
 )
@@ -411,6 +415,7 @@ def _summary(config, federation, records, similarity) -> dict:
             "downlink_bits_per_client_round": sum(r["downlink_bits"] for r in records) / clients,
             "uplink_bits_total": sum(r["uplink_bits"] for r in records),
             "downlink_bits_total": sum(r["downlink_bits"] for r in records),
+            "frames": _frames(records),
         },
         "seconds": {"total": total} | seconds,
         "overhead": {
@@ -438,6 +443,17 @@ def _summary(config, federation, records, similarity) -> dict:
         },
         "versions": versions(),
     }
+
+
+def _frames(records: list[dict]) -> dict | None:
+    """What messages hold besides vectors, masks and scales."""
+    directions = ("uplink", "downlink")
+    if not all(f"{direction}_frame_bits" in r for r in records for direction in directions):
+        return None  # rounds of an older version
+    return {
+        f"{direction}_bits_total": sum(r[f"{direction}_frame_bits"] for r in records)
+        for direction in directions
+    } | {"definition": _FRAMES}
 
 
 def main(argv: Sequence[str]) -> int:

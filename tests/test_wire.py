@@ -77,7 +77,7 @@ def test_the_layout_is_the_documented_one():
     sent = matu.unify({"x": jnp.array([[1.0, -2.0, 0.5], [3.0, 1.0, 0.5]])})
     data = wire.encode(sent, [4, 9], client=3, round_number=2)
     tree_hash = hashlib.sha256(b"x float32 3\n").digest()[:16]
-    expected = b"MATU" + bytes([1, 0, 1, 1]) + struct.pack("<III", 2, 3, 2) + tree_hash
+    expected = b"MATU" + bytes([2, 0, 1, 1]) + struct.pack("<III", 2, 3, 2) + tree_hash
     expected += struct.pack("<II", 4, 9)
     expected += struct.pack("<ff", *np.asarray(sent.scales))
     expected += struct.pack("<fff", 3.0, -2.0, 0.5)
@@ -118,10 +118,11 @@ def test_bits_are_those_of_the_accounting_and_the_documented_frame():
         (lambda d: b"", "is truncated: found 0 bytes"),
         (lambda d: d + b"x", "is too long: found 153 bytes, expected 152"),
         (lambda d: b"P" + d[1:], "bytes 0 to 3: found b'PATU'"),
-        (lambda d: d[:4] + b"\2" + d[5:], "bytes 4 to 5: found version 2, expected 1"),
+        (lambda d: d[:4] + b"\1" + d[5:], "byte 4: found version 1, expected 2"),
+        (lambda d: d[:5] + b"\3" + d[6:], "byte 5: found 3, expected 0"),
         (lambda d: d[:6] + b"\3" + d[7:], "byte 6: found 3, expected 1 (upload) or 2"),
         (lambda d: d[:7] + b"\0" + d[8:], "byte 7: found 0, expected 1"),
-        (lambda d: d[:7] + b"\2" + d[8:], "byte 7: found 2"),
+        (lambda d: d[:7] + b"\3" + d[8:], "byte 7: found 3"),
         (lambda d: d[:16] + b"\0\0\0\0" + d[20:], "bytes 16 to 19: found 0 tasks, expected 1 to 8"),
         (lambda d: d[:16] + b"\xff" * 4 + d[20:], "found 4294967295 tasks, expected 1 to 8"),
         (lambda d: d[:20] + bytes(16) + d[36:], "bytes 20 to 35: found parameter tree 0000"),

@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from importlib import import_module
 
-from matu_jax.algorithms.base import Algorithm, LocalRule, Message, message_bits, with_heads
+from matu_jax.algorithms.base import (
+    Algorithm,
+    LocalRule,
+    Message,
+    frame_bits,
+    message_bits,
+    with_heads,
+)
 from matu_jax.config import NO_DEFENCE, Config, DefenceConfig, did_you_mean
 
 _NAMES = (  # of a module here and of its function `Config -> Algorithm`
@@ -25,7 +32,16 @@ ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
     name: getattr(import_module(f"{__name__}.{name}"), name) for name in _NAMES
 }
 
-__all__ = ["ALGORITHMS", "Algorithm", "LocalRule", "Message", "build", "message_bits", "with_heads"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "LocalRule",
+    "Message",
+    "build",
+    "frame_bits",
+    "message_bits",
+    "with_heads",
+]
 
 
 def build(config: Config) -> Algorithm:

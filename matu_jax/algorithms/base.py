@@ -76,6 +76,8 @@ class Algorithm(NamedTuple):
         instead of the vectors.
       defence: the rules by which its means are defended against clients that lie; None where it has
         no defences.
+      frame_bytes: `k -> bytes`, what the message of a client with k tasks holds besides what `sent`
+        says: header, task ids, checksum; None where messages have no format.
     """
 
     init: Callable[[PyTree, Slots], Any]
@@ -91,6 +93,7 @@ class Algorithm(NamedTuple):
     one_shot: bool = False
     sends_change: bool = False
     defence: DefenceConfig | None = None
+    frame_bytes: Callable[[int], int] | None = None
 
 
 def weighted_mean(
@@ -332,21 +335,33 @@ def zeros(base: PyTree, *rows: int) -> PyTree:
 def message_bits(message: Message, slots: Slots) -> np.ndarray:
     """Bits that each client sends or receives: int64 `[clients]`; 0 for those absent.
 
-    Counted from the shapes and dtypes of the message's arrays. Example counts, exchanged once when
-    a client registers, are not part of it.
+    Counted from the shapes and dtypes of the message's arrays; `frame_bits` counts what is around
+    them. Example counts, exchanged once when a client registers, are part of neither.
     """
 
     def row_bits(tree: PyTree) -> int:
         leaves = jax.tree.leaves(tree)
         return sum(8 * leaf.size * leaf.dtype.itemsize // leaf.shape[0] for leaf in leaves)
 
-    present = np.asarray(slots.weight) > 0
-    held = np.bincount(np.asarray(slots.client)[present], minlength=slots.num_clients)
+    held = _held(slots)
     return (
         (held > 0) * row_bits(message.per_client)
         + held * row_bits(message.per_slot)
         + held * (held > 1) * row_bits(message.per_shared_slot)
     ).astype(np.int64)
+
+
+def frame_bits(algorithm: Algorithm, slots: Slots) -> np.ndarray:
+    """Bits of headers, task ids and checksums, as `message_bits`; 0 where there is no format."""
+    if algorithm.frame_bytes is None:
+        return np.zeros(slots.num_clients, np.int64)
+    return np.array([8 * algorithm.frame_bytes(k) if k else 0 for k in _held(slots).tolist()])
+
+
+def _held(slots: Slots) -> np.ndarray:
+    """How many slots of each client are present: int64 `[clients]`."""
+    present = np.asarray(slots.weight) > 0
+    return np.bincount(np.asarray(slots.client)[present], minlength=slots.num_clients)
 
 
 def with_heads(inner: Algorithm) -> Algorithm:

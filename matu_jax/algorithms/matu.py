@@ -17,6 +17,7 @@ from matu_jax.aggregation import (
 from matu_jax.algorithms.base import Algorithm, Message, zeros
 from matu_jax.config import NO_DEFENCE, Config, DefenceConfig, MatuConfig
 from matu_jax.rounding import restored, rounded
+from matu_jax.wire import overhead_bytes
 
 
 class MatuState(NamedTuple):
@@ -86,4 +87,5 @@ def matu(config: Config) -> Algorithm:
         kept=lambda state: state.server,
         sends_change=changes,
         defence=config.defence,
+        frame_bytes=overhead_bytes,
     )
