@@ -69,7 +69,8 @@ def finish(experiment, workdir):
 def killed_often(experiment, workdir, whole, kills, seed):
     """Kills a run at random moments, of start-up and rounds alike; then lets it end."""
     rng = random.Random(seed)
-    done = survived = 0
+    done = survived = unsaved = runs = 0
+    at = []  # the newest round that was saved, at each kill
     while survived < kills:
         run = program(experiment, workdir)
         if rng.random() < 0.25:  # while it starts
@@ -86,15 +87,21 @@ def killed_often(experiment, workdir, whole, kills, seed):
             assert "Traceback" not in text, text
             assert saved(workdir) >= done  # nothing that was saved is lost
             assert len(lines(workdir)) - saved(workdir) <= 1  # checkpoints are of every round
+            unsaved += len(lines(workdir)) - saved(workdir)
             done = saved(workdir)
+            at.append(done)
         elif (workdir / "summary.json").exists():  # it came to its end first: once more
             assert results(workdir) == results(whole)
             for file in (*workdir.rglob("*"), workdir / ".lock"):
                 file.unlink(missing_ok=True) if file.is_file() else None
-            done = 0
+            done, runs = 0, runs + 1
     finish(experiment, workdir)
     assert results(workdir) == results(whole)
     assert lines(workdir) == [*range(1, ROUNDS + 1)]
+    print(
+        f"{survived} kills in {runs + 1} runs of {ROUNDS} rounds; rounds saved when killed: {at}; "
+        f"rounds finished but not saved: {unsaved}"
+    )
 
 
 def test_killed_at_random_moments_it_ends_the_same(experiment, tmp_path, whole):
