@@ -66,6 +66,8 @@ _KINDS: dict[Kind, int] = {"upload": 1, "download": 2}
 _PRECISIONS: dict[Precision, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 _HEADER = struct.Struct("<4sBBBBIII16s")
 _LENGTH = struct.Struct("<Q")
+# Overflows, infinities of both signs and signalling NaNs are refused, not warned of as well.
+_quietly = np.errstate(over="ignore", invalid="ignore")
 _NO_MASKS, _MASKS, _COMPRESSED = range(3)
 Name = TypeVar("Name")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -385,6 +387,7 @@ def _parameters(leaf: Any) -> int:
 _round = jax.jit(rounded, static_argnames="precision")
 
 
+@_quietly
 def _written(
     vector: PyTree, precision: Precision
 ) -> tuple[list[np.ndarray], list[tuple[str, np.ndarray]]]:
@@ -409,16 +412,14 @@ def _product(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Numbers from int8 `[parameters]` and float32 `[ceil(parameters / 256)]`, in float32."""
     numbers = values.astype(np.float32)
     whole = numbers.size - numbers.size % BLOCK
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
-        numbers[:whole].reshape(-1, BLOCK)[:] *= scales[: whole // BLOCK, None]
-        numbers[whole:] *= scales[whole // BLOCK :]
+    numbers[:whole].reshape(-1, BLOCK)[:] *= scales[: whole // BLOCK, None]
+    numbers[whole:] *= scales[whole // BLOCK :]
     return numbers
 
 
 def _cast(flat: np.ndarray, like: Any) -> np.ndarray:
     """Numbers in a leaf's own shape and dtype."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return flat.astype(like.dtype, copy=False).reshape(like.shape)
+    return flat.astype(like.dtype, copy=False).reshape(like.shape)
 
 
 def _compressed(masks: bytes) -> bytes | None:
@@ -506,6 +507,7 @@ def _named(codes: Mapping[Name, int], code: int) -> Name:
     return next(name for name, number in codes.items() if number == code)
 
 
+@_quietly
 def _parse(view: memoryview, like: PyTree, num_tasks: int) -> Received:
     """Reads a message of the right size."""
     (checksum,) = struct.unpack("<I", view[-4:])
@@ -584,6 +586,7 @@ def _check_ids(ids: np.ndarray, num_tasks: int) -> None:
         raise WireError(f"task {unique[-1]}: unknown, expected 0 to {num_tasks - 1}.")
 
 
+@_quietly
 def _check(
     ids: np.ndarray,
     scales: np.ndarray,

@@ -3,9 +3,12 @@
     python tests/fuzz_wire.py --seconds 600 --out fuzz_wire.json
 
 Half of the time a coverage-guided fuzzer (atheris, which is libFuzzer: `pip install atheris`)
-mutates messages; most get a fresh checksum and fingerprint, so that it comes past both. The other
-half hypothesis draws edits of valid messages, with a new seed each time. Anything but a message
-that is read, a WireError or the end of a stream is a failure, and so is memory beyond a bound.
+mutates messages of every form: exact, bfloat16 and int8 vectors, masks left out, as they are and
+compressed. Most get a fresh checksum and fingerprint, so that it comes past both; of some the masks
+are compressed again, so that it comes past the decompressor. The other half hypothesis draws edits
+of valid messages, and streams of masks of any length, with a new seed each time. Anything but a
+message that is read, a WireError or the end of a stream is a failure, a warning too, and so is
+memory beyond a bound.
 """
 
 import argparse
@@ -16,12 +19,15 @@ import json
 import platform
 import re
 import resource
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 MEGABYTES = 2000  # resident, JAX's own some 300 among them; the tree is of a few hundred bytes
 
@@ -34,14 +40,27 @@ def run_coverage_guided(seconds: int) -> None:
         include=["matu_jax.wire"]
     ):
         from matu_jax import wire
-    from test_wire import DATA, like, resealed
+    from test_wire import DATA, like, resealed, wide
 
-    tree = like()
-    print_ = wire.fingerprint(tree)
+    trees = like(), wide()
+    prints = [wire.fingerprint(tree) for tree in trees]
+
+    def compressed(data: bytes, tree: Any) -> bytes:
+        """A message with everything after its vector compressed, and said to be."""
+        tasks, precision = data[16] % 5 + 1, get_args(wire.Precision)[data[5] % 3]
+        vector = wire.message_bytes(tree, tasks, modulators=False, precision=precision)
+        end = 44 + 8 * tasks + vector - wire.overhead_bytes(tasks)
+        masks = zlib.compress(data[end:-4])
+        head = data[:7] + b"\2" + data[8:16] + struct.pack("<I", tasks) + data[20:36]
+        return head + struct.pack("<Q", len(masks)) + data[44:end] + masks + data[-4:]
 
     def one(data: bytes) -> None:
         forged, data = data[:1], data[1:]
-        if forged and forged[0] % 4 and len(data) >= 40:  # past the fingerprint and the checksum
+        flags = forged[0] if forged else 0
+        tree, print_ = trees[flags & 1], prints[flags & 1]
+        if flags & 6 and len(data) >= 48:  # past the fingerprint and the checksum
+            if flags & 8:
+                data = compressed(data, tree)
             data = resealed(data[:20] + print_ + data[36:])
         for function in (
             lambda: wire.decode(data, tree, num_tasks=5, max_tasks=5),
@@ -51,22 +70,24 @@ def run_coverage_guided(seconds: int) -> None:
                 function()
 
     corpus = tempfile.mkdtemp()
-    for number, data in enumerate(DATA):
-        for kind in (0, 1):
-            (Path(corpus) / f"{number}{kind}").write_bytes(bytes([kind]) + data)
+    for number, (data, tree) in enumerate(DATA):
+        which = int(wire.fingerprint(tree) == prints[1])
+        for flags in (which, which | 2, which | 10):
+            (Path(corpus) / f"{number}-{flags}").write_bytes(bytes([flags]) + data)
     words = [f"-max_total_time={seconds}", f"-rss_limit_mb={MEGABYTES}", "-print_final_stats=1"]
-    atheris.Setup([sys.argv[0], *words, "-max_len=600", corpus], one)
+    atheris.Setup([sys.argv[0], *words, "-max_len=4000", corpus], one)
     atheris.Fuzz()
 
 
 def run_hypothesis(seconds: int) -> None:
     import hypothesis
     from test_wire import test_edited_messages_are_read_or_refused as edited
+    from test_wire import test_masks_of_any_length_are_read_or_refused as masks
     from test_wire import test_noise_is_refused as noise
 
     start, examples, seed = time.monotonic(), 0, 0
     while time.monotonic() - start < seconds:
-        for test, each in ((edited, 300), (noise, 100)):  # as many as their settings say
+        for test, each in ((edited, 300), (masks, 100), (noise, 100)):  # as their settings say
             hypothesis.seed(seed)(test)()
             examples += each
         seed += 1
@@ -87,6 +108,7 @@ def main() -> int:
     parser.add_argument("--child", default="")
     given = parser.parse_args()
     if given.child:
+        warnings.simplefilter("error")
         (run_coverage_guided if given.child == "atheris" else run_hypothesis)(given.seconds)
         return 0
     report: dict[str, Any] = {
@@ -110,7 +132,7 @@ def main() -> int:
         }
         if run.returncode or not found:
             ok = False
-            print(text[-5000:])
+            print(text[-20000:])
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     report["peak_megabytes"] = round(peak / 1024)
     print(json.dumps(report, indent=1))

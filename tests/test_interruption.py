@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,8 +42,8 @@ def lines(workdir):
     return [json.loads(line)["round"] for line in text.split("\n")[:-1]]
 
 
-def longer_than(workdir, count):
-    return len(lines(workdir)) != count
+def as_long_as(workdir, count, run):
+    return len(lines(workdir)) >= count or run.poll() is not None
 
 
 def saved(workdir):
@@ -76,9 +77,9 @@ def killed_often(experiment, workdir, whole, kills, seed):
         if rng.random() < 0.25:  # while it starts
             time.sleep(rng.uniform(0.2, 6.0))
         else:
-            before = len(lines(workdir))
-            wait_for(partial(longer_than, workdir, before), run)
-            time.sleep(rng.expovariate(20.0))
+            goal = len(lines(workdir)) + rng.randint(1, 3)
+            wait_for(partial(as_long_as, workdir, goal, run), run)
+            time.sleep(rng.uniform(0.0, 0.4))  # two or three rounds and their checkpoints
         alive = run.poll() is None
         run.kill()
         text, _ = run.communicate()
@@ -92,8 +93,7 @@ def killed_often(experiment, workdir, whole, kills, seed):
             at.append(done)
         elif (workdir / "summary.json").exists():  # it came to its end first: once more
             assert results(workdir) == results(whole)
-            for file in (*workdir.rglob("*"), workdir / ".lock"):
-                file.unlink(missing_ok=True) if file.is_file() else None
+            shutil.rmtree(workdir)
             done, runs = 0, runs + 1
     finish(experiment, workdir)
     assert results(workdir) == results(whole)

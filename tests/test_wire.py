@@ -1,9 +1,12 @@
 """Messages: bytes and back, the documented layout, damage of every kind, and the server's round."""
 
+import dataclasses
 import hashlib
 import io
 import struct
+import tracemalloc
 import zlib
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_rounds import TINY, federation, model, one_device  # noqa: F401
 
 import matu_jax as matu
-from matu_jax import wire
-from matu_jax.algorithms import message_bits
-from matu_jax.algorithms.base import Message
+from matu_jax import algorithms, rounds, wire
+from matu_jax.config import EvaluationConfig, MatuConfig
+from matu_jax.rounding import restored, rounded
 
 SLOTS = matu.Slots(
     np.array([0, 0, 1, 2, 2]),
@@ -99,15 +103,272 @@ def test_masks_and_scales_are_left_out_only_where_they_say_nothing():
     assert_same(wire.decode(data, {"x": jnp.zeros(3)}).unified, scaled)
 
 
-def test_bits_are_those_of_the_accounting_and_the_documented_frame():
-    uploads = matu.unify(tree((5,)), SLOTS)
-    sent = Message(per_client=uploads.vector, per_shared_slot=(uploads.masks, uploads.scales))
-    counted = message_bits(sent, SLOTS)
-    for client in range(3):
-        one, tasks = wire.of_client(uploads, SLOTS, client)
-        frame = 8 * wire.overhead_bytes(len(tasks))
-        assert 8 * len(wire.encode(one, tasks, client=client)) - frame == counted[client]
+LOSSY: tuple[wire.Precision, ...] = ("bfloat16", "int8")
+
+
+def wide(rows=(), seed=0, dtypes=("float32", "bfloat16", "float16")):
+    """Leaves of more than a block, of whole blocks, of a part of one, and of nothing."""
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (2, 150), "b": (512,), "c": (3, 7), "d": (0, 2)}
+    return {
+        name: jnp.asarray(rng.normal(size=(*rows, *shape)), dtypes[i % 3])
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def sent_as(vector, precision):
+    """What the simulation makes of a vector that has crossed the network."""
+    rows = jax.tree.map(lambda x: x[None], vector)
+    return jax.tree.map(lambda x: x[0], restored(rounded(rows, precision), rows))
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("dtypes", [("float32",) * 3, ("float32", "bfloat16", "float16")])
+@pytest.mark.parametrize("precision", LOSSY)
+def test_fewer_bits_are_those_of_the_simulation(tasks, dtypes, precision):
+    sent = matu.unify(wide((tasks,), 5, dtypes))
+    data = wire.encode(sent, range(tasks), precision=precision)
+    found = wire.decode(data, wide(dtypes=dtypes))
+    assert found.precision == precision
+    assert len(data) == wire.message_bytes(wide(dtypes=dtypes), tasks, precision=precision)
+    expected = sent._replace(vector=sent_as(sent.vector, precision))
+    assert_same(found.unified.vector, expected.vector)
+    assert_same(matu.modulate(found.unified), matu.modulate(expected))
+    if tasks > 1:
+        assert_same(found.unified, expected)
+
+
+def numbers_of(data, at, count, precision):
+    """Reads a leaf as the docstring says, number by number."""
+    if precision == "float32":
+        return list(struct.unpack_from(f"<{count}f", data, at)), at + 4 * count
+    if precision == "bfloat16":
+        halves = struct.unpack_from(f"<{count}H", data, at)
+        return [struct.unpack("<f", struct.pack("<I", h << 16))[0] for h in halves], at + 2 * count
+    whole = struct.unpack_from(f"<{count}b", data, at)
+    blocks = (count + 255) // 256
+    scales = struct.unpack_from(f"<{blocks}f", data, at + count)
+    numbers = [np.float32(w) * np.float32(scales[i // 256]) for i, w in enumerate(whole)]
+    return numbers, at + count + 4 * blocks
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("precision", ["float32", *LOSSY])
+def test_another_language_can_read_it(precision, compress):
+    """A reader written from the docstring alone, with struct and zlib."""
+    rng = np.random.default_rng(0)
+    vectors = {"x": rng.normal(size=(2, 300)) + 2, "y": rng.normal(size=(2, 9)) + 2}
+    sent = matu.unify(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), vectors))
+    data = wire.encode(sent, [4, 9], client=3, precision=precision, compress=compress)
+    written = {"float32": 0, "bfloat16": 1, "int8": 2}[precision]
+    assert data[4:8] == bytes([2, written, 1, 1 + compress])
+    at, packed = 36, 0
+    if compress:
+        (packed,), at = struct.unpack_from("<Q", data, at), 44
+    assert struct.unpack_from("<II", data, at) == (4, 9)
+    assert struct.unpack_from("<ff", data, at + 8) == tuple(np.asarray(sent.scales).tolist())
+    at += 16
+    for name, count in (("x", 300), ("y", 9)):
+        found, at = numbers_of(data, at, count, precision)
+        expected = np.asarray(sent_as(sent.vector, precision)[name])
+        np.testing.assert_array_equal(np.array(found, np.float32), expected)
+    masks = data[at:-4]
+    if compress:
+        assert len(masks) == packed
+        masks = zlib.decompress(masks)
+    assert masks == b"".join(np.asarray(sent.masks[name]).tobytes() for name in "xy")
+
+
+def with_masks(density, size=40_000, tasks=2, seed=0):
+    bits = np.random.default_rng(seed).random((tasks, size)) < density
+    masks = np.packbits(bits, axis=1, bitorder="little")
+    return matu.Unified({"x": np.ones(size, np.float32)}, {"x": masks}, jnp.ones(tasks))
+
+
+@pytest.mark.parametrize("density", [0.7, 0.8, 0.9, 0.99, 1.0])
+def test_masks_are_compressed_towards_their_entropy(density):
+    sent, size, tree = with_masks(density), 40_000, {"x": jnp.zeros(40_000)}
+    plain = wire.encode(sent, [0, 1])
+    data = wire.encode(sent, [0, 1], compress=True)
+    assert_same(wire.decode(data, tree).unified, jax.tree.map(np.asarray, sent))
+    assert_same(wire.read(io.BytesIO(data), tree).unified, jax.tree.map(np.asarray, sent))
+    bits = 2 * size - 8 * (len(plain) - len(data))
+    parts = [p * -np.log2(p) for p in (density, 1 - density) if p > 0]
+    assert bits < max(1.05 * sum(parts), sum(parts) + 0.06) * 2 * size
+    if density < 0.99:
+        assert bits > 2 * size * sum(parts) * 0.97  # a sample's own entropy is a little off
+
+
+def test_masks_that_compression_does_not_shorten_stay_as_they_are():
+    for sent in (with_masks(0.5), with_masks(1.0, size=20), matu.unify(tree((1,)))):
+        tasks = range(len(sent.scales))
+        assert wire.encode(sent, tasks, compress=True) == wire.encode(sent, tasks)
+
+
+def forged_masks(stream, tasks=2, size=40_000, length=None):
+    """A valid message whose compressed masks are replaced."""
+    data = wire.encode(with_masks(0.99, size, tasks), range(tasks), compress=True)
+    (packed,) = struct.unpack_from("<Q", data, 36)
+    length = len(stream) if length is None else length
+    changed = data[:36] + struct.pack("<Q", length) + data[44 : -4 - packed] + stream
+    return resealed(changed + b"    ")
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        (zlib.compress(bytes(9_999)), "masks: found 9999 bytes of what was compressed, expected"),
+        (zlib.compress(bytes(10_001)), "masks: found more than 10000 bytes"),
+        (zlib.compress(bytes(10_000)) + b"xy", "masks: found 2 bytes after the end of what was"),
+        (zlib.compress(bytes(10_000))[:-1], "masks: found no end of what was compressed"),
+        (zlib.compress(bytes(10_000))[:-4] + b"adle", "masks: cannot be decompressed"),
+        (b"this is not zlib's", "masks: cannot be decompressed"),
+        (b"", "masks: found 0 bytes"),
+    ],
+)
+def test_compressed_masks_that_are_wrong_are_refused(stream, words):
+    with pytest.raises(wire.WireError) as error:
+        wire.decode(forged_masks(stream), {"x": jnp.zeros(40_000)})
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("length", [9_992, 10_000, 2**31, 2**64 - 1])
+def test_compressed_masks_are_shorter_than_masks(length):
+    data, tree = forged_masks(zlib.compress(bytes(10_000)), length=length), {"x": jnp.zeros(40_000)}
+    stream = Greedy(data)
+    for read in (lambda: wire.decode(data, tree), lambda: wire.read(stream, tree)):
+        with pytest.raises(wire.WireError, match=f"found {length} bytes .*fewer than 9992"):
+            read()
+    assert stream.asked == 36
+    whole = wire.message_bytes(tree, 2)
+    assert len(wire.encode(with_masks(0.99), [0, 1], compress=True)) < whole
+
+
+def test_a_bomb_gets_no_more_memory_than_masks_have():
+    """Half a gigabyte in half a megabyte; the tree's masks have 1 MB."""
+    size = 4_000_000
+    bomb = zlib.compress(bytes(500_000_000), 9)
+    data, tree = forged_masks(bomb, size=size), {"x": jax.ShapeDtypeStruct((size,), "float32")}
+    tracemalloc.start()
+    try:
+        with pytest.raises(wire.WireError, match="found more than 1000000 bytes"):
+            wire.decode(data, tree)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * size / 8 * 2 + 4 * size + 1_000_000  # twice the masks, and the vector
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d[:64] + b"\x80" + d[65:], "leaf a: found -128, expected numbers from -127"),
+        (
+            lambda d: d[:360] + b"\0\0\xc0\x7f" + d[364:],
+            "leaf a: the scale of block 0 is nan, expected a finite number",
+        ),
+        (
+            lambda d: d[:364] + b"\0\0\x80\xbf" + d[368:],
+            "leaf a: the scale of block 1 is -1.0, expected a finite number",
+        ),
+        (
+            lambda d: d[:360] + b"\xff\xff\x7f\x7f" + d[364:],
+            "numbers are not finite",  # the scale is, its products are not
+        ),
+    ],
+)
+def test_wrong_blocks_are_said(change, words):
+    """Three tasks: header 36, ids 12, scales 12; 300 numbers from 60, their scales from 360."""
+    data = wire.encode(matu.unify(wide((3,))), [0, 1, 2], precision="int8")
+    with pytest.raises(wire.WireError) as error:
+        wire.decode(resealed(change(data)), wide())
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "value"),
+    [("bfloat16", "float32", 3.4e38), ("bfloat16", "float16", 65504.0)],
+)
+def test_what_rounds_to_infinity_is_not_written(precision, dtype, value):
+    sent = matu.Unified(
+        {"x": np.full(3, value, dtype)}, {"x": np.full((1, 1), 7, np.uint8)}, jnp.ones(1)
+    )
+    assert wire.encode(sent, [0])
+    with pytest.raises(wire.WireError, match="leaf x: 3 of 3 numbers are not finite"):
+        wire.encode(sent, [0], precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_bits_are_those_that_a_run_reports(federation, model, precision):  # noqa: F811
+    """A real run, one client absent in round 2: every message of every client, to the bit."""
+    config = dataclasses.replace(
+        TINY,
+        rounds=2,
+        matu=MatuConfig(precision=precision),
+        evaluation=EvaluationConfig(every_rounds=9, batch_examples=16),
+    )
+    algorithm = algorithms.build(config)
+    # The last client has a single task.
+    held = federation._replace(
+        slots=first_slots(federation.slots, 5),
+        indices=federation.indices[:5],
+        trace={2: {0: "x"}},
+    )
+
+    def aggregate(state, uploads, slots):
+        new, metrics = algorithm.aggregate(state[0], uploads, slots)
+        return (new, uploads), metrics
+
+    def init(base, slots):
+        zero = jax.tree.map(lambda x: jnp.zeros((5, *x.shape), x.dtype), base)
+        return algorithm.init(base, slots), algorithm.upload(zero, slots)
+
+    recording = algorithm._replace(
+        init=init,
+        download=lambda state, slots: algorithm.download(state[0], slots),
+        aggregate=aggregate,
+        sent=lambda state, uploads: algorithm.sent(state[0], uploads),
+    )
+    downloads = algorithm.init(model.base, held.slots).downloads
+    for result in rounds.run(config, recording, model, held, mesh=one_device()):
+        there = [c for c in range(3) if not (result.round == 2 and c == 0)]
+        up = encoded(result.state[1], held.slots, "upload", there, precision)
+        down = encoded(downloads, held.slots, "download", range(3), precision)
+        counted = algorithms.frame_bits(algorithm, held.slots)
+        sent = jax.eval_shape(algorithm.sent, result.state[0], result.state[1])
+        for messages, message in ((up, sent[0]), (down, sent[1])):
+            payload = algorithms.message_bits(message, held.slots)
+            for client, data in messages.items():
+                assert 8 * len(data) == payload[client] + counted[client]
+        for name, messages in (("uplink", up), ("downlink", down)):
+            reported = result.record[f"{name}_bits"] + result.record[f"{name}_frame_bits"]
+            assert 8 * sum(map(len, messages.values())) == reported
+        if result.round != 2:
+            found, _, refused = wire.gather(up, model.base, held.slots, round_number=1)
+            assert not refused
+            # Numbers that were rounded before hardly move when they are rounded again.
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6),
+                found.vector,
+                result.state[1].vector,
+            )
+        downloads = jax.tree.map(np.array, result.state[0].downloads)
     assert wire.overhead_bytes(2) == 36 + 4 * 2 + 4
+
+
+def encoded(unified, slots, kind, clients, precision):
+    messages = {}
+    for client in clients:
+        one, tasks = wire.of_client(unified, slots, client)
+        messages[client] = wire.encode(
+            one, tasks, kind=kind, client=client, round_number=1, precision=precision
+        )
+    return messages
+
+
+def first_slots(slots, count):
+    columns = (x[:count] for x in (slots.client, slots.task, slots.weight))
+    return matu.Slots(*columns, num_clients=slots.num_clients, num_tasks=slots.num_tasks)
 
 
 @pytest.mark.parametrize(
@@ -170,11 +431,28 @@ def test_another_tree_is_refused():
         ({"client": 2**32}, "client: found 4294967296"),
         ({"round_number": -1}, "round: found -1"),
         ({"kind": "letter"}, "kind: found .letter."),
+        ({"precision": "int4"}, "precision: found .int4., expected one of .float32., .bfloat16."),
     ],
 )
 def test_what_would_be_refused_is_not_written(change, words):
     with pytest.raises(wire.WireError, match=words):
         wire.encode(unified(), **({"tasks": [0, 1, 2]} | change))
+
+
+def test_infinities_of_both_signs_are_no_warning():
+    data = bytearray(wire.encode(matu.unify({"x": jnp.array([[1.0, -1.0]])}), [0]))
+    data[40:48] = struct.pack("<ff", np.inf, -np.inf)
+    with pytest.raises(wire.WireError, match="leaf x: 2 of 2 numbers are not finite"):
+        wire.decode(resealed(data), {"x": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_signalling_nan_is_no_warning(dtype):
+    data = wire.encode(matu.unify({"x": jnp.ones((1, 2), dtype)}), [0])
+    signalling = {"bfloat16": 0x7F81, "float16": 0x7C01}[dtype]
+    data = resealed(data[:40] + struct.pack("<HH", signalling, signalling) + data[44:])
+    with pytest.raises(wire.WireError, match="leaf x: 2 of 2 numbers are not finite"):
+        wire.decode(data, {"x": jnp.zeros(2, dtype)})
 
 
 def test_values_and_dtypes_that_would_be_refused_are_not_written():
@@ -266,26 +544,51 @@ def test_the_server_goes_on_without_those_it_refuses():
     assert refused == ["client 0: tasks: found [0, 1], expected [0, 2]."]
 
 
-DATA = [wire.encode(unified(k, k), range(k)) for k in (1, 2, 3)]
+# Messages and their trees: as they are, and with fewer bits and compressed masks.
+WIDE = matu.unify(jax.tree.map(jnp.abs, wide((3,))))
+DATA = [(wire.encode(unified(k, k), range(k)), like()) for k in (1, 2, 3)]
+DATA += [
+    (wire.encode(WIDE, range(3), precision=precision, compress=True), wide())
+    for precision in get_args(wire.Precision)
+]
+EDITS = st.lists(st.tuples(st.integers(0, 200), st.binary(max_size=8), st.booleans()))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    data=st.sampled_from(DATA),
-    edits=st.lists(st.tuples(st.integers(0, 200), st.binary(max_size=8), st.booleans())),
-    seal=st.booleans(),
-)
-def test_edited_messages_are_read_or_refused(data, edits, seal):
-    data = bytearray(data)
+@given(message=st.sampled_from(DATA), edits=EDITS, from_end=st.booleans(), seal=st.booleans())
+def test_edited_messages_are_read_or_refused(message, edits, from_end, seal):
+    data, tree = bytearray(message[0]), message[1]
     for at, piece, replaces in edits:
-        data[at : at + (len(piece) if replaces else 0)] = piece
+        start = len(data) - at if from_end else at  # the masks are at the end
+        start = max(start, 0)
+        data[start : start + (len(piece) if replaces else 0)] = piece
     if seal and len(data) >= 4:
         data = resealed(data)
     try:
-        found = wire.decode(data, like(), num_tasks=5, max_tasks=5)
+        found = wire.decode(data, tree, num_tasks=5, max_tasks=5)
     except wire.WireError:
         return
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(found.unified))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    masks=st.binary(max_size=400),
+    size=st.integers(-1, 1),
+    tail=st.binary(max_size=3),
+    tasks=st.integers(1, 5),
+)
+def test_masks_of_any_length_are_read_or_refused(masks, size, tail, tasks):
+    """Streams of zlib's that are whole, and hold what they should, or more, or less, or junk."""
+    wanted = tasks * 25 + size
+    stream = zlib.compress((masks * (wanted // max(len(masks), 1) + 1))[:wanted]) + tail
+    data = forged_masks(stream, tasks, 200)
+    try:
+        found = wire.decode(data, {"x": jnp.zeros(200)})
+    except wire.WireError:
+        return
+    assert (size, tail) == (0, b"")
+    assert np.asarray(found.unified.masks["x"]).tobytes() == zlib.decompress(stream)
 
 
 @given(data=st.binary(max_size=300))
