@@ -98,6 +98,21 @@ class Checkpoints:
         """The newest round with a complete checkpoint (its files are not checked), or None."""
         return max(self._complete(), default=None)
 
+    def whole(self) -> tuple[int | None, dict[int, str]]:
+        """The newest checkpoint whose files are as they were written.
+
+        Returns:
+          Its round, or None if there is none; and what is wrong with those newer than it, by round,
+          the newest first.
+        """
+        damaged: dict[int, str] = {}
+        for round_index in reversed(self._complete()):
+            damage = _damage(self._folder(round_index))
+            if damage is None:
+                return round_index, damaged
+            damaged[round_index] = damage
+        return None, damaged
+
     def restore(self, target_state: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         """Reads the newest checkpoint that is whole.
 
@@ -116,18 +131,13 @@ class Checkpoints:
           ValueError: if every checkpoint is damaged, or the state saved has other leaves than the
             target, naming them.
         """
-        damaged = []
-        for round_index in reversed(self._complete()):
-            damage = _damage(self._folder(round_index))
-            if damage is None:
-                return round_index, *self._read(round_index, target_state)
-            damaged.append(f"round {round_index}: {damage}")
-            _log.warning("%s is damaged (%s); it is left out.", self._folder(round_index), damage)
+        round_index, damaged = self.whole()
+        for number, damage in damaged.items():
+            _log.warning("%s is damaged (%s); it is left out.", self._folder(number), damage)
+        if round_index is not None:
+            return round_index, *self._read(round_index, target_state)
         if damaged:
-            raise ValueError(
-                f"{self.directory}: no checkpoint can be read ({'; '.join(damaged)}). Bring the "
-                "files back from a copy, or remove this folder to start from round 0."
-            )
+            raise ValueError(unreadable(self.directory, damaged))
         return None
 
     def _read(self, round_index: int, target_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
@@ -165,6 +175,15 @@ class Checkpoints:
             shutil.rmtree(self._folder(number))
         if rounds:
             self._manager.reload()
+
+
+def unreadable(directory: Path, damaged: dict[int, str]) -> str:
+    """What to say where no checkpoint is whole; damages by round."""
+    found = "; ".join(f"round {number}: {damage}" for number, damage in damaged.items())
+    return (
+        f"{directory}: no checkpoint can be read ({found}). Bring the files back from a copy, or "
+        "remove this folder to start from round 0."
+    )
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from matu_jax import algorithms, models, rounds, train
 from matu_jax import workdir as workdirs
-from matu_jax.checkpoint import Checkpoints
+from matu_jax.checkpoint import Checkpoints, unreadable
 from matu_jax.commandline import UserError, read_config, run_program
 from matu_jax.config import Config
 from matu_jax.metrics import versions
@@ -145,9 +145,13 @@ def _workdir(workdir: Path, config: Config) -> Finding:
         if not (workdir / "checkpoints").exists():
             return Finding("ok", "workdir", f"{workdir}: a run starts from round 0")
         with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-            last = checkpoints.latest()
+            last, damaged = checkpoints.whole()
+            if damaged and last is None:
+                return Finding("problem", "workdir", unreadable(checkpoints.directory, damaged))
         text = f"{workdir}: the run goes on after round {last or 0} of {config.rounds}"
-        return Finding("ok", "workdir", text)
+        for number, damage in damaged.items():
+            text += f". The checkpoint of round {number} is damaged ({damage}) and left out"
+        return Finding("note" if damaged else "ok", "workdir", text)
     except UserError as error:
         return Finding("problem", "workdir", str(error))
     except OSError as error:

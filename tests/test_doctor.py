@@ -56,6 +56,13 @@ def test_a_run_is_seen_before_in_the_middle_of_and_after_it(ask, tmp_path):
     (run / "summary.json").unlink()
     code, text = ask(*words)
     assert (code, "goes on after round 2 of 2" in text) == (0, True)
+    for number, left in ((2, "goes on after round 1 of 2"), (1, "no checkpoint can be read")):
+        (run / "checkpoints" / f"{number}" / "meta" / "metadata").write_text("damaged")
+        code, text = ask(*words)
+        assert code == (0 if number == 2 else 2)
+        assert f"round {number}" in text
+        assert "meta/metadata has changed since it was written" in text
+        assert left in text
     code, text = ask(*words, "--config.rounds=3")
     assert code == 2
     assert "config.rounds: there 2, here 3" in text
@@ -86,6 +93,20 @@ def test_what_is_missing_is_named_with_what_to_do(ask, tmp_path, monkeypatch):
     assert "8 of 8 datasets are not prepared" in text
     assert "python -m matu_jax.prepare" in text
     assert "hf download" in text
+
+
+def test_a_package_that_privacy_needs_is_named(ask, monkeypatch):
+    known = train.importlib.util.find_spec
+    monkeypatch.setattr(
+        train.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "dp_accounting" else known(name, *rest),
+    )
+    private = ["--config.privacy.clip_norm=1", "--config.privacy.noise_multiplier=1"]
+    for program in (doctor.main, train.main):
+        code, text = ask(*private, program=program)
+        assert (code, "pip install 'matu_jax[privacy]'" in text) == (2, True)
+    assert ask()[0] == 0
 
 
 @pytest.mark.parametrize(

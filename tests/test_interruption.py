@@ -171,6 +171,101 @@ def test_two_processes_in_one_workdir(experiment, tmp_path):
     assert "Results" in finish(experiment, workdir)  # the lock has ended with its process
 
 
+def unfinished(whole, workdir):
+    """The whole run's directory without its results, as if it had been killed at the very end."""
+    shutil.copytree(whole, workdir)
+    (workdir / "summary.json").unlink()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(experiment, tmp_path, whole):
+    workdir = tmp_path / "run"
+    unfinished(whole, workdir)
+    newest = workdir / "checkpoints" / str(ROUNDS)
+    file = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    text = finish(experiment, workdir).replace("\n", " ")
+    assert f"{newest} is damaged ({file.relative_to(newest)} has changed since" in text
+    assert f"Going on after round {ROUNDS - 1} of {ROUNDS}" in text
+    assert results(workdir) == results(whole)
+
+
+def refused(experiment, workdir, prelude=""):
+    """A run that cannot write, which is one message; `prelude` is what the process does first."""
+    words = [experiment, f"--workdir={workdir}"]
+    run = subprocess.run(
+        [sys.executable, "-c", prelude + START, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=Path(tiny.__file__).parents[1],
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+    )
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+    return run.stderr
+
+
+START = """
+import os, sys
+os.execv(sys.executable, [sys.executable, "-m", "matu_jax.train", *sys.argv[1:]])
+"""
+
+# Root may write everywhere; with these two of its rights gone (CAP_DAC_OVERRIDE, _READ_SEARCH; 24
+# is PR_CAPBSET_DROP) it is refused like everybody else.
+LIKE_EVERYBODY = """
+import ctypes, os
+if os.geteuid() == 0:
+    for right in (1, 2):
+        assert ctypes.CDLL(None).prctl(24, right, 0, 0, 0) == 0
+"""
+
+
+@pytest.mark.parametrize("part", [".", "checkpoints"])
+def test_a_read_only_workdir_is_a_message(experiment, tmp_path, whole, part):
+    """All of it, or where checkpoints go; writable again, the run goes on."""
+    workdir = tmp_path / "run"
+    unfinished(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(ROUNDS))
+    (workdir / part).chmod(0o555)
+    text = refused(experiment, workdir, LIKE_EVERYBODY)
+    assert "cannot be written: Permission denied" in text
+    (workdir / part).chmod(0o755)
+    finish(experiment, workdir)
+    assert results(workdir) == results(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """`disk(kilobytes)` mounts one of that size, or changes its size; needs root."""
+    place = tmp_path / "disk"
+
+    def disk(kilobytes):
+        words = f"size={kilobytes}k" + (",remount" if place.exists() else "")
+        place.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", words, "tmpfs", str(place)]
+        if (
+            not shutil.which("mount")
+            or subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+        ):
+            pytest.skip("no disk can be mounted here")
+        return place
+
+    yield disk
+    subprocess.run(["umount", str(place)], stderr=subprocess.DEVNULL, check=False)
+
+
+@pytest.mark.parametrize("kilobytes", [4, 100, 200])
+def test_a_full_disk_is_a_message(experiment, small_disk, whole, kilobytes):
+    """Full at the start, at the first checkpoint, and after some; with more room it goes on."""
+    workdir = small_disk(kilobytes) / "run"
+    text = refused(experiment, workdir)
+    assert "cannot be written: No space left on device" in text
+    small_disk(100_000)
+    finish(experiment, workdir)
+    assert results(workdir) == results(whole)
+
+
 LIMITED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -9,6 +9,7 @@ import tiny
 from jax.sharding import AxisType
 
 from matu_jax import algorithms, models, rounds
+from matu_jax.checkpoint import Checkpoints
 from matu_jax.config import Config, DataConfig, EvaluationConfig, LocalConfig, ModelConfig
 from matu_jax.data import Split
 
@@ -111,7 +112,8 @@ def test_seed_changes_the_result(uninterrupted, federation, model):
 
 
 @pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
-def test_partial_participation_runs_for_every_algorithm(federation, model, name):
+def test_every_algorithm_runs_in_parts_and_goes_on_from_disk(federation, model, name, tmp_path):
+    """One of three clients a round; after the first, a run from the checkpoint equals the other."""
     config = dataclasses.replace(
         TINY,
         algorithm=name,
@@ -132,6 +134,15 @@ def test_partial_participation_runs_for_every_algorithm(federation, model, name)
             if result.round == 1:
                 np.testing.assert_array_equal(moved, present)
     assert np.isfinite(results[-1].record["accuracy"]["test_mean"])
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, results[0].state, {})
+        target = jax.eval_shape(algorithms.build(config).init, model.base, federation.slots)
+        found = checkpoints.restore(target)
+    assert found is not None
+    (resumed,) = run(config, federation, model, start=found[:2])
+    chex.assert_trees_all_equal(resumed.state, results[1].state)
+    for key in ("accuracy", "loss", "uplink_bits", "downlink_bits", "clients"):
+        assert resumed.record[key] == results[1].record[key]
 
 
 @pytest.mark.parametrize("name", ["matu", "individual"])
