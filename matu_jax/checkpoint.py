@@ -188,11 +188,14 @@ def unreadable(directory: Path, damaged: dict[int, str]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[Any]:
-    """Imports Orbax and holds its chatter (not its errors) back from the terminal meanwhile."""
+    """Imports Orbax and holds what it logs back from the terminal meanwhile.
+
+    Its errors too, which it raises besides logging tracebacks of its threads.
+    """
     from absl import logging as absl_logging
 
     before = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     try:
         import orbax.checkpoint as ocp
 

@@ -38,7 +38,7 @@ alone, is never more than `message_bytes` says, and nothing is allocated before 
 masks are decompressed into no more than their m bytes.
 
 Masks are compressed by a Huffman code of their bytes (or, if that is shorter, of runs of them too),
-which for independent bits comes within 2 % of the entropy at densities from 0.5 to 0.9:
+which for independent bits comes within 3 % of the entropy at densities from 0.5 to 0.9:
 experiments/bench/bench_masks.py. Trained heads are no part of a unified.
 
 Nothing is executed or unpickled. The checksum tells damage, not a forger: who sent a message is for

@@ -159,3 +159,24 @@ def test_rounds_against_flower(tmp_path):
     assert row["x flower"] == pytest.approx(row["flower s"] / row["fedavg s"])
     assert row["idle s"] < row["flower s"]
     assert row["flower MB"] > row["ours MB"] / 10
+def test_the_benchmarks_of_messages(tmp_path):
+    for name, options in (
+        ("bench_wire", ["--parameters", "5e3", "--tasks", "1,3", "--repeats", "1"]),
+        ("bench_masks", ["--densities", "0.5,0.9", "--bits", "1e5", "--held", ""]),
+    ):
+        out = tmp_path / f"{name}.json"
+        command = [sys.executable, BENCH / f"{name}.py", *options, "--out", out]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(out.read_text())["rows"]
+        if name == "bench_wire":
+            assert [row["vector"] for row in rows[::2]] == ["float32", "bfloat16", "int8"]
+            # The vector, three masks of 625 bytes, and 36 + 4 + 8 k bytes; 20 blocks of int8.
+            assert [round(1e6 * row["MB"]) for row in rows[1::2]] == [
+                size + 3 * 625 + 40 + 8 * 3 for size in (20_000, 10_000, 5_000 + 4 * 20)
+            ]
+            assert all(row["zipped MB"] < row["MB"] for row in rows if row["k"] == 3)
+        else:
+            for row, entropy in zip(rows, (1.0, 0.4690), strict=True):
+                assert row["entropy"] == pytest.approx(entropy, abs=1e-4)
+                assert entropy - 0.01 < row["Huffman"] < 1.03 * entropy + 0.01

@@ -591,6 +591,7 @@ def test_masks_of_any_length_are_read_or_refused(masks, size, tail, tasks):
     assert np.asarray(found.unified.masks["x"]).tobytes() == zlib.decompress(stream)
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=300))
 def test_noise_is_refused(data):
     with pytest.raises(wire.WireError):
