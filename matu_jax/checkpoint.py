@@ -188,20 +188,23 @@ def unreadable(directory: Path, damaged: dict[int, str]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[Any]:
-    """Imports Orbax and holds what it logs back from the terminal meanwhile.
-
-    Its errors too, which it raises besides logging tracebacks of its threads.
-    """
+    """Imports Orbax and holds its chatter (not its errors) back from the terminal meanwhile."""
     from absl import logging as absl_logging
 
     before = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.get_absl_logger().addFilter(_no_tracebacks_of_orbax)  # which counts once
     try:
         import orbax.checkpoint as ocp
 
         yield ocp
     finally:
         absl_logging.set_verbosity(before)
+
+
+def _no_tracebacks_of_orbax(record: logging.LogRecord) -> bool:
+    """Leaves out what Orbax's threads log of errors, which it raises as well, at times later."""
+    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import importlib.util
 import itertools
 import json
@@ -161,6 +162,8 @@ def train(
     fitted = rounds.fitted(config, model, algorithm, federation, mesh)
     _print_plan(fitted, algorithm, model, federation, mesh, workdir, console)
 
+    # While it is imported, etils replaces Python's import, on which a bar drawn meanwhile fails.
+    importlib.import_module("grain")
     log = MetricsLog(workdir / "metrics.jsonl")
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
     with contextlib.ExitStack() as stack:
