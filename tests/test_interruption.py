@@ -31,7 +31,7 @@ def experiment(tmp_path_factory):
 def whole(experiment, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     run = program(experiment, workdir)
-    text, _ = run.communicate(timeout=300)
+    text, _ = run.communicate(timeout=900)
     assert run.returncode == 0, text
     return workdir
 
@@ -52,7 +52,7 @@ def saved(workdir):
     return max((int(file.parent.name) for file in files), default=0)
 
 
-def wait_for(condition, run, seconds=240):
+def wait_for(condition, run, seconds=900):
     deadline = time.monotonic() + seconds
     while not condition():
         assert run.poll() is None, run.communicate()[0]
@@ -62,7 +62,7 @@ def wait_for(condition, run, seconds=240):
 
 def finish(experiment, workdir):
     run = program(experiment, workdir)
-    text, _ = run.communicate(timeout=300)
+    text, _ = run.communicate(timeout=900)
     assert run.returncode == 0, text
     return text
 
@@ -129,7 +129,7 @@ def test_a_signal_lets_the_round_end_saves_it_and_says_how_to_go_on(
     assert 0 < last < ROUNDS
     assert f"Stopped after round {last} of {ROUNDS}, which is saved" in text.replace("\n", " ")
     again = program(experiment, workdir, extra=words)
-    text, _ = again.communicate(timeout=300)
+    text, _ = again.communicate(timeout=900)
     assert again.returncode == 0, text
     assert f"Going on after round {last}" in text
     assert results(workdir) == results(whole)
@@ -197,7 +197,7 @@ def refused(experiment, workdir, prelude=""):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
         cwd=Path(tiny.__file__).parents[1],
         env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
     )
@@ -284,7 +284,7 @@ def test_files_that_cannot_be_written_are_a_message(experiment, tmp_path, limit,
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
         cwd=Path(tiny.__file__).parents[1],
         env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
     )
