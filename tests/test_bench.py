@@ -159,6 +159,8 @@ def test_rounds_against_flower(tmp_path):
     assert row["x flower"] == pytest.approx(row["flower s"] / row["fedavg s"])
     assert row["idle s"] < row["flower s"]
     assert row["flower MB"] > row["ours MB"] / 10
+
+
 def test_the_benchmarks_of_messages(tmp_path):
     for name, options in (
         ("bench_wire", ["--parameters", "5e3", "--tasks", "1,3", "--repeats", "1"]),
