@@ -50,10 +50,7 @@ def get_config():
         title="Ablations of the server's rules",
         settings={
             "other pairs": other,
-            "pairs": dataclasses.replace(
-                pairs,
-                arms=("matu", "rho = 0.2", "rho = 0.6", "mean of 3, epsilon = 0.51", "additive"),
-            ),
+            "pairs": dataclasses.replace(pairs, arms=("matu", "rho = 0.2", "rho = 0.6")),
             "kin": dataclasses.replace(
                 kin, arms=("matu", "mean of 3", "mean of 3, epsilon = 0.51", "additive")
             ),

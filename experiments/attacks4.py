@@ -54,11 +54,6 @@ ATTACKS = {
         {"kind": "scales", "strength": 100.0},
         OF_MATU,
     ),
-    "constant x 10": (
-        "One holder in five sends the same number everywhere, ten times as long.",
-        {"kind": "constant", "strength": 10.0},
-        SOME,
-    ),
 }
 
 
