@@ -184,11 +184,15 @@ def compare(
     for config in configs.values():
         train.check_inputs(config, file)
     _print_plan(comparison, runs, workdir, console)
+    news = False
     with Runner(len(runs), console) as runner:
         for run in runs:
-            config = plan.run_config(comparison, run)
-            runner.run(config, f"{run.setting} / {run.arm} / seed {run.seed}", run.folder(workdir))
-            if run.arm == plan.arms_of(comparison, run.setting)[-1]:
+            config, folder = plan.run_config(comparison, run), run.folder(workdir)
+            news = news or not (folder / "summary.json").exists()
+            runner.run(config, f"{run.setting} / {run.arm} / seed {run.seed}", folder)
+            complete = run.arm == plan.arms_of(comparison, run.setting)[-1]
+            if (news and complete) or run is runs[-1]:
+                news = False
                 found = collect(comparison, workdir, file, tuning=tuning)
                 write_json(workdir / "comparison.json", found)
                 report.write(found, workdir)

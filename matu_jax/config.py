@@ -166,13 +166,13 @@ class DefenceConfig:
     clients instead of slots where a client sends one vector; algorithms without such a mean have no
     defences and refuse other values than these.
 
-    The defaults follow experiments/results/attacks4.
+    The defaults follow experiments/results/attacks4 and defence8.
 
     Attributes:
       clip: no upload counts for more than this many times the median length; 0 = off.
       trim: how many of the largest and smallest numbers of a mean are left out; 0 = off.
-      weighting: "examples", or "agreement" of directions with the others, times examples; to be
-        "examples" where trim is on.
+      weighting: "examples", or "agreement" of directions with the others, times examples, where
+        there are five or more to compare; to be "examples" where trim is on.
     """
 
     clip: float = _field(1.5, at_least=0)

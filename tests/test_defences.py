@@ -64,7 +64,7 @@ def expected_means(x, lengths, weight, group, groups, rule):
             means[g] = np.sort(x[rows], axis=0)[cut : len(rows) - cut].mean(axis=0)
             continue
         share = weight[rows].astype(np.float64)
-        if rule.weighting == "agreement" and len(rows) > 1:
+        if rule.weighting == "agreement" and len(rows) >= 5:
             sign = np.sign(x[rows])
             agree = [
                 np.mean([sign[i] @ sign[j] for j in range(len(rows)) if j != i])

@@ -37,6 +37,9 @@ def vector_lengths(vector: list[jax.Array]) -> jax.Array:
     return jnp.sqrt(jnp.stack([squares(leaf) for leaf in vector]).sum(axis=0))
 
 
+FEWEST = 5  # rows; of fewer, one liar is more than a fifth, and who differs may well be honest
+
+
 def agreement_weights(
     common: jax.Array,
     nonzero: jax.Array,
@@ -47,8 +50,8 @@ def agreement_weights(
     """Weights by how far a row's signs agree with those of the other rows of its group.
 
     A row's weight is multiplied by the mean, over the others, of the correlation of signs where the
-    row is not 0; not below 0. Where that leaves a group nothing, as for a row that is alone, its
-    weights stay.
+    row is not 0; not below 0. Where that leaves a group nothing, or where it has fewer than `FEWEST`
+    rows, its weights stay.
 
     Args:
       common: float32 `[rows]`, the row's signs times the sum of its group's signs, its own too.
@@ -65,7 +68,8 @@ def agreement_weights(
     agreement = jnp.where(pairs > 0, (common - nonzero) / jnp.where(pairs > 0, pairs, 1.0), 0.0)
     trusted = weight * jnp.maximum(agreement, 0.0)
     left = jnp.zeros(num_groups, jnp.float32).at[group].add(trusted)
-    return jnp.where(left[group] > 0, trusted, weight)
+    judged = (members >= FEWEST) & (left > 0)
+    return jnp.where(judged[group], trusted, weight)
 
 
 def sign_sums(

@@ -92,7 +92,9 @@ class AggregationConfig:
         its weight. 0 = off.
       weighting: what eq. 6 weights holders by. "examples": `Slots.weight`. "agreement": that, times
         the mean correlation of a holder's signs with those of the task's other holders, not below 0
-        (as FLTrust, Cao et al. 2021, arXiv 2012.13995, weights by the cosine to a trusted vector).
+        (as FLTrust, Cao et al. 2021, arXiv 2012.13995, weights by the cosine to a trusted vector),
+        where five holders or more have reported: of fewer, one liar is more than a fifth, and
+        honest holders whose labels are skewed differ as well.
     """
 
     magnitude: Magnitude = "max"
