@@ -193,7 +193,8 @@ def _quiet() -> Iterator[Any]:
 
     before = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
-    absl_logging.get_absl_logger().addFilter(_no_tracebacks_of_orbax)  # which counts once
+    for logger in (absl_logging.get_absl_logger(), logging.getLogger("concurrent.futures")):
+        logger.addFilter(_no_tracebacks_of_orbax)  # which counts once
     try:
         import orbax.checkpoint as ocp
 
@@ -203,8 +204,14 @@ def _quiet() -> Iterator[Any]:
 
 
 def _no_tracebacks_of_orbax(record: logging.LogRecord) -> bool:
-    """Leaves out what Orbax's threads log of errors, which it raises as well, at times later."""
-    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+    """Leaves out what Orbax's threads log of errors, which it raises as well, at times later.
+
+    Threads that are late report to an event loop that has ended with the error.
+    """
+    if not record.exc_info:
+        return True
+    late = str(record.exc_info[1]) == "Event loop is closed"
+    return not (late or "orbax" in Path(record.pathname).parts)
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:

@@ -50,8 +50,8 @@ def agreement_weights(
     """Weights by how far a row's signs agree with those of the other rows of its group.
 
     A row's weight is multiplied by the mean, over the others, of the correlation of signs where the
-    row is not 0; not below 0. Where that leaves a group nothing, or where it has fewer than `FEWEST`
-    rows, its weights stay.
+    row is not 0; not below 0. Where that leaves a group nothing, or where it has fewer than
+    `FEWEST` rows, its weights stay.
 
     Args:
       common: float32 `[rows]`, the row's signs times the sum of its group's signs, its own too.
