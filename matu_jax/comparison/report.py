@@ -355,6 +355,9 @@ def _pictures(
     hidden = _without(
         arms, lambda arm: not any(v is not None for v in (arm.get("curve") or {}).get("mean") or [])
     )
+    repeated = (
+        f"{ours} is repeated" if ours == reference else f"{ours} and {reference} are repeated"
+    )
     yield picture(
         "rounds",
         figures.curves(arms, **labels),
@@ -362,7 +365,7 @@ def _pictures(
         [
             Bold("Accuracy over rounds."),
             " One panel per arm, all on the same scale: the thick line is that arm, its band is "
-            f"± std over seeds. {ours} and {reference} are repeated in each panel for comparison.",
+            f"± std over seeds. {repeated} in each panel for comparison.",
             hidden,
         ],
         "No accuracy over rounds was recorded.",
