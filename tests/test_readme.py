@@ -89,6 +89,51 @@ def test_the_tables_of_rivals_say_what_was_measured():
     assert not thirty, "arms that the table leaves out"
 
 
+def test_what_is_said_of_ablations_was_measured():
+    text = " ".join(README.split())
+    (fold,) = arms_of("ablation_fold")
+    other, pairs, kin = arms_of("ablation_rules")
+
+    def ahead(arm):
+        return f"{abs(100 * arm['against_ours']['difference']):.1f}"
+
+    down, up = fold["download not folded"], fold["upload not folded"]
+    for words in (
+        f"folding itself costs {ahead(down)} points on the way down",
+        f"and {ahead(up)} on the way up",
+        f"Without masks {ahead(fold['masks off'])} points are lost",
+        f"with B of LoRA alone {ahead(fold['B only'])}",
+        f"shrinkage ({100 * fold['mean of 3, sharpened']['accuracy']['mean']:.1f})",
+        f"(there) and {ahead(other['no transfer'])} ([ablation_rules]",
+        f"({ahead(pairs['rho = 0.2'])} points at rho = 0.2",
+        f"{ahead(pairs['rho = 0.6'])} at 0.6)",
+        f"mean of three is {ahead(kin['mean of 3'])} points behind",
+        f"epsilon = 0.51 {ahead(kin['mean of 3, epsilon = 0.51'])} and",
+        f"averaged {ahead(kin['additive'])}.",
+    ):
+        assert words in text
+
+
+def test_the_table_of_attacks_says_what_was_measured():
+    folder = ROOT / "experiments" / "results"
+    text = (folder / "reliability.md").read_text()
+    start = text.index("| | matu |")
+    header, _, *rows = (
+        [cell.strip() for cell in row.split("|")[1:-1]]
+        for row in text[start : text.index("\n\n", start)].splitlines()
+    )
+    found = json.loads((folder / "attacks4" / "comparison.json").read_text())["settings"]
+    assert [row[0] for row in rows] == [setting["name"] for setting in found]
+    for row, setting in zip(rows, found, strict=True):
+        arms = {arm["label"]: arm for arm in setting["arms"]}
+        for label, cell in zip(header[1:], row[1:], strict=True):
+            if label in arms:
+                assert_says((cell,), arms.pop(label))
+            else:
+                assert cell == "–"
+        assert not arms
+
+
 def test_the_how_to_for_an_algorithm_works_and_it_appears_in_the_report(tmp_path):
     """In a copy of the package, with one file, one line and one arm, as a new user would."""
     shutil.copytree(ROOT / "matu_jax", tmp_path / "matu_jax")
