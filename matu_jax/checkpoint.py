@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,27 +192,35 @@ def _quiet() -> Iterator[Any]:
     """Imports Orbax and holds its chatter (not its errors) back from the terminal meanwhile."""
     from absl import logging as absl_logging
 
-    before = absl_logging.get_verbosity()
+    before, hook = absl_logging.get_verbosity(), sys.unraisablehook
+
+    def heard(unraisable):
+        if str(unraisable.exc_value) != _LATE:
+            hook(unraisable)
+
     absl_logging.set_verbosity(absl_logging.ERROR)
-    for logger in (absl_logging.get_absl_logger(), logging.getLogger("concurrent.futures")):
+    loggers = [logging.getLogger(name) for name in ("asyncio", "concurrent.futures")]
+    for logger in (absl_logging.get_absl_logger(), *loggers):
         logger.addFilter(_no_tracebacks_of_orbax)  # which counts once
+    sys.unraisablehook = heard
     try:
         import orbax.checkpoint as ocp
 
         yield ocp
+        sys.unraisablehook = hook  # after an error it stays: threads are late
     finally:
         absl_logging.set_verbosity(before)
 
 
-def _no_tracebacks_of_orbax(record: logging.LogRecord) -> bool:
-    """Leaves out what Orbax's threads log of errors, which it raises as well, at times later.
+_LATE = "Event loop is closed"  # what threads meet that report after an error has ended their loop
 
-    Threads that are late report to an event loop that has ended with the error.
-    """
+
+def _no_tracebacks_of_orbax(record: logging.LogRecord) -> bool:
+    """Leaves out what Orbax's threads log of errors, which it raises as well, at times later."""
     if not record.exc_info:
         return True
-    late = str(record.exc_info[1]) == "Event loop is closed"
-    return not (late or "orbax" in Path(record.pathname).parts)
+    of_orbax = "orbax" in Path(record.pathname).parts or "orbax" in record.getMessage()
+    return not (of_orbax or str(record.exc_info[1]) == _LATE)
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:

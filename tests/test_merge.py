@@ -539,7 +539,8 @@ def test_only_some_prefixes(tmp_path, capsys):
     expected = matu.apply_vectors(inside, matu.modulate(library))
     for name, array in (base | IDS).items():
         want = np.asarray(expected[name][1]) if name in inside else array
-        np.testing.assert_allclose(rebuilt[name], want, rtol=1e-6)
+        # Numbers of size 1 are added, which may cancel: two roundings of them.
+        np.testing.assert_allclose(rebuilt[name], want, rtol=1e-6, atol=2e-7)
 
 
 def test_a_prefix_without_tensors_is_named(tmp_path, capsys):
