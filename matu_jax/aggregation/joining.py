@@ -4,7 +4,7 @@ Adapters of a deep network are hundreds of leaves of a few thousand parameters. 
 aggregator's programs would take minutes to trace and compile, and spend their time between leaves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,11 +31,11 @@ class Joining(NamedTuple):
 
     def vectors(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
         """Flat leaves `[rows, n]` to groups `[rows, N]`, with zeros up to multiples of 8."""
-        return self._joined([_padded(x) for x in leaves], leaves)
+        return self._joined(leaves, _padded)
 
     def masks(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
         """Packed masks of flat leaves, `[rows, ceil(n / 8)]`, to those of groups."""
-        return self._joined(leaves, leaves)
+        return self._joined(leaves, lambda mask: mask)
 
     def leaves(self, vectors: Sequence[jax.Array]) -> list[jax.Array]:
         """The inverse of `vectors`."""
@@ -49,11 +49,13 @@ class Joining(NamedTuple):
     def _bytes(self) -> list[int]:
         return [-(-n // 8) for n in self.sizes]
 
-    def _joined(self, padded: Sequence[jax.Array], alone: Sequence[jax.Array]) -> list[jax.Array]:
+    def _joined(
+        self, leaves: Sequence[jax.Array], whole: Callable[[jax.Array], jax.Array]
+    ) -> list[jax.Array]:
         return [
-            alone[group[0]]
+            leaves[group[0]]
             if len(group) == 1
-            else jnp.concatenate([padded[i] for i in group], axis=1)
+            else jnp.concatenate([whole(leaves[i]) for i in group], axis=1)
             for group in self.groups
         ]
 
