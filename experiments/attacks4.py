@@ -43,6 +43,11 @@ ATTACKS = {
         {"kind": "noise", "strength": 10.0},
         SOME,
     ),
+    "constant x 10": (
+        "One holder in five sends one number everywhere, ten times as long as what it trained.",
+        {"kind": "constant", "strength": 10.0},
+        SOME,
+    ),
     "label flip": (
         "One holder in five trains on wrong labels.",
         {"kind": "label_flip"},
