@@ -35,7 +35,7 @@ def optimizer(config: LocalConfig) -> optax.GradientTransformation:
         return optax.adam(config.learning_rate)
     if config.optimizer == "adamw":
         return optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
-    return optax.sgd(config.learning_rate, momentum=config.momentum)
+    return optax.sgd(config.learning_rate, momentum=config.momentum or None)
 
 
 def class_mask(num_classes: jax.Array, width: int) -> jax.Array:

@@ -21,7 +21,7 @@ def leaves(sizes, rows=3, dtypes=("float32",)):
 
 @pytest.mark.parametrize("dtypes", [("float32",), ("float32", "bfloat16")])
 def test_leaves_and_masks_come_back(dtypes):
-    sizes = (5, 40_000, 8, 0, 17, 1, 32_768)
+    sizes = (5, 70_000, 8, 0, 17, 1, 65_536)
     flat = leaves(sizes, dtypes=dtypes)
     masks = [pack(x > 0) for x in flat]
     join = joining(flat)

@@ -67,7 +67,7 @@ def train(model, devices=1, config=CONFIG, rule=NO_PENALTY, args=None, chunk=STE
     return jax.jit(local.finish)(carry)
 
 
-def plain_loop(model, slot, penalty=None):
+def plain_loop(model, slot, penalty=None, momentum=CONFIG.momentum):
     """The same training, one slot and one step after the other, with heavy-ball momentum."""
     (base, frozen), downloads, _, classes, images, labels = inputs(model)
     start = jax.tree.map(lambda x: x[slot], downloads)
@@ -83,16 +83,18 @@ def plain_loop(model, slot, penalty=None):
             return -chosen.mean() + (penalty(vector, start) if penalty else 0.0)
 
         gradient = jax.grad(loss)(vector)
-        velocity = jax.tree.map(lambda v, g: CONFIG.momentum * v + g, velocity, gradient)
+        velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, gradient)
         vector = jax.tree.map(lambda x, v: x - CONFIG.learning_rate * v, vector, velocity)
     return vector
 
 
-def test_training_equals_a_plain_loop(model):
-    trained = train(model)
+@pytest.mark.parametrize("momentum", [CONFIG.momentum, 0.0])
+def test_training_equals_a_plain_loop(model, momentum):
+    trained = train(model, config=dataclasses.replace(CONFIG, momentum=momentum))
     for slot in range(SLOTS):
         found = jax.tree.map(lambda x, slot=slot: x[slot], trained.vectors)
-        chex.assert_trees_all_close(found, plain_loop(model, slot), atol=1e-5, rtol=1e-3)
+        expected = plain_loop(model, slot, momentum=momentum)
+        chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-3)
     assert bool(trained.finite.all())
 
 

@@ -1,5 +1,6 @@
 """The client side, eqs. 1 to 4: folding task vectors into a unified, and rebuilding them."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
@@ -83,6 +84,13 @@ def _block_size(size: int) -> int:
     return size // even[0] if even else _BLOCK
 
 
+def _lanes(length: int) -> int:
+    """How many sums are kept apart: on CPU, what one vectorised sweep makes of a block."""
+    if jax.default_backend() != "cpu":
+        return 1
+    return length // 4 if length % 4 == 0 else length
+
+
 def over_blocks(size: int, visit: Callable[..., Any], carry: Any) -> Any:
     """Carries `(index, start, length, carry) -> carry` over a leaf's blocks of parameters.
 
@@ -147,17 +155,51 @@ def fold(
       Flat vectors `[groups, n]`, packed masks `[slots, bytes]`, scales `[slots]`.
     """
     folded = [_fold_leaf(x, rows, groups, present, num_groups, magnitude) for x in source]
-    # Sums are relative to a block's largest entry, then to the slot's, so that none overflows.
-    tops, own, kept = jnp.moveaxis(jnp.concatenate([sums for *_, sums in folded]), 1, 0)
-    top = tops.max(axis=0)
-    share = jnp.where(tops > 0, tops, 1.0) / jnp.where(top > 0, top, 1.0)[None]
-    own, kept = total((own * share).T), total((kept * share).T)
+    vectors, masks = [vector for vector, *_ in folded], [masks for _, masks, _ in folded]
+    sums = jnp.stack([sums for *_, sums in folded]).sum(axis=0)
+    exact = jnp.isfinite(sums).all(axis=0)
+    own, kept = jax.lax.cond(
+        exact.all(),
+        lambda: sums,
+        lambda: jnp.where(
+            exact, sums, _relative_sums(source, rows, groups, present, vectors, masks)
+        ),
+    )
     limit = jnp.float32(jnp.finfo(jnp.float32).max)
     scales = jnp.minimum(own / jnp.where(kept > 0, kept, 1.0), limit)
     # Alone in its group, a slot is the group's vector: 1, without the two sums' rounding.
     held = jnp.zeros(num_groups, jnp.int32).at[groups].add(present.astype(jnp.int32))
     scales = jnp.where(kept > 0, jnp.where(held[groups] == 1, 1.0, scales), 0.0)
-    return [vector for vector, *_ in folded], [masks for _, masks, _ in folded], scales
+    return vectors, masks, scales
+
+
+def _relative_sums(
+    source: list[jax.Array],
+    rows: jax.Array | None,
+    groups: jax.Array,
+    present: jax.Array,
+    vectors: list[jax.Array],
+    masks: list[jax.Array],
+) -> jax.Array:
+    """What scales are made of, relative to each slot's largest entry: float32 `[2, slots]`.
+
+    For task vectors whose sums of magnitudes are beyond float32.
+    """
+
+    def of_slot(slot):
+        where = slot if rows is None else rows[slot]
+        own = [jnp.where(present[slot], jnp.abs(x[where].astype(jnp.float32)), 0.0) for x in source]
+        kept = [
+            jnp.where(unpack(mask[slot], u.shape[1]), jnp.abs(u[groups[slot]]), 0.0)
+            for u, mask in zip(vectors, masks, strict=True)
+        ]
+        top = jnp.stack([x.max(initial=0.0) for x in own]).max()
+        unit = jnp.where(top > 0, top, 1.0)
+        return jnp.stack(
+            [sum(total(x.astype(jnp.float32) / unit) for x in of) for of in (own, kept)]
+        )
+
+    return jax.lax.map(of_slot, jnp.arange(groups.shape[0])).T
 
 
 def _fold_leaf(
@@ -168,25 +210,47 @@ def _fold_leaf(
     num_groups: int,
     magnitude: Magnitude,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`fold` for one leaf, with what scales are made of: float32 sums `[blocks, 3, slots]`.
+    """`fold` for one leaf, with what scales are made of: float32 sums `[2, slots]`.
 
-    They are the largest magnitude of a slot's task vector in a block and, relative to it, the sums
-    of its magnitudes and of the vector's where the mask is set.
+    They are the sums of magnitudes of a slot's task vector, and of the vector where its mask is
+    set; infinite where they overflow.
     """
-    count, (_, size), dtype = groups.shape[0], leaf.shape, leaf.dtype
+    count, (height, size), dtype = groups.shape[0], leaf.shape, leaf.dtype
     inputs = (leaf, groups, present) if rows is None else (leaf, rows, groups, present)
+    together = min(8, count)  # slots that share a byte
 
-    def block(index, start, length, carry):
-        vector, masks, sums = carry
+    def block(_, start, length, carry):
+        vector, masks, own, kept = carry
         zero = loop_zeros((1, length), jnp.float32, *inputs)
 
-        def row(slot):
-            where = slot if rows is None else rows[slot]
-            x = jax.lax.dynamic_slice(leaf, (where, start), (1, length))
-            return jnp.where(present[slot], x.astype(jnp.float32), 0.0)
+        def piece(whole, row, part, parts):
+            where = row, start + part * (length // parts)
+            x = jax.lax.dynamic_slice(whole, where, (1, length // parts))
+            return from_bits(x, dtype).astype(jnp.float32)
+
+        def row(slot, part=0, parts=1):
+            x = piece(leaf, slot if rows is None else rows[slot], part, parts)
+            return jnp.where(present[slot], x, 0.0)
+
+        def compared(slot, part=0, parts=1):
+            x, u = row(slot, part, parts), piece(vector, groups[slot], part, parts)
+            return u, ((x > 0) & (u > 0)) | ((x < 0) & (u < 0))
 
         def put(whole, row, value):
             return jax.lax.dynamic_update_slice(whole, as_bits(value), (row, start))
+
+        def largest(sum_, high, low):
+            # Of the elected sign and the largest magnitude: the largest number, or the smallest.
+            # An infinity that came in stays, and so does a NaN, for the server to refuse.
+            return jnp.where(sum_ > 0, high, jnp.where(sum_ < 0, low, 0.0 * sum_)).astype(dtype)
+
+        def grow_all(chunk, carry):
+            sum_, high, low = carry
+            for i in range(together):
+                slot = chunk * together + i
+                x = jnp.where(slot < count, row(jnp.minimum(slot, count - 1)), 0.0)
+                sum_, high, low = sum_ + x, jnp.maximum(high, x), jnp.minimum(low, x)
+            return sum_, high, low
 
         def grow(carry, slot, group, first):
             vector, sum_, high, low = carry
@@ -194,10 +258,7 @@ def _fold_leaf(
             sum_ = jnp.where(first, x, sum_ + x)
             high = jnp.where(first, x, jnp.maximum(high, x))
             low = jnp.where(first, x, jnp.minimum(low, x))
-            # Of the elected sign and the largest magnitude: the largest number, or the smallest.
-            # An infinity that came in stays, and so does a NaN, for the server to refuse.
-            value = jnp.where(sum_ > 0, high, jnp.where(sum_ < 0, low, 0.0 * sum_))
-            return put(vector, group, value.astype(dtype)), sum_, high, low
+            return put(vector, group, largest(sum_, high, low)), sum_, high, low
 
         def elect(carry, slot, group, first):
             elected, sum_ = carry
@@ -217,7 +278,11 @@ def _fold_leaf(
             value = jnp.where(jnp.isinf(sum_), broken, clip_to(mean, dtype))
             return put(vector, group, value), sum_, many
 
-        if magnitude == "max":
+        if magnitude == "max" and num_groups == 1:
+            chunks = -(-count // together)
+            extremes = jax.lax.fori_loop(0, chunks, grow_all, (zero, zero, zero))
+            vector = put(vector, 0, largest(*extremes))
+        elif magnitude == "max":
             vector, *_ = over_groups(groups, grow, (vector, zero, zero, zero))
         else:
             halved = float(2 ** (count - 1).bit_length())
@@ -225,29 +290,63 @@ def _fold_leaf(
             elected, _ = over_groups(groups, elect, (elected, zero))
             vector, *_ = over_groups(groups, average, (vector, zero, zero))
 
-        def compare(slot, carry):
-            masks, sums = carry
-            x = row(slot)
-            u = jax.lax.dynamic_slice(vector, (groups[slot], start), (1, length))
-            u = from_bits(u, dtype).astype(jnp.float32)
-            mask = ((x > 0) & (u > 0)) | ((x < 0) & (u < 0))
-            top = jnp.abs(x).max(axis=1, initial=0.0)
-            unit = jnp.where(top > 0, top, 1.0)[:, None]
-            own, kept = jnp.abs(x) / unit, jnp.where(mask, jnp.abs(u) / unit, 0.0)
-            parts = jnp.stack([top, total(own), total(kept)])[None]
-            return (
-                jax.lax.dynamic_update_slice(masks, pack(mask), (slot, start // 8)),
-                jax.lax.dynamic_update_slice(sums, parts, (index, 0, slot)),
-            )
+        def mark(chunk, carry):
+            """Masks of eight slots: a byte per parameter with a bit of each, then turned around."""
 
-        return vector, *jax.lax.fori_loop(0, count, compare, (masks, sums))
+            def slot_of(i):
+                return jnp.minimum(chunk * together + i, count - 1)
 
+            def collect(i, bytes_):
+                before = bytes_[:, :length]
+                bit = compared(slot_of(i))[1].astype(jnp.uint8) << i.astype(jnp.uint8)
+                return bytes_.at[:, :length].set(jnp.where(i == 0, bit, before | bit))
+
+            def turn(i, masks):
+                eighths = bytes_.reshape(-1, 8)
+                bits = [((eighths[:, k] >> i.astype(jnp.uint8)) & 1) << k for k in range(8)]
+                byte = functools.reduce(jnp.bitwise_or, bits)[None]
+                return jax.lax.dynamic_update_slice(masks, byte, (slot_of(i), start // 8))
+
+            masks, bytes_ = carry
+            bytes_ = jax.lax.fori_loop(0, together, collect, bytes_)
+            return jax.lax.fori_loop(0, together, turn, masks), bytes_
+
+        def add(sums, row, sizes):
+            lanes = _lanes(length)
+            if lanes == 1:
+                part = total(sizes(0, 1))[:, None]
+            else:
+                parts = length // lanes
+                part = functools.reduce(jnp.add, [sizes(i, parts) for i in range(parts)])
+            before = jax.lax.dynamic_slice(sums, (row, 0), part.shape)
+            return jax.lax.dynamic_update_slice(sums, before + part, (row, 0))
+
+        def measure(row, own):
+            return add(own, row, lambda *part: jnp.abs(piece(leaf, row, *part)))
+
+        def compare(slot, kept):
+            def sizes(*part):
+                u, agree = compared(slot, *part)
+                return jnp.where(agree, jnp.abs(u), 0.0)
+
+            return add(kept, slot, sizes)
+
+        bytes_ = loop_zeros((1, -(-length // 8) * 8), jnp.uint8, *inputs)
+        masks, _ = jax.lax.fori_loop(0, -(-count // together), mark, (masks, bytes_))
+        own = jax.lax.fori_loop(0, height, measure, own)
+        kept = jax.lax.fori_loop(0, count, compare, kept)
+        return vector, masks, own, kept
+
+    lanes = _lanes(_block_size(size))
     carry = (
         as_bits(loop_zeros((num_groups, size), dtype, *inputs)),
         loop_zeros((count, -(-size // 8)), jnp.uint8, *inputs),
-        loop_zeros((count_blocks(size), 3, count), jnp.float32, *inputs),
+        loop_zeros((height, lanes), jnp.float32, *inputs),
+        loop_zeros((count, lanes), jnp.float32, *inputs),
     )
-    vector, masks, sums = over_blocks(size, block, carry)
+    vector, masks, own, kept = over_blocks(size, block, carry)
+    own = total(own) if rows is None else total(own)[rows]
+    sums = jnp.stack([jnp.where(present, own, 0.0), total(kept)])
     return from_bits(vector, dtype), masks, sums
 
 

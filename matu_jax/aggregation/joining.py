@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-_SMALL = 1 << 15  # parameters; a leaf of more is a program of its own, and is never copied
+_SMALL = 1 << 16  # parameters; a leaf of more is a program of its own, and is never copied
 
 
 class Joining(NamedTuple):
