@@ -687,6 +687,14 @@ def test_panels_show_each_arm_with_its_band(drawn):
         assert np.nanmax(expected) <= high
 
 
+def test_an_arm_that_is_ours_and_the_reference_stands_in_the_legend_once(drawn):
+    arms = make_comparison(ARMS)["settings"][0]["arms"]
+    figures.curves(arms, ours=arms[0]["label"], reference=arms[0]["label"])
+    (legend,) = drawn[0].legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["± std", f"{arms[0]['label']} (reference)", "others"]
+
+
 @pytest.mark.parametrize(("arms", "tasks"), [(ARMS, 8), (ARMS, 30), (ARMS[:1], 1)])
 def test_table_in_colours_holds_every_number(drawn, arms, tasks):
     setting = make_comparison(arms, tasks)["settings"][0]

@@ -91,19 +91,32 @@ def test_the_tables_of_rivals_say_what_was_measured():
 
 def test_what_is_said_of_ablations_was_measured():
     text = " ".join(README.split())
-    (fold,) = arms_of("ablation_fold")
+    fold, fours, related = arms_of("ablation_fold")
     other, pairs, kin = arms_of("ablation_rules")
 
     def ahead(arm):
         return f"{abs(100 * arm['against_ours']['difference']):.1f}"
 
-    down, up = fold["download not folded"], fold["upload not folded"]
+    def both(arm):
+        return f"{ahead(fold[arm])} and {ahead(fours[arm])}"
+
+    def accuracy(arm):
+        return f"{100 * arm['accuracy']['mean']:.1f}"
+
+    down, up = "download not folded", "upload not folded"
+    assert all(fours[arm]["against_ours"]["p_value"] < 0.001 for arm in (down, up))
+    for arm in ("scales off", "least-squares scales", "scales per layer"):
+        assert fold[arm]["against_ours"]["p_value"] > 0.05
     for words in (
-        f"folding itself costs {ahead(down)} points on the way down",
-        f"and {ahead(up)} on the way up",
-        f"Without masks {ahead(fold['masks off'])} points are lost",
-        f"with B of LoRA alone {ahead(fold['B only'])}",
-        f"shrinkage ({100 * fold['mean of 3, sharpened']['accuracy']['mean']:.1f})",
+        f"folding itself costs {ahead(fold[down])} points on the way down",
+        f"and {ahead(fold[up])} on the way up",
+        f"it is {ahead(fours[down])} and {ahead(fours[up])} points",
+        f"Without masks {both('masks off')} points are lost",
+        f"with B of LoRA alone {both('B only')}",
+        f"and {ahead(fours['scales off'])} points with four",
+        f"by least squares lose {ahead(fours['least-squares scales'])};",
+        f'shrinkage in "pairs" ({accuracy(fold["mean of 3, sharpened"])})',
+        f"({accuracy(related['mean of 3, sharpened'])} against {accuracy(related['mean of 3'])} %)",
         f"(there) and {ahead(other['no transfer'])} ([ablation_rules]",
         f"({ahead(pairs['rho = 0.2'])} points at rho = 0.2",
         f"{ahead(pairs['rho = 0.6'])} at 0.6)",

@@ -163,7 +163,7 @@ def curves(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> D
     figure.supxlabel("round", fontsize=9)
     figure.supylabel("test accuracy, mean over tasks", fontsize=9)
     names = {ours: f"{_name(ours)} (ours)", reference: f"{_name(reference)} (reference)"}
-    order = [key for key in ("± std", ours, reference, "others") if key in shown]
+    order = [key for key in dict.fromkeys(("± std", ours, reference, "others")) if key in shown]
     if order:
         figure.legend(
             [shown[key] for key in order],
