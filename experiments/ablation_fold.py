@@ -22,7 +22,6 @@ from matu_jax.algorithms import ALGORITHMS, Algorithm, LocalRule, Message
 from matu_jax.algorithms.base import keep_where_absent, weighted_mean, zeros
 from matu_jax.algorithms.fed_lora_b import fed_lora_b
 from matu_jax.commandline import run_file
-from matu_jax.comparison.plan import Setting
 from matu_jax.trees import leaf_items
 
 
@@ -239,13 +238,8 @@ OF_SIMILARITY = ("folded", *list(VARIANTS)[7:])
 
 def get_config():
     shipped = run_file(Path(__file__).with_name("compare8.py"))
-    fours = Setting(
-        "Eight tasks, six clients with four tasks each, three holders a task, 128 images a slot: "
-        "every client holds tasks that contradict each other.",
-        {"data.clients": 6, "data.tasks_per_client": 4},
-        seconds=40,
-        arms=OF_THE_FOLD,
-    )
+    fours = run_file(Path(__file__).with_name("ablation_rules.py")).settings["fours"]
+    fours = dataclasses.replace(fours, arms=OF_THE_FOLD)
     # With one task a client nothing is lost by folding.
     kin = dataclasses.replace(shipped.settings["kin"], arms=OF_SIMILARITY)
     shipped.experiment.evaluation.every_rounds = 4

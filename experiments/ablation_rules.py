@@ -4,7 +4,7 @@
 
 ablation8 had the gate of eq. 5 at rho = 0.4 and led to the default of 0; here all arms that name no
 rho have 0. "other pairs" asks other questions about other kinds of images than "pairs", on which
-the rule for transfer was designed.
+the rule for transfer was designed; in "fours" every client holds tasks that contradict each other.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ ARMS = {
     "rho = 0.4": {"matu.agreement_threshold": 0.4},
     "rho = 0.6": {"matu.agreement_threshold": 0.6},
     "rho = 1": {"matu.agreement_threshold": 1.0},
+    "maximum magnitude": {"matu.magnitude": "max"},
     "per_task": {"algorithm": "per_task"},
 }
 
@@ -45,6 +46,23 @@ def get_config():
         seconds=40,
         arms=("matu", "no transfer", "mean of 1", "mean of 3", "rho = 0.4", "rho = 1", "per_task"),
     )
+    fours = Setting(
+        "Eight tasks, six clients with four tasks each, three holders a task, 128 images a slot: "
+        "every client holds tasks that contradict each other.",
+        {"data.clients": 6, "data.tasks_per_client": 4},
+        seconds=40,
+        arms=(
+            "matu",
+            "no transfer",
+            "mean of 3",
+            "mean of 3, epsilon = 0.51",
+            "additive",
+            "rho = 0.2",
+            "rho = 0.6",
+            "rho = 1",
+            "maximum magnitude",
+        ),
+    )
     return dataclasses.replace(
         shipped,
         title="Ablations of the server's rules",
@@ -54,6 +72,7 @@ def get_config():
             "kin": dataclasses.replace(
                 kin, arms=("matu", "mean of 3", "mean of 3, epsilon = 0.51", "additive")
             ),
+            "fours": fours,
         },
         arms=ARMS,
         search={},
