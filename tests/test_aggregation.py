@@ -256,7 +256,7 @@ def test_masks_are_little_endian_bits_padded_with_zeros():
 
 @pytest.mark.parametrize("magnitude", ["max", "mean"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [3 << 15, 70_003])  # whole blocks, and blocks with a rest
+@pytest.mark.parametrize("size", [5 << 15, 140_001])  # whole blocks, and blocks with a rest
 def test_a_leaf_of_many_blocks_is_folded_like_its_pieces(size, dtype, magnitude):
     drawn = np.random.default_rng(0).normal(size=(6, size)) * np.logspace(-20, 20, size)
     whole = drawn.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
@@ -264,7 +264,7 @@ def test_a_leaf_of_many_blocks_is_folded_like_its_pieces(size, dtype, magnitude)
     pieces = dict(zip("abcd", np.split(whole, cuts, axis=1), strict=True))
     slots = matu.Slots([2, 0, 0, 1, 2, 2], [0, 1, 2, 0, 1, 2], [1.0, 1, 0, 1, 1, 1], 3, 3)
     one = matu.unify({"w": whole}, slots, magnitude=magnitude)
-    four = matu.unify(pieces, slots, magnitude=magnitude)
+    four = matu.unify(pieces, slots, magnitude=magnitude)  # three joined, and one alone
     for part in ("vector", "masks"):
         joined = np.concatenate(jax.tree.leaves(getattr(four, part)), axis=1)
         np.testing.assert_array_equal(getattr(one, part)["w"], joined)
@@ -272,6 +272,26 @@ def test_a_leaf_of_many_blocks_is_folded_like_its_pieces(size, dtype, magnitude)
     exact = np.abs(whole[3].astype(np.float64)).sum()
     rebuilt = np.asarray(matu.modulate(one, slots)["w"][3]).astype(np.float64)
     np.testing.assert_allclose(np.abs(rebuilt).sum(), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("magnitude", ["max", "mean"])
+def test_scales_are_right_where_sums_of_magnitudes_overflow(magnitude):
+    """A power of two changes no scale; the first two of these slots overflow, the others do not."""
+    drawn = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    drawn *= np.float32(2.0) ** np.array([[25], [24], [10], [3]], np.float32)
+    slots = matu.Slots([0, 0, 0, 1], [0, 1, 2, 0], [1.0, 1, 1, 1], 2, 3)
+    plain = matu.unify({"w": drawn[:, :16], "v": drawn[:, 16:]}, slots, magnitude=magnitude)
+    huge = drawn * np.float32(2.0**100)
+    largest = float(np.finfo(np.float32).max)
+    assert (np.abs(huge.astype(np.float64)).sum(axis=1) > largest).tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    found = matu.unify({"w": huge[:, :16], "v": huge[:, 16:]}, slots, magnitude=magnitude)
+    np.testing.assert_allclose(found.scales, plain.scales, rtol=1e-6)
+    assert len(set(np.asarray(plain.scales).tolist())) == 4
 
 
 @pytest.mark.parametrize("magnitude", ["max", "mean"])

@@ -14,7 +14,7 @@ from matu_jax.algorithms import LocalRule
 from matu_jax.config import LocalConfig, ModelConfig
 from matu_jax.data import Split, Task
 from matu_jax.evaluate import EvaluationSet, evaluation, per_task
-from matu_jax.local import class_mask, local_training
+from matu_jax.local import class_mask, local_training, optimizer
 from matu_jax.parallel import on_each, padded_rows
 from matu_jax.trees import leaf_items
 
@@ -96,6 +96,13 @@ def test_training_equals_a_plain_loop(model, momentum):
         expected = plain_loop(model, slot, momentum=momentum)
         chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-3)
     assert bool(trained.finite.all())
+
+
+def test_sgd_without_momentum_keeps_no_velocity(model):
+    for momentum, kept in ((0.9, True), (0.0, False)):
+        config = dataclasses.replace(CONFIG, momentum=momentum)
+        state = optimizer(config).init(model.base)
+        assert bool(jax.tree.leaves(state)) == kept
 
 
 def test_penalty_enters_the_loss(model):

@@ -92,7 +92,7 @@ def test_the_tables_of_rivals_say_what_was_measured():
 def test_what_is_said_of_ablations_was_measured():
     text = " ".join(README.split())
     fold, fours, related = arms_of("ablation_fold")
-    other, pairs, kin = arms_of("ablation_rules")
+    other, pairs, kin, conflict = arms_of("ablation_rules")
 
     def ahead(arm):
         return f"{abs(100 * arm['against_ours']['difference']):.1f}"
@@ -119,12 +119,19 @@ def test_what_is_said_of_ablations_was_measured():
         f"({accuracy(related['mean of 3, sharpened'])} against {accuracy(related['mean of 3'])} %)",
         f"(there) and {ahead(other['no transfer'])} ([ablation_rules]",
         f"({ahead(pairs['rho = 0.2'])} points at rho = 0.2",
-        f"{ahead(pairs['rho = 0.6'])} at 0.6)",
+        f"{ahead(pairs['rho = 0.6'])} at 0.6;",
         f"mean of three is {ahead(kin['mean of 3'])} points behind",
         f"epsilon = 0.51 {ahead(kin['mean of 3, epsilon = 0.51'])} and",
-        f"averaged {ahead(kin['additive'])}.",
+        f"averaged {ahead(kin['additive'])};",
+        f"they are {ahead(conflict['mean of 3'])}, {ahead(conflict['mean of 3, epsilon = 0.51'])} "
+        f"and {ahead(conflict['additive'])} points behind",
+        f"(no transfer {ahead(conflict['no transfer'])} behind, the maximum in eq. 2 "
+        f"{ahead(conflict['maximum magnitude'])} ahead: neither can be told from it)",
+        f'{ahead(conflict["rho = 1"])} at 1 in "fours"',
     ):
         assert words in text
+    for arm in ("no transfer", "maximum magnitude"):
+        assert conflict[arm]["against_ours"]["p_value"] > 0.05
 
 
 def test_the_table_of_attacks_says_what_was_measured():

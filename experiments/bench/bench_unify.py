@@ -5,7 +5,9 @@
 
 The floor of eqs. 1 to 4 is reading T x d numbers once and writing d numbers and T x d bits, at the
 speed at which this machine copies memory. "library" is `matu.unify(x)` as a user calls it, which
-jits inside; "outer jit" is the same under `jax.jit`, with checks done once.
+jits inside; "outer jit" is the same under `jax.jit`, with checks done once. "numba", on CPU in
+float32, is what a compiler reaches that reads every number from memory once, on all cores: pip
+install numba, or its columns stay empty.
 """
 
 import os
@@ -19,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from rivals import dense_unify, torch_unify
+from rivals import dense_unify, numba_unify, torch_unify
 from timing import copier, finish, interleaved, memory_left, options, peak_growth
 
 import matu_jax as matu
@@ -59,6 +61,19 @@ def _prepared(name: str, rows: int, size: int, dtype: str):
     return lambda: function(x)
 
 
+def _numba(x: jax.Array) -> dict:
+    """The call by its name, checked; nothing where it does not apply."""
+    call = numba_unify()
+    if call is None or x.dtype != jnp.float32 or x.shape[1] % 8 or jax.default_backend() != "cpu":
+        return {}
+    values, ours = np.asarray(x), matu.unify({"w": x})
+    vector, masks, scales = call(values)
+    np.testing.assert_array_equal(vector, ours.vector["w"])
+    np.testing.assert_array_equal(masks, ours.masks["w"])
+    np.testing.assert_allclose(scales, ours.scales, rtol=1e-4)
+    return {"numba": lambda: call(values)}
+
+
 def _check(x: jax.Array, rows: list) -> None:
     ours, theirs = matu.unify({"w": x}), torch_unify(rows)
     vector = np.asarray(ours.vector["w"].astype(jnp.float32))
@@ -90,6 +105,7 @@ def main() -> None:
         x = _vectors(rows, size, dtype)
         tensors = _as_torch(x, dtype)
         _check(x, tensors)
+        numba = _numba(x)
         jax.clear_caches()
         outer = jax.jit(lambda x: matu.unify({"w": x}))
         copied = min(rows * size * width, 2**28)
@@ -100,10 +116,12 @@ def main() -> None:
                 "dense jax": lambda x=x: dense_unify(x),
                 "library": lambda x=x: matu.unify({"w": x}),
                 "outer jit": lambda x=x, outer=outer: outer(x),
-            },
+            }
+            | numba,
             given.repeats,
         )
-        del x, tensors
+        once = times["numba"].median if numba else None
+        del x, tensors, numba
         bandwidth = 2 * copied / times["copy"].median
         floor = (rows * size * width + size * width + rows * size / 8) / bandwidth
         ours = times["library"].median
@@ -118,10 +136,12 @@ def main() -> None:
                 "dense jax ms": 1e3 * times["dense jax"].median,
                 "library ms": 1e3 * ours,
                 "outer jit ms": 1e3 * times["outer jit"].median,
+                "numba ms": once and 1e3 * once,
                 "first call s": times["library"].first,
                 "x torch loop": times["torch loop"].median / ours,
                 "x dense jax": times["dense jax"].median / ours,
                 "of copy floor": floor / ours,
+                "numba of copy floor": once and floor / once,
                 **{
                     f"{name} MB": None if grown is None else grown / 1e6
                     for name in ("torch loop", "dense jax", "library")

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from matu_jax.parallel import AXIS, slot_mesh
 
-PACKAGES = ("jaxlib", "numpy", "torch", "peft", "transformers", "flwr", "ray", "fedjax")
+PACKAGES = ("jaxlib", "numpy", "torch", "peft", "transformers", "flwr", "ray", "fedjax", "numba")
 
 
 class Timing(NamedTuple):

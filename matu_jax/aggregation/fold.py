@@ -69,7 +69,18 @@ def pack(mask: jax.Array) -> jax.Array:
 
 def unpack(packed: jax.Array, size: int) -> jax.Array:
     """Unpacks bytes `[..., ceil(size / 8)]` into bools `[..., size]`."""
-    return jnp.unpackbits(packed, axis=-1, count=size, bitorder="little").astype(jnp.bool_)
+    return joined_eighths(_eighths(packed), size)
+
+
+def _eighths(packed: jax.Array) -> jax.Array:
+    """Bytes `[..., bytes]` to the bools of their bits, `[..., bytes, 8]`."""
+    bits = jnp.left_shift(jnp.uint8(1), jnp.arange(8, dtype=jnp.uint8))
+    return (packed[..., None] & bits.reshape([1] * packed.ndim + [8])) != 0
+
+
+def joined_eighths(x: jax.Array, size: int) -> jax.Array:
+    """`[..., bytes, 8]` to `[..., size]`."""
+    return x.reshape(*x.shape[:-2], -1)[..., :size]
 
 
 def _block_size(size: int) -> int:
@@ -86,28 +97,21 @@ def _block_size(size: int) -> int:
 
 def _lanes(length: int) -> int:
     """How many sums are kept apart: on CPU, what one vectorised sweep makes of a block."""
-    if jax.default_backend() != "cpu":
-        return 1
-    return length // 4 if length % 4 == 0 else length
+    return length // 4 if jax.default_backend() == "cpu" and length % 4 == 0 else 1
 
 
 def over_blocks(size: int, visit: Callable[..., Any], carry: Any) -> Any:
-    """Carries `(index, start, length, carry) -> carry` over a leaf's blocks of parameters.
+    """Carries `(start, length, carry) -> carry` over a leaf's blocks of parameters.
 
-    Starts are multiples of 8; the length is static. There are `count_blocks(size)` blocks.
+    Starts are multiples of 8; the length is static.
     """
     length = _block_size(size)
     whole, rest = divmod(size, length)
     if whole:
         carry = jax.lax.fori_loop(
-            0, whole, lambda i, carry: visit(i, i * length, length, carry), carry
+            0, whole, lambda i, carry: visit(i * length, length, carry), carry
         )
-    return visit(whole, whole * length, rest, carry) if rest else carry
-
-
-def count_blocks(size: int) -> int:
-    """How many blocks `over_blocks` visits."""
-    return -(-size // _block_size(size))
+    return visit(whole * length, rest, carry) if rest else carry
 
 
 def over_groups(groups: jax.Array, step: Callable[..., Any], carry: Any) -> Any:
@@ -124,9 +128,20 @@ def over_groups(groups: jax.Array, step: Callable[..., Any], carry: Any) -> Any:
 
 
 def modulated(vector: jax.Array, mask: jax.Array, scale: jax.Array) -> jax.Array:
-    """Eq. 4 for flat parameters `[..., n]` and packed masks; float32, kept finite."""
+    """Eq. 4 for flat parameters and packed masks; float32, kept finite.
+
+    Args:
+      vector: `[..., n]`.
+      mask: `[..., bytes]`.
+      scale: `[...]`.
+
+    Returns:
+      `[..., bytes, 8]`, with zeros behind the n-th: in this shape XLA on CPU uses SIMD.
+    """
     product = scale[..., None] * vector.astype(jnp.float32)
-    product = jnp.where(unpack(mask, vector.shape[-1]), product, 0.0)
+    behind = 8 * mask.shape[-1] - product.shape[-1]
+    product = jnp.pad(product, [(0, 0)] * (product.ndim - 1) + [(0, behind)])
+    product = jnp.where(_eighths(mask), product.reshape(*mask.shape, 8), 0.0)
     return clip_to(product, vector.dtype).astype(jnp.float32)
 
 
@@ -140,8 +155,10 @@ def fold(
 ) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
     """Eqs. 1 to 4 for slots whose task vectors are rows of `source`.
 
-    On CPU the parameters are visited in blocks that stay in a core's cache, so that task vectors
-    are read from memory about once; nothing of their size is made besides the results.
+    On CPU the parameters are visited in blocks, so that task vectors are read from memory about
+    once and nothing of their size is made besides the results; elsewhere a leaf's float32 sums
+    `[groups, n]` are. Where sums of magnitudes overflow (and always under `vmap`, which takes both
+    branches), the vectors are gone through once more.
 
     Args:
       source: flat leaves `[rows, n]`.
@@ -219,11 +236,11 @@ def _fold_leaf(
     inputs = (leaf, groups, present) if rows is None else (leaf, rows, groups, present)
     together = min(8, count)  # slots that share a byte
 
-    def block(_, start, length, carry):
+    def block(start, length, carry):
         vector, masks, own, kept = carry
         zero = loop_zeros((1, length), jnp.float32, *inputs)
 
-        def piece(whole, row, part, parts):
+        def piece(whole, row, part=0, parts=1):
             where = row, start + part * (length // parts)
             x = jax.lax.dynamic_slice(whole, where, (1, length // parts))
             return from_bits(x, dtype).astype(jnp.float32)
@@ -252,18 +269,14 @@ def _fold_leaf(
                 sum_, high, low = sum_ + x, jnp.maximum(high, x), jnp.minimum(low, x)
             return sum_, high, low
 
-        def grow(carry, slot, group, first):
-            vector, sum_, high, low = carry
-            x = row(slot)
-            sum_ = jnp.where(first, x, sum_ + x)
-            high = jnp.where(first, x, jnp.maximum(high, x))
-            low = jnp.where(first, x, jnp.minimum(low, x))
-            return put(vector, group, largest(sum_, high, low)), sum_, high, low
+        def elect(slot, elected):
+            before = jax.lax.dynamic_slice(elected, (groups[slot], 0), (1, length))
+            return jax.lax.dynamic_update_slice(elected, before + row(slot), (groups[slot], 0))
 
-        def elect(carry, slot, group, first):
-            elected, sum_ = carry
-            sum_ = jnp.where(first, 0.0, sum_) + row(slot)
-            return jax.lax.dynamic_update_slice(elected, sum_, (group, 0)), sum_
+        def grow(slot, vector):
+            sum_ = jax.lax.dynamic_slice(elected, (groups[slot], 0), (1, length))
+            x, u = row(slot), piece(vector, groups[slot])
+            return put(vector, groups[slot], largest(sum_, jnp.maximum(u, x), jnp.minimum(u, x)))
 
         def average(carry, slot, group, first):
             vector, sum_, many = carry
@@ -282,24 +295,24 @@ def _fold_leaf(
             chunks = -(-count // together)
             extremes = jax.lax.fori_loop(0, chunks, grow_all, (zero, zero, zero))
             vector = put(vector, 0, largest(*extremes))
-        elif magnitude == "max":
-            vector, *_ = over_groups(groups, grow, (vector, zero, zero, zero))
         else:
-            halved = float(2 ** (count - 1).bit_length())
             elected = loop_zeros((num_groups, length), jnp.float32, *inputs)
-            elected, _ = over_groups(groups, elect, (elected, zero))
-            vector, *_ = over_groups(groups, average, (vector, zero, zero))
+            elected = jax.lax.fori_loop(0, count, elect, elected)
+            if magnitude == "max":
+                vector = jax.lax.fori_loop(0, count, grow, vector)
+            else:
+                halved = float(2 ** (count - 1).bit_length())
+                vector, *_ = over_groups(groups, average, (vector, zero, zero))
 
-        def mark(chunk, carry):
+        def mark(chunk, masks):
             """Masks of eight slots: a byte per parameter with a bit of each, then turned around."""
 
             def slot_of(i):
                 return jnp.minimum(chunk * together + i, count - 1)
 
             def collect(i, bytes_):
-                before = bytes_[:, :length]
                 bit = compared(slot_of(i))[1].astype(jnp.uint8) << i.astype(jnp.uint8)
-                return bytes_.at[:, :length].set(jnp.where(i == 0, bit, before | bit))
+                return jax.lax.dynamic_update_slice(bytes_, bytes_[:, :length] | bit, (0, 0))
 
             def turn(i, masks):
                 eighths = bytes_.reshape(-1, 8)
@@ -307,9 +320,9 @@ def _fold_leaf(
                 byte = functools.reduce(jnp.bitwise_or, bits)[None]
                 return jax.lax.dynamic_update_slice(masks, byte, (slot_of(i), start // 8))
 
-            masks, bytes_ = carry
+            bytes_ = loop_zeros((1, -(-length // 8) * 8), jnp.uint8, *inputs)
             bytes_ = jax.lax.fori_loop(0, together, collect, bytes_)
-            return jax.lax.fori_loop(0, together, turn, masks), bytes_
+            return jax.lax.fori_loop(0, together, turn, masks)
 
         def add(sums, row, sizes):
             lanes = _lanes(length)
@@ -331,8 +344,7 @@ def _fold_leaf(
 
             return add(kept, slot, sizes)
 
-        bytes_ = loop_zeros((1, -(-length // 8) * 8), jnp.uint8, *inputs)
-        masks, _ = jax.lax.fori_loop(0, -(-count // together), mark, (masks, bytes_))
+        masks = jax.lax.fori_loop(0, -(-count // together), mark, masks)
         own = jax.lax.fori_loop(0, height, measure, own)
         kept = jax.lax.fori_loop(0, count, compare, kept)
         return vector, masks, own, kept
@@ -410,7 +422,8 @@ def modulate_jit(unified: Unified, slots: Slots | None) -> PyTree:
             shape, flat = vector.shape, jnp.broadcast_to(vector.reshape(-1), (count, vector.size))
         else:
             shape, flat = vector.shape[1:], flat_leaf(vector)[slots.client]
-        return modulated(flat, mask, unified.scales).astype(vector.dtype).reshape(count, *shape)
+        rows = joined_eighths(modulated(flat, mask, unified.scales), flat.shape[1])
+        return rows.astype(vector.dtype).reshape(count, *shape)
 
     return jax.tree.map(leaf, unified.vector, unified.masks)
 

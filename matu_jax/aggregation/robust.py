@@ -3,7 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from matu_jax.aggregation.fold import loop_zeros, modulated, over_blocks, over_groups
+from matu_jax.aggregation.fold import (
+    joined_eighths,
+    loop_zeros,
+    modulated,
+    over_blocks,
+)
 from matu_jax.aggregation.types import Slots
 
 
@@ -28,7 +33,7 @@ def vector_lengths(vector: list[jax.Array]) -> jax.Array:
     """Euclidean lengths of the rows of flat leaves `[rows, n]`, over all leaves: `[rows]`."""
 
     def squares(leaf):
-        def add(_, start, length, carry):
+        def add(start, length, carry):
             x = jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=1)
             return carry + jnp.square(x.astype(jnp.float32)).sum(axis=1)
 
@@ -85,20 +90,21 @@ def sign_sums(
     sums = loop_zeros((2, count), jnp.float32, *inputs)
     for leaf, mask in zip(vector, masks, strict=True):
 
-        def visit(_, start, length, sums, leaf=leaf, mask=mask):
+        def visit(start, length, sums, leaf=leaf, mask=mask):
             def signs(slot):
                 packed = jax.lax.dynamic_slice(mask, (slot, start // 8), (1, -(-length // 8)))
                 x = jax.lax.dynamic_slice(leaf, (slots.client[slot], start), (1, length))
                 scale = jnp.where(accepted[slot], scales[slot], 0.0)[None]
                 x = jnp.where(accepted[slot], modulated(x, packed, scale), 0.0)
-                return jnp.sign(x)
+                return jnp.sign(joined_eighths(x, length))
 
-            def add(total, slot, task, first):
-                before = jax.lax.dynamic_slice(total, (task, 0), (1, length))
-                return jax.lax.dynamic_update_slice(total, before + signs(slot), (task, 0))
+            def add(slot, total):
+                place = slots.task[slot], 0
+                before = jax.lax.dynamic_slice(total, place, (1, length))
+                return jax.lax.dynamic_update_slice(total, before + signs(slot), place)
 
             total = loop_zeros((tasks, length), jnp.float32, *inputs)
-            total = over_groups(slots.task, add, total)
+            total = jax.lax.fori_loop(0, count, add, total)
 
             def compare(slot, sums):
                 x = signs(slot)

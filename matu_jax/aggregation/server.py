@@ -13,6 +13,7 @@ from matu_jax.aggregation.fold import (
     flat_leaf,
     fold,
     from_bits,
+    joined_eighths,
     loop_zeros,
     modulate_jit,
     modulated,
@@ -74,7 +75,7 @@ def _same_task(
     old = as_bits(clip_to(old.astype(jnp.float32), dtype))
     inputs = (leaf, mask, scales, share, accepted, slots.client, slots.task)
 
-    def block(_, start, length, carry):
+    def block(start, length, carry):
         own, products, energies = carry
         zero = loop_zeros((1, length), jnp.float32, *inputs)
 
@@ -86,9 +87,9 @@ def _same_task(
             scale = jnp.where(ok, scales[slot], 0.0)[None]
             x = modulated(x, packed, scale)
             # Put down and taken up again, or XLA on CPU would unpack the mask for every use.
-            place = (slot % 2, jnp.zeros_like(slot))
+            place = (slot % 2, 0, 0)
             rows = jax.lax.dynamic_update_slice(rows, jnp.where(ok, x, 0.0), place)
-            x = jax.lax.dynamic_slice(rows, place, (1, length))
+            x = joined_eighths(jax.lax.dynamic_slice(rows, place, (1, *rows.shape[1:])), length)
             mean = jnp.where(first, 0.0, mean) + share[slot] * x
             sign = jnp.where(first, 0.0, sign) + jnp.sign(x)
             held = holders[task]
@@ -119,7 +120,7 @@ def _same_task(
                 energies,
                 zero,
                 zero,
-                jnp.concatenate([zero, zero]),
+                loop_zeros((2, -(-length // 8), 8), jnp.float32, *inputs),
                 loop_zeros((2, config.trim, length), jnp.float32, *inputs),
             ),
         )
