@@ -51,8 +51,8 @@ def loop_zeros(shape: tuple[int, ...], dtype: Any, *inputs: jax.Array) -> jax.Ar
 def as_bits(x: jax.Array) -> jax.Array:
     """16-bit floats as whole numbers of the same bits; others as they are.
 
-    What a loop puts pieces into is kept so: XLA on CPU would turn a whole array of 16-bit floats
-    into float32 and back for every piece.
+    What a loop takes pieces of, or puts them into, is kept so: XLA on CPU would turn a whole array
+    of 16-bit floats into float32, and back.
     """
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
@@ -203,18 +203,19 @@ def _relative_sums(
     For task vectors whose sums of magnitudes are beyond float32.
     """
 
+    def row_of(leaf, row):
+        return from_bits(as_bits(leaf)[row], leaf.dtype).astype(jnp.float32)
+
     def of_slot(slot):
         where = slot if rows is None else rows[slot]
-        own = [jnp.where(present[slot], jnp.abs(x[where].astype(jnp.float32)), 0.0) for x in source]
+        own = [jnp.where(present[slot], jnp.abs(row_of(x, where)), 0.0) for x in source]
         kept = [
-            jnp.where(unpack(mask[slot], u.shape[1]), jnp.abs(u[groups[slot]]), 0.0)
+            jnp.where(unpack(mask[slot], u.shape[1]), jnp.abs(row_of(u, groups[slot])), 0.0)
             for u, mask in zip(vectors, masks, strict=True)
         ]
         top = jnp.stack([x.max(initial=0.0) for x in own]).max()
         unit = jnp.where(top > 0, top, 1.0)
-        return jnp.stack(
-            [sum(total(x.astype(jnp.float32) / unit) for x in of) for of in (own, kept)]
-        )
+        return jnp.stack([sum(total(x / unit) for x in of) for of in (own, kept)])
 
     return jax.lax.map(of_slot, jnp.arange(groups.shape[0])).T
 
@@ -235,6 +236,7 @@ def _fold_leaf(
     count, (height, size), dtype = groups.shape[0], leaf.shape, leaf.dtype
     inputs = (leaf, groups, present) if rows is None else (leaf, rows, groups, present)
     together = min(8, count)  # slots that share a byte
+    source = as_bits(leaf)
 
     def block(start, length, carry):
         vector, masks, own, kept = carry
@@ -246,7 +248,7 @@ def _fold_leaf(
             return from_bits(x, dtype).astype(jnp.float32)
 
         def row(slot, part=0, parts=1):
-            x = piece(leaf, slot if rows is None else rows[slot], part, parts)
+            x = piece(source, slot if rows is None else rows[slot], part, parts)
             return jnp.where(present[slot], x, 0.0)
 
         def compared(slot, part=0, parts=1):
@@ -335,7 +337,7 @@ def _fold_leaf(
             return jax.lax.dynamic_update_slice(sums, before + part, (row, 0))
 
         def measure(row, own):
-            return add(own, row, lambda *part: jnp.abs(piece(leaf, row, *part)))
+            return add(own, row, lambda *part: jnp.abs(piece(source, row, *part)))
 
         def compare(slot, kept):
             def sizes(*part):

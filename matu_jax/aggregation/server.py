@@ -74,6 +74,7 @@ def _same_task(
     tasks, (_, size), dtype = slots.num_tasks, leaf.shape, leaf.dtype
     old = as_bits(clip_to(old.astype(jnp.float32), dtype))
     inputs = (leaf, mask, scales, share, accepted, slots.client, slots.task)
+    source = as_bits(leaf)
 
     def block(start, length, carry):
         own, products, energies = carry
@@ -82,10 +83,10 @@ def _same_task(
         def add_slot(carry, slot, task, first):
             own, signs, energies, mean, sign, rows, extremes = carry
             packed = jax.lax.dynamic_slice(mask, (slot, start // 8), (1, -(-length // 8)))
-            x = jax.lax.dynamic_slice(leaf, (slots.client[slot], start), (1, length))
+            x = jax.lax.dynamic_slice(source, (slots.client[slot], start), (1, length))
             ok = accepted[slot]
             scale = jnp.where(ok, scales[slot], 0.0)[None]
-            x = modulated(x, packed, scale)
+            x = modulated(from_bits(x, dtype), packed, scale)
             # Put down and taken up again, or XLA on CPU would unpack the mask for every use.
             place = (slot % 2, 0, 0)
             rows = jax.lax.dynamic_update_slice(rows, jnp.where(ok, x, 0.0), place)
