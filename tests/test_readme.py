@@ -134,6 +134,32 @@ def test_what_is_said_of_ablations_was_measured():
         assert conflict[arm]["against_ours"]["p_value"] > 0.05
 
 
+def test_the_table_of_costs_says_what_was_measured():
+    folder = ROOT / "experiments" / "results" / "performance"
+
+    def times(name, column, **which):
+        (row,) = [
+            row
+            for row in json.loads((folder / f"{name}.json").read_text())["rows"]
+            if all(row[key] == value for key, value in which.items())
+        ]
+        return row[column]
+
+    large = {"T": 8, "d": 10_000_000}
+    expected = [
+        [
+            f"{times('unify', 'x torch loop', **large):.1f} "
+            f"(one thread: {times('unify_one_thread', 'x torch loop', **large):.1f})"
+        ],
+        [f"{times('aggregate', 'x torch loop', held=4, d=3_000_000):.1f}"],
+        [f"{times('clients', 'x rival', rival='peft'):.1f}"],
+        [f"{times('clients_clip', 'x rival'):.2f}"],
+        [f"{times('clients', 'x rival', rival='fedjax'):.2f}"],
+        [f"{times('round', 'x flower', clients=30):.1f}"],
+    ]
+    assert [row[2:] for row in rows_under("| | against |")] == expected
+
+
 def test_the_table_of_attacks_says_what_was_measured():
     folder = ROOT / "experiments" / "results"
     text = (folder / "reliability.md").read_text()
