@@ -38,16 +38,23 @@ _SALT = 0x11A5
 def liars(config: AttackConfig, slots: Slots, seed: int) -> np.ndarray:
     """Draws who lies: bool `[clients]`; as many as leave every task's share where it is allowed."""
     client, task = np.asarray(slots.client), np.asarray(slots.task)
-    lies = np.zeros(slots.num_clients, bool)
+    most = np.zeros(slots.num_clients, bool)
     if config.kind == "none":
-        return lies
-    left = np.floor(config.share * np.bincount(task, minlength=slots.num_tasks) + 1e-9)
-    for one in np.random.default_rng((seed, _SALT)).permutation(slots.num_clients):
-        held = np.bincount(task[client == one], minlength=slots.num_tasks)
-        if held.any() and (held <= left).all():
-            lies[one] = True
-            left -= held
-    return lies
+        return most
+    allowed = np.floor(config.share * np.bincount(task, minlength=slots.num_tasks) + 1e-9)
+    rng = np.random.default_rng((seed, _SALT))
+    for _ in range(64):  # one after the other may block who is missing; then in another order
+        lies, left = np.zeros(slots.num_clients, bool), allowed.copy()
+        for one in rng.permutation(slots.num_clients):
+            held = np.bincount(task[client == one], minlength=slots.num_tasks)
+            if held.any() and (held <= left).all():
+                lies[one] = True
+                left -= held
+        if lies[client].sum() > most[client].sum():
+            most = lies
+        if not left.any():
+            break
+    return most
 
 
 def lied(

@@ -35,6 +35,7 @@ from matu_jax.comparison.tuning import search
 from matu_jax.config import Config, override
 from matu_jax.metrics import versions, write_json
 from matu_jax.parallel import keep_programs, use_cores
+from matu_jax.rounds import StoppedError
 from matu_jax.workdir import opened
 
 
@@ -102,7 +103,10 @@ class Runner:
         started = time.perf_counter()
         with opened(folder, config):
             fresh = not (folder / "summary.json").exists()
-            summary = train.train(config, name, folder, quiet)
+            try:
+                summary = train.train(config, name, folder, quiet)
+            except StoppedError as error:
+                raise UserError(f"{name}: {error}") from None
         seconds = time.perf_counter() - started
         if fresh:
             jax.clear_caches()

@@ -484,6 +484,11 @@ def _cross_checks(config: Config) -> list[str]:
             f"config.failures.deadline: found {config.failures.deadline}, but nobody is slow: set "
             "config.failures.slowness too."
         )
+    if config.failures.slowness and not config.failures.deadline:
+        problems.append(
+            f"config.failures.slowness: found {config.failures.slowness}, but nothing waits: set "
+            "config.failures.deadline too."
+        )
     if bool(config.privacy.clip_norm) != bool(config.privacy.noise_multiplier):
         problems.append(
             f"config.privacy: found clip_norm = {config.privacy.clip_norm} and noise_multiplier = "

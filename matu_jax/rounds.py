@@ -169,6 +169,13 @@ def federate(config: Config) -> Federation:
         ) from None
     weight = np.array([len(rows) for rows in indices], np.float32)
     slots = Slots(client, task, weight, data.clients, len(tasks))
+    holders = np.bincount(slots.task, minlength=slots.num_tasks)
+    if config.attack.kind != "none" and not attacks.liars(config.attack, slots, config.seed).any():
+        raise ValueError(
+            f"config.attack.share: found {config.attack.share:g}, of which nobody lies: a task has "
+            f"at most {holders.max()} holders. Set at least {1 / holders.max():.2f} or so, or "
+            "config.attack.kind = 'none'."
+        )
     return Federation(tasks, slots, indices, trace)
 
 

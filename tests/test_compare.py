@@ -323,6 +323,13 @@ def test_mistakes_are_said_in_one_message(write, capsys, arguments, words):
     assert words in mistake(capsys, f"--config={write()}", *arguments)
 
 
+def test_a_run_that_diverges_is_a_message_with_its_name(write, tmp_path, capsys):
+    wild = ["--config.local.optimizer=sgd", "--config.local.learning_rate=1e30"]
+    said = mistake(capsys, f"--config={write()}", f"--workdir={tmp_path / 'out'}", *wild)
+    assert "training failed in" in said
+    assert "/ seed 0: round 1" in said
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"arms": []}', '{"arms": {"matu": {"chosen": 3}}}'])
 def test_a_damaged_search_is_said(write, tmp_path, capsys, text):
     file = write('tuned="tuned.json",')

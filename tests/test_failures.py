@@ -137,6 +137,16 @@ TASK = np.array([0, 1] * 5 + [2, 2])
 SLOTS = matu.Slots(CLIENT, TASK, np.arange(1.0, 13.0, dtype=np.float32), 7, 3)
 
 
+def test_liars_reach_every_tasks_share_where_one_order_does_not():
+    # Ten clients with two of four tasks each, five holders a task: four of them can lie.
+    pairs = [(0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3), (0, 1), (1, 2), (2, 3), (3, 0)]
+    client, task = np.repeat(np.arange(10), 2), np.array(pairs).ravel()
+    slots = matu.Slots(client, task, np.ones(20, np.float32), 10, 4)
+    for seed in range(20):
+        lies = attacks.liars(AttackConfig("sign_flip", share=0.4), slots, seed)
+        assert np.bincount(task, weights=lies[client]).tolist() == [2, 2, 2, 2]
+
+
 def test_liars_are_as_many_of_every_tasks_holders_as_allowed():
     seen = set()
     for seed in range(20):
@@ -215,6 +225,12 @@ def test_masks_and_scales_can_lie():
         assert not turned[~np.asarray(LIES)].any()
     wrong = attacks.lied_upload(AttackConfig("scales", strength=50.0), uploads, LIES)
     np.testing.assert_allclose(wrong.scales / uploads.scales, np.where(LIES, 50, 1), rtol=1e-6)
+
+
+def test_an_attack_of_nobody_is_a_mistake():
+    config = dataclasses.replace(TINY, attack=AttackConfig("sign_flip", share=0.1))
+    with pytest.raises(ValueError, match=r"attack.share: found 0.1, of which nobody lies"):
+        rounds.federate(config)
 
 
 def attacked(name, kind, strength=1.0):
