@@ -484,6 +484,17 @@ def _cross_checks(config: Config) -> list[str]:
             f"config.failures.deadline: found {config.failures.deadline}, but nobody is slow: set "
             "config.failures.slowness too."
         )
+    attack = config.attack
+    if attack.colludes and attack.kind in ("none", "label_flip", "masks", "scales"):
+        problems.append(
+            f"config.attack.colludes: found True, but of kind {attack.kind!r} liars say the same "
+            "anyway, or nothing; leave it False."
+        )
+    if attack.strength != 1.0 and attack.kind in ("none", "label_flip", "masks", "garbage"):
+        problems.append(
+            f"config.attack.strength: found {attack.strength:g}, but kind {attack.kind!r} has no "
+            "strength; leave it 1."
+        )
     if config.failures.slowness and not config.failures.deadline:
         problems.append(
             f"config.failures.slowness: found {config.failures.slowness}, but nothing waits: set "

@@ -43,6 +43,10 @@ def test_replaced_block_names_unknown_and_missing_fields():
         ("matu.agreement_threshold", 1.5, "expected at most 1"),
         ("model.head", "frozn", 'Did you mean "frozen"?'),
         ("clients_per_round", 99, "at most config.data.clients = 12"),
+        ("failures.slowness", 0.5, "nothing waits: set config.failures.deadline too"),
+        ("failures.deadline", 2.0, "nobody is slow: set config.failures.slowness too"),
+        ("attack.colludes", True, "config.attack.colludes: found True, but of kind 'none'"),
+        ("attack.strength", 3.0, "found 3, but kind 'none' has no strength"),
     ],
 )
 def test_wrong_values_are_named(path, value, words):
