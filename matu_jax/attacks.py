@@ -41,15 +41,16 @@ def liars(config: AttackConfig, slots: Slots, seed: int) -> np.ndarray:
     most = np.zeros(slots.num_clients, bool)
     if config.kind == "none":
         return most
-    allowed = np.floor(config.share * np.bincount(task, minlength=slots.num_tasks) + 1e-9)
+    held = np.zeros((slots.num_clients, slots.num_tasks))
+    np.add.at(held, (client, task), 1)
+    allowed = np.floor(config.share * held.sum(axis=0) + 1e-9)
     rng = np.random.default_rng((seed, _SALT))
     for _ in range(64):  # one after the other may block who is missing; then in another order
         lies, left = np.zeros(slots.num_clients, bool), allowed.copy()
         for one in rng.permutation(slots.num_clients):
-            held = np.bincount(task[client == one], minlength=slots.num_tasks)
-            if held.any() and (held <= left).all():
+            if held[one].any() and (held[one] <= left).all():
                 lies[one] = True
-                left -= held
+                left -= held[one]
         if lies[client].sum() > most[client].sum():
             most = lies
         if not left.any():

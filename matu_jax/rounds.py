@@ -142,7 +142,8 @@ def federate(config: Config) -> Federation:
 
     Raises:
       ValueError: for an unknown task, data that is not there, an assignment or partition that
-        cannot be made, or a trace that cannot be read; it names the setting to change.
+        cannot be made, an attack of nobody, or a trace that cannot be read; it names the setting
+        to change.
     """
     data = config.data
     trace = {}
