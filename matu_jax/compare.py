@@ -30,11 +30,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from matu_jax import algorithms, train
 from matu_jax.commandline import UserError, read_words, run_file, run_program
 from matu_jax.comparison import plan, report
-from matu_jax.comparison.collect import collect, machine
+from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tuning import search
 from matu_jax.config import Config, override
-from matu_jax.metrics import versions, write_json
+from matu_jax.metrics import write_json
 from matu_jax.parallel import keep_programs, use_cores
+from matu_jax.provenance import machine, versions
 from matu_jax.rounds import StoppedError
 from matu_jax.workdir import opened
 

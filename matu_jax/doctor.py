@@ -30,8 +30,8 @@ from matu_jax import workdir as workdirs
 from matu_jax.checkpoint import Checkpoints, unreadable
 from matu_jax.commandline import UserError, read_config, run_program
 from matu_jax.config import Config
-from matu_jax.metrics import versions
 from matu_jax.parallel import memory_there, slot_mesh, use_cores
+from matu_jax.provenance import versions
 from matu_jax.report import human_bytes
 
 # Where the drivers of accelerators show themselves, and the package that lets JAX use them.

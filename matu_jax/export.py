@@ -33,10 +33,11 @@ from matu_jax.checkpoint import Checkpoints
 from matu_jax.commandline import UserError, run_program
 from matu_jax.config import Config, did_you_mean, freeze
 from matu_jax.data import Task
-from matu_jax.metrics import MetricsLog, versions
+from matu_jax.metrics import MetricsLog
 from matu_jax.models import exporting, huggingface
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.checkpoint_config import checked_architecture
+from matu_jax.provenance import versions
 from matu_jax.trees import PyTree, leaf_items
 
 FORMATS = ("peft", "merged", "safetensors")

@@ -34,7 +34,8 @@ from matu_jax.merging import (
     unify_checkpoints,
 )
 from matu_jax.merging.folders import REPORT, copy_files, output_folder
-from matu_jax.metrics import versions, write_json
+from matu_jax.metrics import write_json
+from matu_jax.provenance import versions
 from matu_jax.tensors import WHOLE, Checkpoint, CheckpointError
 
 UNIFIED = "unified.safetensors"

@@ -1,10 +1,8 @@
 """What a run writes for people and programs: metrics.jsonl, summary.json, and the AUC in them."""
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -188,14 +186,3 @@ class MetricsLog:
                     'with a "round". Remove that line, or move the file away.'
                 )
         return [line + "\n" for line in lines]
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on; None for a package that is not installed."""
-    found: dict[str, str | None] = {}
-    for name in ("matu_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found | {"python": platform.python_version()}

@@ -43,17 +43,18 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from matu_jax import algorithms, hosts, models, privacy, report, rounds
+from matu_jax import algorithms, attacks, hosts, models, privacy, report, rounds
 from matu_jax.checkpoint import Checkpoints
 from matu_jax.commandline import UserError, read_config, run_program
 from matu_jax.config import Config
 from matu_jax.data import embedded, prepared
 from matu_jax.interruption import Stopped, StopRequest
-from matu_jax.metrics import MetricsLog, relatedness_auc, versions, write_json
+from matu_jax.metrics import MetricsLog, relatedness_auc, write_json
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.huggingface import checkpoint_folder
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
-from matu_jax.workdir import opened
+from matu_jax.provenance import commit, machine, versions
+from matu_jax.workdir import differences, opened
 
 _FINISHING = "Stopping after this round, which is saved then; once more ends at once and loses it."
 INTERRUPTED = "Interrupted. The same command with the same --workdir goes on."
@@ -165,6 +166,7 @@ def train(
     # While it is imported, etils replaces Python's import, on which a bar drawn meanwhile fails.
     importlib.import_module("grain")
     log = MetricsLog(workdir / "metrics.jsonl")
+    meta = {"config": dataclasses.asdict(config)}
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
     with contextlib.ExitStack() as stack:
         zero = np.zeros((len(federation.tasks),) * 2, np.float32)
@@ -173,7 +175,7 @@ def train(
             if first:
                 folder = workdir / "checkpoints"
                 checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
-        start, similarity_sum = _restored(checkpoints, log, target, zero)
+        start, similarity_sum = _restored(checkpoints, log, config, target, zero)
         if start:
             console.print(f"Going on after round {start[0]} of {config.rounds}.")
         with _progress(console) as bar, StopRequest(lambda: bar.console.print(_FINISHING)) as stop:
@@ -199,7 +201,7 @@ def train(
                         due = last.round % config.checkpoint.every_rounds == 0
                         if due or last.round == config.rounds or signal:
                             state = {"state": last.state, "similarity_sum": similarity_sum}
-                            checkpoints.save(last.round, state, {"round": last.round})
+                            checkpoints.save(last.round, state, meta)
                         saving = time.perf_counter() - clock
                 bar.update(job, completed=last.round, description=_status(last.record))
                 for line in _left_out(last.record["dropped"]):
@@ -244,6 +246,8 @@ def _results(config, algorithm, federation, target, log, similarity_sum) -> tupl
     summary["label_spaces"] = [task.label_space for task in federation.tasks]
     if config.privacy.clip_norm:
         summary["privacy"] = _privacy(config, records)
+    if config.attack.kind != "none":
+        summary["liars"] = _liars(config, federation)
     kept = jax.eval_shape(algorithm.kept, target)
     summary["server"] = {
         "kept_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)),
@@ -272,7 +276,11 @@ def _finished(workdir: Path, console: Console) -> dict:
 
 
 def _restored(
-    checkpoints: Checkpoints | None, log: MetricsLog, target: Any, zero: np.ndarray
+    checkpoints: Checkpoints | None,
+    log: MetricsLog,
+    config: Config,
+    target: Any,
+    zero: np.ndarray,
 ) -> tuple[tuple[int, Any] | None, np.ndarray]:
     """Where a run goes on, and the sum of similarities so far, as process 0 finds it on disk."""
     target, found = {"state": target, "similarity_sum": zero}, None
@@ -280,6 +288,8 @@ def _restored(
         try:
             if checkpoints:
                 found = checkpoints.restore(target)
+                if found:
+                    _check_origin(checkpoints, found[2], config)
                 log.truncate_after(found[0] if found else 0)
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -289,6 +299,19 @@ def _restored(
     state = found[1] if found else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target)
     state = hosts.agreed(state)
     return (done, state["state"]), np.asarray(state["similarity_sum"])
+
+
+def _check_origin(checkpoints: Checkpoints, meta: dict, config: Config) -> None:
+    """Refuses a checkpoint that was saved by a run of another config, as after copying folders."""
+    if "config" not in meta:  # of an older version
+        return
+    lines = differences(meta["config"], config)
+    if lines:
+        raise UserError(
+            f"{checkpoints.directory} holds checkpoints of another config:\n  "
+            + "\n  ".join(lines)
+            + "\nBring this run's own back, or remove that folder to start from round 0."
+        )
 
 
 def _profiled(
@@ -377,6 +400,19 @@ def _privacy(config: Config, records: list[dict]) -> dict:
     }
 
 
+def _liars(config: Config, federation: rounds.Federation) -> dict:
+    """Which clients lied, and by task the share of its holders that they are."""
+    slots = federation.slots
+    lies = attacks.liars(config.attack, slots, config.seed)
+    return {
+        "clients": np.flatnonzero(lies).tolist(),
+        "share_of_holders": {
+            task.name: lies[slots.client[slots.task == index]].mean()
+            for index, task in enumerate(federation.tasks)
+        },
+    }
+
+
 def _left_out(dropped: list[dict]) -> list[str]:
     """What to say about slots that were left out of a round, a line for each reason."""
     by_reason: dict[str, list[str]] = {}
@@ -444,6 +480,9 @@ def _summary(config, federation, records, similarity) -> dict:
         "data_fingerprint": {
             task.name: task.fingerprint or embedded.fingerprint(task) for task in federation.tasks
         },
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
         "versions": versions(),
     }
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -80,7 +81,6 @@ def check(workdir: Path, config: Config) -> None:
       UserError: if it holds something else.
       OSError: if it cannot be read or written.
     """
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
     kept = workdir / "config.json"
     if not os.access(workdir, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(workdir))
@@ -89,12 +89,11 @@ def check(workdir: Path, config: Config) -> None:
             found = json.loads(kept.read_text())
         except json.JSONDecodeError as error:
             raise UserError(f"{kept} is damaged ({error}). Give another --workdir.") from None
-        found = found if isinstance(found, dict) else {}
-        differences = _differences(found, wanted) if _has_run(workdir) else []
-        if differences:
+        lines = differences(found, config) if _has_run(workdir) else []
+        if lines:
             raise UserError(
                 f"--workdir {workdir} holds a run of another config:\n  "
-                + "\n  ".join(differences)
+                + "\n  ".join(lines)
                 + "\nGive another --workdir, or the same config to go on with that run."
             )
     elif any(path.name != LOCK for path in workdir.iterdir()):
@@ -122,7 +121,13 @@ def _has_run(workdir: Path) -> bool:
     return any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
 
-def _differences(found: dict, wanted: dict, path: str = "config") -> list[str]:
+def differences(found: Any, config: Config) -> list[str]:
+    """Where a config that was written as JSON differs from the one here, a line for each field."""
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    return _differences(found if isinstance(found, dict) else {}, wanted, "config")
+
+
+def _differences(found: dict, wanted: dict, path: str) -> list[str]:
     lines = []
     for key in sorted(found.keys() | wanted.keys()):
         a, b, where = found.get(key), wanted.get(key), f"{path}.{key}"

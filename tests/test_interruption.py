@@ -11,6 +11,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 from test_train import EXPERIMENT, program, results
@@ -60,20 +62,41 @@ def wait_for(condition, run, seconds=900):
         time.sleep(0.01)
 
 
-def finish(experiment, workdir):
-    run = program(experiment, workdir)
+def finish(experiment, workdir, words=()):
+    run = program(experiment, workdir, extra=words)
     text, _ = run.communicate(timeout=900)
     assert run.returncode == 0, text
     return text
 
 
-def killed_often(experiment, workdir, whole, kills, seed):
-    """Kills a run at random moments, of start-up and rounds alike; then lets it end."""
-    rng = random.Random(seed)
+def saved_arrays(workdir):
+    """What the newest checkpoint holds, by name."""
+    folder = workdir / "checkpoints" / str(saved(workdir)) / "state"
+    with ocp.StandardCheckpointer() as reader:
+        return {name: np.asarray(leaf) for name, leaf in reader.restore(folder.resolve()).items()}
+
+
+def assert_ended_like(whole, workdir):
+    """To the bit: what was reported, and the state that the server was left with."""
+    assert results(workdir) == results(whole)
+    found, expected = saved_arrays(workdir), saved_arrays(whole)
+    assert found.keys() == expected.keys()
+    assert expected
+    for name, leaf in expected.items():
+        assert found[name].dtype == leaf.dtype
+        assert found[name].tobytes() == leaf.tobytes(), name
+
+
+def killed_often(experiment, workdir, whole, kills, seed, every):
+    """Kills a run at random moments, of start-up and rounds alike; then lets it end.
+
+    It saves a checkpoint every so many rounds.
+    """
+    rng, words = random.Random(seed), [f"--config.checkpoint.every_rounds={every}"]
     done = survived = unsaved = runs = 0
     at = []  # the newest round that was saved, at each kill
     while survived < kills:
-        run = program(experiment, workdir)
+        run = program(experiment, workdir, extra=words)
         if rng.random() < 0.25:  # while it starts
             time.sleep(rng.uniform(0.2, 6.0))
         else:
@@ -87,30 +110,32 @@ def killed_often(experiment, workdir, whole, kills, seed):
             survived += 1
             assert "Traceback" not in text, text
             assert saved(workdir) >= done  # nothing that was saved is lost
-            assert len(lines(workdir)) - saved(workdir) <= 1  # checkpoints are of every round
+            assert len(lines(workdir)) - saved(workdir) <= every
             unsaved += len(lines(workdir)) - saved(workdir)
             done = saved(workdir)
             at.append(done)
         elif (workdir / "summary.json").exists():  # it came to its end first: once more
-            assert results(workdir) == results(whole)
+            assert_ended_like(whole, workdir)
             shutil.rmtree(workdir)
             done, runs = 0, runs + 1
-    finish(experiment, workdir)
-    assert results(workdir) == results(whole)
+    finish(experiment, workdir, words)
+    assert_ended_like(whole, workdir)
     assert lines(workdir) == [*range(1, ROUNDS + 1)]
     print(
-        f"{survived} kills in {runs + 1} runs of {ROUNDS} rounds; rounds saved when killed: {at}; "
+        f"{survived} kills in {runs + 1} runs of {ROUNDS} rounds, a checkpoint every {every}; "
+        f"rounds saved when killed: {at}; "
         f"rounds finished but not saved: {unsaved}"
     )
 
 
 def test_killed_at_random_moments_it_ends_the_same(experiment, tmp_path, whole):
-    killed_often(experiment, tmp_path / "run", whole, kills=3, seed=0)
+    killed_often(experiment, tmp_path / "run", whole, kills=3, seed=0, every=2)
 
 
 @pytest.mark.slow
-def test_fifty_kills(experiment, tmp_path, whole):
-    killed_often(experiment, tmp_path / "run", whole, kills=50, seed=1)
+@pytest.mark.parametrize("every", [1, 3])
+def test_fifty_kills(experiment, tmp_path, whole, every):
+    killed_often(experiment, tmp_path / "run", whole, kills=50, seed=every, every=every)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -188,6 +213,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(experiment, tm
     assert f"{newest} is damaged ({file.relative_to(newest)} has changed since" in text
     assert f"Going on after round {ROUNDS - 1} of {ROUNDS}" in text
     assert results(workdir) == results(whole)
+
+
+def test_checkpoints_of_another_config_are_refused(experiment, tmp_path, whole):
+    """Of equal shapes, copied into a run of its own directory."""
+    workdir, words = tmp_path / "run", ["--config.local.learning_rate=0.5"]
+    run = program(experiment, workdir, extra=words)
+    wait_for(lambda: saved(workdir), run)
+    run.kill()
+    run.communicate()
+    shutil.rmtree(workdir / "checkpoints")
+    shutil.copytree(whole / "checkpoints", workdir / "checkpoints")
+    run = program(experiment, workdir, extra=words)
+    text, _ = run.communicate(timeout=900)
+    assert run.returncode == 2, text
+    assert "Traceback" not in text
+    assert "holds checkpoints of another config" in text
+    assert "config.local.learning_rate: there 0.003, here 0.5" in text
+    shutil.rmtree(workdir / "checkpoints")  # as the message says
+    assert "Results" in finish(experiment, workdir, words)
 
 
 def refused(experiment, workdir, prelude=""):

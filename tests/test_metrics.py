@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from matu_jax.metrics import MetricsLog, plain, relatedness_auc, versions, write_json
+from matu_jax.metrics import MetricsLog, plain, relatedness_auc, write_json
+from matu_jax.provenance import versions
 
 
 def symmetric(values, tasks):

@@ -238,7 +238,10 @@ def test_a_block_has_to_be_shared(name, shapes):
 
 @pytest.mark.parametrize(
     ("steps", "fraction", "expected"),
-    [(4, 0.5, 2), (5, 0.5, 3), (3, 0.1, 1), (50, 0.1, 5), (25, 0.6, 15), (20, 0.9, 18)],
+    [
+        *((4, 0.5, 2), (5, 0.5, 3), (50, 0.1, 5), (25, 0.6, 15), (20, 0.9, 18), (20, 2 / 3, 13)),
+        *((3, 0.1, 1), (2, 0.9, 1)),  # at least one step for each
+    ],
 )  # fmt: skip
 def test_fedrep_trains_one_part_after_the_other(steps, fraction, expected):
     local = LocalConfig(steps=steps)
@@ -258,8 +261,8 @@ def test_fedrep_trains_one_part_after_the_other(steps, fraction, expected):
 
 
 def test_fedrep_needs_steps_for_both_parts():
-    with pytest.raises(ValueError, match=r"fedrep_personal_fraction: found 0.9.*steps = 5"):
-        configured("fedrep", local=LocalConfig(steps=5), fedrep_personal_fraction=0.9)
+    with pytest.raises(ValueError, match=r"config.local.steps: found 1, .*Set at least 2"):
+        configured("fedrep", local=LocalConfig(steps=1))
 
 
 @pytest.mark.parametrize("shapes", [UNSTACKED, STACKED], ids=["unstacked", "stacked"])
@@ -518,6 +521,7 @@ def test_fedrep_moves_one_part_at_a_time(tower, optimizer):
         steps=STEPS, batch_examples=3, optimizer=optimizer, learning_rate=0.01, weight_decay=0.1
     )
     config = dataclasses.replace(OPEN, algorithm="fedrep", model=model_config, local=local)
+    config = dataclasses.replace(config, fedrep_personal_fraction=1 / PARTS)
     start, middle, end = trained_in_parts(model, local, build(config).local)
     for path in start:
         head, stacked = path.startswith("head"), np.s_[:, :2]

@@ -1,9 +1,9 @@
 """FedRep (Collins et al. 2021, arXiv 2102.07078): FedPer, with personal and shared parts in turn.
 
-In the first `fedrep_personal_fraction` of a round's steps (rounded up) a slot trains its personal
-part (the last `personal_blocks` blocks and a trained head) on top of the downloaded representation,
-which stands still; in the others it trains the representation below a personal part that stands
-still. The representation alone is sent, and averaged as in FedAvg:
+In the first `fedrep_personal_fraction` of a round's steps a slot trains its personal part (the last
+`personal_blocks` blocks and a trained head) on top of the downloaded representation, which stands
+still; in the others it trains the representation below a personal part that stands still (rounded
+to whole steps, at least one of each). The representation alone is sent, and averaged as in FedAvg:
 
     first   phi_s   <- phi_s - eta grad_phi L_s(theta, phi_s)
     then    theta_s <- theta_s - eta grad_theta L_s(theta_s, phi_s);    theta = mean_s theta_s
@@ -28,17 +28,17 @@ def fedrep(config: Config) -> Algorithm:
     """FedRep with `config.personal_blocks` and `config.fedrep_personal_fraction`.
 
     Raises:
-      ValueError: if no step is left for the shared part.
+      ValueError: if a round has fewer than two steps.
     """
     cut = last_blocks(config.personal_blocks)
     steps, fraction = config.local.steps, config.fedrep_personal_fraction
-    personal_steps = math.ceil(Fraction(str(fraction)) * steps)
-    if personal_steps >= steps:
+    if steps < 2:
         raise ValueError(
-            f"config.fedrep_personal_fraction: found {fraction}, which takes {personal_steps} of "
-            f"config.local.steps = {steps} and leaves none in which the shared part trains. Give a "
-            "smaller fraction or more steps."
+            f"config.local.steps: found {steps}, but FedRep trains what is personal in some steps "
+            "and what is shared in others. Set at least 2."
         )
+    personal_steps = math.floor(Fraction(str(fraction)) * steps + Fraction(1, 2))
+    personal_steps = min(max(personal_steps, 1), steps - 1)
     limit = (personal_steps - 0.5) / steps  # between two steps: progress is rounded
 
     def personal_phase(progress):

@@ -1,19 +1,15 @@
 """From the results of runs to comparison.json."""
 
-import datetime
 import json
-import os
-import platform
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from matu_jax.comparison.plan import Comparison, Run, arms_of
-from matu_jax.metrics import MetricsLog, versions
+from matu_jax.comparison.plan import Comparison, Run, arms_of, runs
+from matu_jax.metrics import MetricsLog
 
 _NEAR = 0.95  # of the reference's accuracy
 
@@ -37,10 +33,7 @@ def collect(
     return {
         "name": file.stem,
         "title": comparison.title,
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(file.parent),
-        "machine": machine(),
-        "versions": versions(),
+        **_made(comparison, workdir),
         "command": command,
         "seeds": list(comparison.seeds),
         "reference": comparison.reference,
@@ -49,6 +42,36 @@ def collect(
         "tuning": tuning,
         "settings": [_setting(comparison, name, workdir, command) for name in comparison.settings],
     }
+
+
+def _made(comparison: Comparison, workdir: Path) -> dict[str, Any]:
+    """When, from which source and on what the runs were made: from their summaries.
+
+    Where runs differ, the values are joined by commas; the date is that of the newest.
+    """
+    found = [_result(run.folder(workdir)) for run in runs(comparison)]
+    summaries = [result["summary"] for result in found if result]
+    kinds = {
+        kind: [summary.get(kind) or {} for summary in summaries] for kind in ("machine", "versions")
+    }
+    dates = [summary["date"] for summary in summaries if "date" in summary]
+    return {
+        "date": max(dates, default=None),
+        "commit": _joined(summary.get("commit") for summary in summaries),
+        **{
+            kind: {
+                key: _joined(each.get(key) for each in values)
+                for key in dict.fromkeys(key for each in values for key in each)
+            }
+            for kind, values in kinds.items()
+        },
+    }
+
+
+def _joined(values: Iterable[Any]) -> Any:
+    """The one value that all have, or the different ones with commas between; None is none."""
+    different = list(dict.fromkeys(value for value in values if value is not None))
+    return different[0] if len(different) == 1 else ", ".join(map(str, different)) or None
 
 
 def _setting(comparison: Comparison, name: str, workdir: Path, command: str) -> dict[str, Any]:
@@ -211,42 +234,6 @@ def _against_ours(comparison, label, found, results) -> dict[str, Any] | None:
         "rank_correlation": correlation,
         "pairs": len(differences),
     }
-
-
-def machine() -> dict[str, Any]:
-    """What the runs were made on, as far as it can be told."""
-    import jax
-
-    devices = jax.devices()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "processor": _processor(),
-        "cores": cores,
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "python": platform.python_version(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line[:10] == "model name")
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _commit(folder: Path) -> str | None:
-    try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return out.stdout.strip() or None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
