@@ -181,43 +181,56 @@ def test_the_table_of_attacks_says_what_was_measured():
 
 
 def test_the_how_to_for_an_algorithm_works_and_it_appears_in_the_report(tmp_path):
-    """In a copy of the package, with one file, one line and one arm, as a new user would."""
-    shutil.copytree(ROOT / "matu_jax", tmp_path / "matu_jax")
+    """In a copy of the repository, with one file, two lines and one arm, as a new user would."""
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info")
+    shutil.copytree(ROOT, tmp_path, ignore=ignored, dirs_exist_ok=True)
     folder = tmp_path / "matu_jax" / "algorithms"
     (folder / "half_step.py").write_text(PYTHON[1])
     table = (folder / "__init__.py").read_text()
-    (folder / "__init__.py").write_text(table.replace("_NAMES = (", '_NAMES = (\n"half_step",', 1))
-    shipped = (ROOT / "experiments" / "compare8.py").read_text()
-    arm = '"half_step": {"algorithm": "half_step"},'
-    assert arm in " ".join(README.split())
-    (tmp_path / "compare8.py").write_text(shipped.replace("ARMS = {", "ARMS = {\n" + arm, 1))
+    names = '_NAMES = (\n    "half_step",'
+    (folder / "__init__.py").write_text(table.replace("_NAMES = (", names, 1))
+    row = "| `half_step` | FedAvg, half the way |\n| `fed_lora_b` |"
+    (tmp_path / "README.md").write_text(README.replace("| `fed_lora_b` |", row, 1))
+    comparison = tmp_path / "experiments" / "compare8.py"
+    arm = '    "half_step": {"algorithm": "half_step"},'
+    assert arm.strip() in " ".join(README.split())
+    shipped = comparison.read_text()
+    comparison.write_text(shipped.replace("ARMS = {", "ARMS = {\n" + arm, 1))
     checkpoint = tiny.write_checkpoint(tmp_path / "tiny.safetensors")
     fields = {
         "rounds": 2,
-        "local.steps": 1,
+        "local.steps": 2,
         "data.examples_per_slot": 16,
         "model.checkpoint": checkpoint,
         "model.lora_targets": "('query',)",
         "evaluation.max_examples": 8,
     }
     small = [f"--config.{name}={value}" for name, value in fields.items()]
-    for options in (["--tune", "--arms", "half_step"], ["--arms", "half_step", "--seeds", "0"]):
+
+    def run(*words):
         done = subprocess.run(
-            [sys.executable, "-m", "matu_jax.compare", "--config", "compare8.py", *small, *options],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
+            [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    printed = README[README.index("python -m matu_jax.compare", README.index("half_step.py`")) :]
+    printed = printed[: printed.index("```")].replace("\\\n", " ").splitlines()
+    assert [("--tune" in line, "--arms half_step" in line) for line in printed] == [
+        (True, True),
+        (False, True),
+    ]
+    for line in printed:
+        run(*line.split()[2:], *small)
     report = tmp_path / "runs" / "compare8"
-    assert "half_step" in (report / "report.md").read_text()
-    assert "half_step" in (report / "report.html").read_text()
-    # The copy's own line stands for a method that the contract tests would pick up.
-    check = "from matu_jax import algorithms as a; print(a.__file__, 'half_step' in a.ALGORITHMS)"
-    found = subprocess.run(
-        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert found.stdout.split() == [str(folder / "__init__.py"), "True"]
+    for file in ("report.md", "report.html"):
+        assert all(arm in (report / file).read_text() for arm in ("half_step", "matu", "fedavg"))
+    # What a contributor's change is checked by.
+    run("ruff", "format", "--check", ".")
+    run("ruff", "check", ".")
+    contract = run("pytest", "-n", "0", "-q", "tests/test_algorithms.py", "-k", "half_step or kept")
+    assert int(re.findall(r"(\d+) passed", contract)[0]) >= 8, contract
+    run("pytest", "-n", "0", "-q", "tests/test_readme.py", "-k", "names_exists")
 
 
 def test_what_the_readme_names_exists():

@@ -48,6 +48,7 @@ def _made(comparison: Comparison, workdir: Path) -> dict[str, Any]:
     """When, from which source and on what the runs were made: from their summaries.
 
     Where runs differ, the values are joined by commas; the date is that of the newest.
+    "run_seconds" is the sum over all runs.
     """
     found = [_result(run.folder(workdir)) for run in runs(comparison)]
     summaries = [result["summary"] for result in found if result]
@@ -57,6 +58,7 @@ def _made(comparison: Comparison, workdir: Path) -> dict[str, Any]:
     dates = [summary["date"] for summary in summaries if "date" in summary]
     return {
         "date": max(dates, default=None),
+        "run_seconds": sum(summary["seconds"]["total"] for summary in summaries),
         "commit": _joined(summary.get("commit") for summary in summaries),
         **{
             kind: {

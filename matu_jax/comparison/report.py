@@ -77,6 +77,11 @@ def write(comparison: Mapping[str, Any], folder: str | os.PathLike) -> list[Path
     return files
 
 
+def _taken(comparison: Mapping[str, Any]) -> str:
+    seconds = comparison.get("run_seconds")
+    return f"; the runs took {seconds / 60:.0f} minutes, one after the other" if seconds else ""
+
+
 def _document(comparison: Mapping[str, Any]) -> Iterator[Block]:
     settings = comparison.get("settings") or []
     ours, reference = str(comparison.get("ours")), str(comparison.get("reference"))
@@ -95,6 +100,8 @@ def _document(comparison: Mapping[str, Any]) -> Iterator[Block]:
         yield _result_table(setting, ours, reference)
         yield from _result_notes(arms, ours, reference, len(seeds))
         yield Heading(3, "Pictures")
+        yield Paragraph(["This setting’s table and pictures are made by:"])
+        yield Listing(f'{comparison.get("command") or _NONE} --settings="{setting["name"]}"')
         yield from _pictures(setting, prefix, ours, reference)
         yield from _similarity_table(arms)
     yield from _significance(settings, ours)
@@ -125,7 +132,7 @@ def _lead(comparison: Mapping[str, Any]) -> Iterator[Block]:
             f"({named}), each run with {_count(len(seeds), 'seed')} ({_listed(map(str, seeds))}). ",
             f"Measured on {comparison.get('date') or _NONE} at commit ",
             Code(str(commit)) if commit else _NONE,
-            f" on this machine: {where or _NONE}. Ours is ",
+            f" on this machine: {where or _NONE}{_taken(comparison)}. Ours is ",
             Bold(str(comparison.get("ours"))),
             "; the reference, which all are measured by, is ",
             Bold(str(comparison.get("reference"))),
