@@ -229,6 +229,7 @@ def decode(
     *,
     num_tasks: int = 2**32,
     max_tasks: int = 1024,
+    max_bytes: int | None = None,
 ) -> Received:
     """Reads a message, after checking it.
 
@@ -238,12 +239,13 @@ def decode(
         `jax.ShapeDtypeStruct`.
       num_tasks: task ids are below it.
       max_tasks: the largest k that is taken.
+      max_bytes: the largest message that is taken; None = what `max_tasks` allow.
 
     Raises:
       WireError: for a message that is truncated, too long, damaged, of another version or tree, or
         holds a task twice, an unknown task, or a number that is not finite.
     """
-    return _decoded(data, like, fingerprint(like), num_tasks, max_tasks)
+    return _decoded(data, like, fingerprint(like), num_tasks, max_tasks, max_bytes)
 
 
 def _decoded(
@@ -252,10 +254,11 @@ def _decoded(
     print_: bytes,
     num_tasks: int,
     max_tasks: int,
+    max_bytes: int | None,
 ) -> Received:
     """`decode`, given the fingerprint of the tree."""
     view = memoryview(data).cast("B")
-    wanted = _size(view[: _HEADER.size + _LENGTH.size], like, print_, max_tasks)
+    wanted = _size(view[: _HEADER.size + _LENGTH.size], like, print_, max_tasks, max_bytes)
     if len(view) != wanted:
         what = "is truncated" if len(view) < wanted else "is too long"
         raise WireError(f"the message {what}: found {len(view)} bytes, expected {wanted}.")
@@ -263,12 +266,18 @@ def _decoded(
 
 
 def read(
-    stream: BinaryIO, like: PyTree, *, num_tasks: int = 2**32, max_tasks: int = 1024
+    stream: BinaryIO,
+    like: PyTree,
+    *,
+    num_tasks: int = 2**32,
+    max_tasks: int = 1024,
+    max_bytes: int | None = None,
 ) -> Received:
     """Reads one message from a stream, and no byte more; see `decode`.
 
-    Its size is computed from its first 36 or 44 bytes and the tree, before anything is allocated:
-    no message is larger than `message_bytes(like, max_tasks, modulators=True)`.
+    Its size is computed from its first 36 or 44 bytes and the tree, and held against the limits,
+    before anything is allocated: no message is larger than `max_bytes`, nor than
+    `message_bytes(like, max_tasks, modulators=True)`, which is much for a large tree.
 
     Raises:
       WireError: as `decode`.
@@ -280,9 +289,9 @@ def read(
     if len(head) == _HEADER.size and head[7] == _COMPRESSED:
         head += stream.read(_LENGTH.size)
     print_ = fingerprint(like)
-    size = _size(memoryview(head), like, print_, max_tasks)
+    size = _size(memoryview(head), like, print_, max_tasks, max_bytes)
     rest = stream.read(size - len(head))
-    return _decoded(head + rest, like, print_, num_tasks, max_tasks)
+    return _decoded(head + rest, like, print_, num_tasks, max_tasks, max_bytes)
 
 
 def gather(
@@ -318,7 +327,7 @@ def gather(
                 raise message
             rows = np.flatnonzero((client == sender) & (weight > 0))
             held = sorted(task[rows].tolist())
-            found = _decoded(message, like, print_, slots.num_tasks, max(len(held), 1))
+            found = _decoded(message, like, print_, slots.num_tasks, max(len(held), 1), None)
             if (found.kind, found.client, found.round) != ("upload", sender, round_number):
                 raise WireError(
                     f"found a {found.kind} of client {found.client}, round {found.round}, expected "
@@ -457,8 +466,17 @@ def _words(leaf: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(leaf).reshape(-1).view(bits).astype(bits.newbyteorder("<"))
 
 
-def _size(head: memoryview, like: PyTree, expected: bytes, max_tasks: int) -> int:
-    """Checks the first bytes of a message, and computes the size of all of it."""
+def _size(
+    head: memoryview, like: PyTree, expected: bytes, max_tasks: int, max_bytes: int | None
+) -> int:
+    """Checks the first bytes of a message, computes the size of all of it, and checks that."""
+    size = _size_told(head, like, expected, max_tasks)
+    if max_bytes is not None and size > max_bytes:
+        raise WireError(f"the message is too large: {size} bytes, expected at most {max_bytes}.")
+    return size
+
+
+def _size_told(head: memoryview, like: PyTree, expected: bytes, max_tasks: int) -> int:
     if len(head) < _HEADER.size:
         raise WireError(
             f"the message is truncated: found {len(head)} bytes, expected {_HEADER.size} or more."

@@ -6,7 +6,8 @@ Half of the time a coverage-guided fuzzer (atheris, which is libFuzzer: `pip ins
 mutates messages of every form: exact, bfloat16 and int8 vectors, masks left out, as they are and
 compressed. Most get a fresh checksum and fingerprint, so that it comes past both; of some the masks
 are compressed again, so that it comes past the decompressor. The other half hypothesis draws edits
-of valid messages, and streams of masks of any length, with a new seed each time. Anything but a
+of valid messages, streams of masks of any length, whole rounds with an edited message, and trees
+of any shape, with a new seed each time. Anything but a
 message that is read, a WireError or the end of a stream is a failure, a warning too, and so is
 memory beyond a bound.
 """
@@ -82,12 +83,16 @@ def run_coverage_guided(seconds: int) -> None:
 def run_hypothesis(seconds: int) -> None:
     import hypothesis
     from test_wire import test_edited_messages_are_read_or_refused as edited
+    from test_wire import test_every_tree_and_every_number_comes_out_as_it_went_in as trees
     from test_wire import test_masks_of_any_length_are_read_or_refused as masks
     from test_wire import test_noise_is_refused as noise
+    from test_wire import test_the_server_takes_or_refuses_what_was_edited as server
 
     start, examples, seed = time.monotonic(), 0, 0
     while time.monotonic() - start < seconds:
-        for test, each in ((edited, 300), (masks, 100), (noise, 100)):  # as their settings say
+        # As their settings say.
+        tests = ((edited, 300), (masks, 100), (noise, 100), (server, 60), (trees, 150))
+        for test, each in tests:
             hypothesis.seed(seed)(test)()
             examples += each
         seed += 1

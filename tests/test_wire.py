@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_rounds import TINY, federation, model, one_device  # noqa: F401
 
@@ -20,6 +20,7 @@ import matu_jax as matu
 from matu_jax import algorithms, rounds, wire
 from matu_jax.config import EvaluationConfig, MatuConfig
 from matu_jax.rounding import restored, rounded
+from matu_jax.trees import leaf_items
 
 SLOTS = matu.Slots(
     np.array([0, 0, 1, 2, 2]),
@@ -497,6 +498,17 @@ def test_nothing_is_allocated_before_it_is_known_to_fit():
         wire.read(stream, like(), max_tasks=64)
     assert stream.asked == 36
 
+    whole = wire.encode(unified(3), [0, 1, 2])
+    limit = len(whole) - 1
+    stream = Greedy(whole)
+    words = f"too large: {len(whole)} bytes, expected at most {limit}"
+    with pytest.raises(wire.WireError, match=words):
+        wire.read(stream, like(), max_bytes=limit)
+    assert stream.asked == 36
+    with pytest.raises(wire.WireError, match=words):
+        wire.decode(whole, like(), max_bytes=limit)
+    assert wire.decode(whole, like(), max_bytes=len(whole)).tasks == (0, 1, 2)
+
 
 def test_a_round_over_messages_is_the_round_over_arrays():
     uploads = matu.unify(tree((5,)), SLOTS)
@@ -569,6 +581,71 @@ def test_edited_messages_are_read_or_refused(message, edits, from_end, seal):
     except wire.WireError:
         return
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(found.unified))
+
+
+SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+LEAVES = st.tuples(SHAPES, st.sampled_from(["float32", "bfloat16", "float16"]))
+NESTED = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text("abc/", min_size=1, max_size=3), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def is_leaf(x):
+    return isinstance(x, tuple)
+
+
+@settings(max_examples=150, deadline=None)
+@given(kinds=NESTED, tasks=st.integers(1, 9), seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_every_tree_and_every_number_comes_out_as_it_went_in(kinds, tasks, seed, data):
+    """Of any nesting, shapes and dtypes; with zeros of both signs, subnormals and extremes."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(kind):
+        shape, dtype = kind
+        bits = rng.integers(0, 2 ** (8 * jnp.dtype(dtype).itemsize), shape, np.uint32)
+        found = bits.astype(f"u{jnp.dtype(dtype).itemsize}").view(jnp.dtype(dtype))
+        return np.where(np.isfinite(found.astype(np.float32)), found, -np.zeros_like(found))
+
+    def masks(x):
+        bits = rng.random((tasks, x.size)) < 0.5
+        return np.packbits(bits, axis=1, bitorder="little")
+
+    vector = jax.tree.map(leaf, kinds, is_leaf=is_leaf)
+    scales = rng.integers(0, 2**31, tasks, np.uint32).view(np.float32)
+    scales[~np.isfinite(scales)] = 0.0
+    sent = matu.Unified(vector, jax.tree.map(masks, vector), scales)
+    paths = [path for path, _ in leaf_items(vector)]
+    ids = data.draw(st.permutations(range(tasks)))
+    compress = data.draw(st.booleans())
+    assume(paths and len(set(paths)) == len(paths))  # as every tree of parameters has them
+    message = wire.encode(sent, ids, compress=compress)
+    found = wire.read(io.BytesIO(message), vector, max_bytes=len(message))
+    assert found.tasks == tuple(ids)
+    assert_same(found.unified, sent)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(edits=EDITS, sender=st.integers(-1, 3), seal=st.booleans())
+def test_the_server_takes_or_refuses_what_was_edited(edits, sender, seal):
+    uploads = matu.unify(tree((5,)), SLOTS)
+    messages: dict = {}
+    for client in range(3):
+        one, tasks = wire.of_client(uploads, SLOTS, client)
+        messages[client] = wire.encode(one, tasks, client=client)
+    changed = bytearray(messages.pop(max(sender, 0) % 3))
+    for at, piece, replaces in edits:
+        changed[at : at + (len(piece) if replaces else 0)] = piece
+    messages[sender] = resealed(changed) if seal and len(changed) >= 4 else bytes(changed)
+    found, slots, refused = wire.gather(messages, like(), SLOTS, round_number=0)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(found))
+    present = set(SLOTS.client[slots.weight > 0].tolist())
+    assert present <= set(messages)
+    assert len(present) + len(refused) >= len(messages)
 
 
 @settings(max_examples=100, deadline=None)
