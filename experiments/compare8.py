@@ -86,6 +86,6 @@ def get_config():
         seeds=(0, 1, 2),
         search={"local.learning_rate": (3e-3, 1e-3, 1e-2)},
         own_search=OWN_SEARCH,
-        trials=4,
+        trials=6,
         tuned="results/compare8/tuned.json",
     )

@@ -6,6 +6,7 @@
 """
 
 import logging
+import os
 import runpy
 import traceback
 from collections.abc import Callable, Sequence
@@ -51,6 +52,32 @@ def run_program(
     except KeyboardInterrupt as error:
         errors.print(str(error) or interrupted, markup=False, highlight=False)
         return getattr(error, "exit_code", 130)
+    except Exception as error:
+        text = without_devices(error)
+        if text is None:
+            raise
+        errors.print(f"error: {text}", style="bold red", markup=False, highlight=False)
+        return 2
+
+
+def without_devices(error: Exception) -> str | None:
+    """What to say of an error with which JAX ended its search for devices; None for any other.
+
+    Where a platform is asked for that it does not know, JAX fails in an assertion without words.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or Path(frames[-1].filename).name != "xla_bridge.py":
+        return None
+    asked = os.environ.get("JAX_PLATFORMS")
+    words = str(error).strip().split("\n")[0]
+    text = "JAX finds no device" + (f" ({words})" if words else "")
+    if asked:
+        return (
+            f"{text}; JAX_PLATFORMS is {asked!r}. Unset it, or set JAX_PLATFORMS=cpu, to run "
+            "without an accelerator; for an NVIDIA GPU: pip install -r requirements-cuda.txt, "
+            "for a Cloud TPU: pip install 'jax[tpu]'."
+        )
+    return f"{text}. Set JAX_PLATFORMS=cpu to run without an accelerator."
 
 
 def read_words(

@@ -4,9 +4,9 @@
     --config.FIELD=VALUE      changes a field, as for matu_jax.train
     --workdir DIR             where the run shall go, or an interrupted run is
 
-Tells whether devices, memory, packages, data, checkpoint, disk and workdir are as the experiment
-needs them, and what to do where they are not. Changes nothing, but for a checkpoint that it
-fetches.
+Tells whether devices, memory, packages and extras, data, checkpoint, disk and workdir are as the
+experiment needs them, and what to do where they are not. Changes nothing, but for a checkpoint that
+it fetches.
 
 Exit codes: 0 the experiment can be run; 2 it cannot, or there is a mistake in the command or the
 config; 130 interrupted with Ctrl-C.
@@ -28,7 +28,7 @@ from rich.text import Text
 from matu_jax import algorithms, models, rounds, train
 from matu_jax import workdir as workdirs
 from matu_jax.checkpoint import Checkpoints, unreadable
-from matu_jax.commandline import UserError, read_config, run_program
+from matu_jax.commandline import UserError, read_config, run_program, without_devices
 from matu_jax.config import Config
 from matu_jax.parallel import memory_there, slot_mesh, use_cores
 from matu_jax.provenance import versions
@@ -38,6 +38,10 @@ from matu_jax.report import human_bytes
 _ACCELERATORS = {
     "NVIDIA GPU": (("/proc/driver/nvidia/version",), "pip install -r requirements-cuda.txt"),
     "Cloud TPU": (("/dev/accel0", "/dev/vfio/0"), "pip install 'jax[tpu]'"),
+}
+_EXTRAS = {
+    "prepare": ("tensorflow", "to download and prepare datasets"),
+    "privacy": ("dp_accounting", "for config.privacy"),
 }
 _STYLE = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
@@ -65,8 +69,16 @@ def examine(config: Config, file: Path, workdir: Path | None) -> Iterator[Findin
       workdir: where the run shall go, or is; None = not decided.
     """
     yield _packages()
-    yield from _devices()
+    yield _extras()
     ready = True
+    try:
+        yield from _devices()
+    except Exception as error:
+        text = without_devices(error)
+        if text is None:
+            raise
+        yield Finding("problem", "devices", text)
+        return
     try:
         train.check_inputs(config, file)
         yield Finding("ok", "data and checkpoint", "all are there")
@@ -95,6 +107,19 @@ def _packages() -> Finding:
     if missing:
         text += f"; not installed: {', '.join(missing)}. Install with: pip install -e ."
     return Finding("problem" if missing else "ok", "packages", text)
+
+
+def _extras() -> Finding:
+    """Which of the package's extras are there; `train.check_inputs` says which a config needs."""
+    there, absent = [], []
+    for name, (module, purpose) in _EXTRAS.items():
+        found = importlib.util.find_spec(module)
+        (there if found else absent).append(f"{name} ({purpose})")
+    lines = [f"{word}: {', '.join(x)}" for word, x in (("there", there), ("not", absent)) if x]
+    text = "; ".join(lines)
+    if absent:
+        text += ". Where they are needed: pip install 'matu_jax[NAME]'"
+    return Finding("ok", "extras", text)
 
 
 def _devices() -> Iterator[Finding]:

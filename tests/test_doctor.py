@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,6 +110,35 @@ def test_a_package_that_privacy_needs_is_named(ask, monkeypatch):
         code, text = ask(*private, program=program)
         assert (code, "pip install 'matu_jax[privacy]'" in text) == (2, True)
     assert ask()[0] == 0
+
+
+def test_extras_are_listed(ask, monkeypatch):
+    code, text = ask()
+    assert code == 0
+    assert "privacy (for config.privacy)" in text
+    monkeypatch.setitem(doctor._EXTRAS, "prepare", ("no_such_module", "to prepare"))
+    code, text = ask()
+    assert code == 0
+    assert "not: prepare (to prepare). Where they are needed: pip install 'matu_jax[NAME]'" in text
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
+@pytest.mark.parametrize("program", ["doctor", "train"])
+def test_a_platform_that_is_not_there_is_a_message(ask, tmp_path, program, platforms):
+    experiment = ask(program=lambda words: words[1:])[0]
+    run = subprocess.run(
+        [sys.executable, "-m", f"matu_jax.{program}", *experiment, f"--workdir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"JAX_PLATFORMS": platforms},
+        cwd=EXPERIMENTS.parent,
+    )
+    text = run.stdout + run.stderr
+    assert run.returncode == 2, text
+    assert "Traceback" not in text
+    assert "JAX finds no device" in text
+    assert f"JAX_PLATFORMS is '{platforms}'. Unset it" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
