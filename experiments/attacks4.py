@@ -3,9 +3,11 @@
     python -m matu_jax.compare --config experiments/attacks4.py
 
 Four tasks with five holders each, of whom one lies about both of its tasks in every round (two who
-agree on their lie in "collusion"); "nobody lies" is what the defences cost. `matu_jax.attacks` says
-what a lie is, `matu_jax.AggregationConfig` what a defence does. The arms without a word behind them
-have the defences that are on by default.
+agree on their lie in "collusion"), and with ten holders each, of whom two or three agree on their
+lie. "nobody lies" and its variants are what the defences cost, "skewed" with labels that differ
+between a task's holders, so that honest clients look like liars. `matu_jax.attacks` says what a lie
+is, `matu_jax.AggregationConfig` what a defence does. The arms without a word behind them have the
+defences that are on by default; "maximum" is eq. 2 as the paper has it.
 """
 
 import dataclasses
@@ -22,44 +24,76 @@ DEFENCES = {  # the first is the default of every experiment
     ", undefended": {},
 }
 ALL = ()
-OF_MATU = ("matu", "matu, clip", "matu, undefended")
-SOME = (*OF_MATU, "fedavg, clip")
-MOST = (*OF_MATU, "matu, clip and trim", "fedavg", "fedavg, clip")
+OF_MATU = ("matu", "matu, clip", "matu, clip and trim", "matu, undefended", "matu, maximum")
+MOST = (*OF_MATU, "fedavg", "fedavg, clip")
+FIVE = "Four tasks, ten clients with two tasks each, five holders a task."
+TEN = "Four tasks, twenty clients with two tasks each, ten holders a task."
 ATTACKS = {
-    "nobody lies": ("Nobody lies.", {"kind": "none"}, ALL),
-    "sign flip": ("One holder in five sends the opposite.", {"kind": "sign_flip"}, ALL),
+    "nobody lies": (f"Nobody lies. {FIVE}", {"kind": "none"}, ALL),
+    "sign flip": (f"One holder in five sends the opposite. {FIVE}", {"kind": "sign_flip"}, ALL),
     "scaling x 100": (
-        "One holder in five sends a hundred times what it trained.",
+        f"One holder in five sends a hundred times what it trained. {FIVE}",
         {"kind": "scaling", "strength": 100.0},
         ALL,
     ),
-    "collusion": (
-        "Two holders in five agree on the opposite of their mean.",
-        {"kind": "sign_flip", "share": 0.4, "colludes": True},
-        MOST,
-    ),
     "noise x 10": (
-        "One holder in five sends noise, ten times as long as what it trained.",
+        f"One holder in five sends noise, ten times as long as what it trained. {FIVE}",
         {"kind": "noise", "strength": 10.0},
-        SOME,
+        ALL,
     ),
     "constant x 10": (
-        "One holder in five sends one number everywhere, ten times as long as what it trained.",
+        "One holder in five sends one number everywhere, ten times as long as what it trained. "
+        + FIVE,
         {"kind": "constant", "strength": 10.0},
-        SOME,
+        ALL,
     ),
     "label flip": (
-        "One holder in five trains on wrong labels.",
+        f"One holder in five trains on wrong labels. {FIVE}",
         {"kind": "label_flip"},
-        SOME,
+        ALL,
     ),
-    "masks": ("One holder in five inverts its masks.", {"kind": "masks"}, OF_MATU),
+    "masks": (f"One holder in five inverts its masks. {FIVE}", {"kind": "masks"}, OF_MATU),
     "scales x 100": (
-        "One holder in five sends scales a hundred times too large.",
+        f"One holder in five sends scales a hundred times too large. {FIVE}",
         {"kind": "scales", "strength": 100.0},
         OF_MATU,
     ),
+    "collusion": (
+        f"Two holders in five agree on the opposite of their mean. {FIVE}",
+        {"kind": "sign_flip", "share": 0.4, "colludes": True},
+        ALL,
+    ),
+    "nobody lies, ten holders": (f"Nobody lies. {TEN}", {"kind": "none"}, MOST),
+    "collusion of 2 in 10": (
+        f"Two holders in ten agree on the opposite of their mean. {TEN}",
+        {"kind": "sign_flip", "share": 0.2, "colludes": True},
+        MOST,
+    ),
+    "collusion of 3 in 10": (
+        f"Three holders in ten agree on the opposite of their mean. {TEN}",
+        {"kind": "sign_flip", "share": 0.3, "colludes": True},
+        MOST,
+    ),
+    "nobody lies, skewed 0.5": (
+        "Nobody lies, labels of a task's holders from a Dirichlet distribution, 0.5. " + FIVE,
+        {"kind": "none"},
+        OF_MATU,
+    ),
+    "nobody lies, skewed 0.1": (
+        "Nobody lies, labels of a task's holders from a Dirichlet distribution, 0.1. " + FIVE,
+        {"kind": "none"},
+        OF_MATU,
+    ),
 }
+
+
+def _fields(words, fields):
+    found = {f"attack.{field}": value for field, value in fields.items()}
+    if TEN in words:
+        found["data.clients"] = 20
+    if "Dirichlet" in words:
+        found["data.dirichlet_alpha"] = 0.5 if "0.5" in words else 0.1
+    return found
 
 
 def get_config():
@@ -76,19 +110,15 @@ def get_config():
         shipped,
         title="Clients that lie, and defences",
         settings={
-            name: Setting(
-                f"{words} Four tasks, ten clients with two tasks each, five holders a task.",
-                {f"attack.{field}": value for field, value in fields.items()},
-                seconds=25,
-                arms=arms,
-            )
+            name: Setting(words, _fields(words, fields), seconds=25, arms=arms)
             for name, (words, fields, arms) in ATTACKS.items()
         },
         arms={
             algorithm + name: {"algorithm": algorithm, **fields}
             for algorithm in ("matu", "fedavg")
             for name, fields in DEFENCES.items()
-        },
+        }
+        | {"matu, maximum": {"matu.magnitude": "max"}},
         reference="matu, undefended",
         search={},
         own_search={},

@@ -85,6 +85,7 @@ def bits(algorithm):
         "ablation8",
         "ablation_fold",
         "ablation_rules",
+        "ablation_similarity",
         "traffic8",
         "attacks4",
         "defence8",
