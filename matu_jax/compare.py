@@ -131,6 +131,8 @@ def tune(comparison: plan.Comparison, file: Path, workdir: Path, console: Consol
     if not comparison.tuned or not comparison.search:
         raise UserError(f"--tune: {file} has no `search`, or no `tuned` file for its result.")
     setting = comparison.tuning_setting or next(iter(comparison.settings))
+    trials = [plan.Run(setting, label, comparison.tuning_seed) for label in comparison.arms]
+    _check_inputs(comparison, trials, file)
     target = file.parent / comparison.tuned
     found = {"arms": {}}
     if target.exists():
@@ -185,9 +187,7 @@ def compare(
     except ValueError as error:
         raise UserError(str(error)) from None
     runs = list(plan.runs(comparison))
-    configs = {run.setting: plan.run_config(comparison, run) for run in runs}
-    for config in configs.values():
-        train.check_inputs(config, file)
+    _check_inputs(comparison, runs, file)
     _print_plan(comparison, runs, workdir, console)
     news = False
     with Runner(len(runs), console) as runner:
@@ -203,6 +203,18 @@ def compare(
                 report.write(found, workdir)
     console.print(f"Report: {workdir / 'report.html'}")
     return found
+
+
+def _check_inputs(comparison: plan.Comparison, runs: Sequence[plan.Run], file: Path) -> None:
+    """Checks that what runs need is there, before the first of hours; see `train.check_inputs`."""
+    messages = {}
+    for setting, arm in dict.fromkeys((run.setting, run.arm) for run in runs):
+        try:
+            train.check_inputs(plan.run_config(comparison, plan.Run(setting, arm, 0)), file)
+        except UserError as error:
+            messages.setdefault(str(error), f"{setting} / {arm}")
+    if messages:
+        raise UserError("\n".join(f"{where}: {text}" for text, where in messages.items()))
 
 
 def _print_plan(

@@ -74,6 +74,25 @@ def mistake(capsys, *arguments):
     return err
 
 
+@pytest.mark.parametrize("options", [[], ["--tune"]])
+def test_what_a_later_arm_lacks_is_said_before_the_first_run(
+    write, capsys, monkeypatch, tmp_path, options
+):
+    known = compare.train.importlib.util.find_spec
+    monkeypatch.setattr(
+        compare.train.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "dp_accounting" else known(name, *rest),
+    )
+    file = write('tuned="tuned.json",' if options else "")
+    private = '{"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 1.0}'
+    file.write_text(file.read_text().replace('{"algorithm": "per_task"}', private))
+    text = mistake(capsys, f"--config={file}", f"--workdir={tmp_path / 'runs'}", *options)
+    assert "pairs / per_task: config.privacy: dp-accounting" in text
+    assert "pip install 'matu_jax[privacy]'" in text
+    assert not (tmp_path / "runs").exists()
+
+
 def comparison(**changes):
     return dataclasses.replace(
         plan.Comparison(

@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+from dp_accounting import dp_event
+from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
 from matu_jax import train
 from matu_jax.workdir import opened
@@ -56,6 +59,37 @@ def test_profile_traces_a_round_and_the_summary_says_the_algorithms_own_share(ex
     assert summary["overhead"]["seconds"] == pytest.approx(sum(own))
     running = summary["seconds"]["total"] - summary["seconds"]["compile"]
     assert summary["overhead"]["share"] == pytest.approx(sum(own) / running)
+
+
+def test_the_summary_says_what_privacy_was_bought_and_who_lied(experiment, tmp_path):
+    words = {
+        "rounds": 3,
+        "clients_per_round": 2,
+        "privacy.clip_norm": 1.0,
+        "privacy.noise_multiplier": 2.0,
+        "privacy.delta": 1e-4,
+        "attack.kind": "sign_flip",
+        "attack.share": 0.5,
+    }
+    options = [f"--config.{name}={value}" for name, value in words.items()]
+    assert train.main(["train", experiment, *options, f"--workdir={tmp_path / 'run'}"]) == 0
+    summary, records = results(tmp_path / "run")
+    present = [client for record in records for client in record["clients"]]
+    releases = max(present.count(client) for client in range(3))
+    assert summary["privacy"]["releases"] == releases
+    assert summary["privacy"]["delta"] == 1e-4
+    # dp-accounting itself, for so many Gaussian mechanisms without sampling.
+    accountant = rdp.RdpAccountant()
+    accountant.compose(dp_event.GaussianDpEvent(2.0), releases)
+    assert summary["privacy"]["epsilon"] <= accountant.get_epsilon(1e-4) * (1 + 1e-6)
+    assert summary["privacy"]["epsilon"] > 0.5 * accountant.get_epsilon(1e-4)
+
+    client, task = (np.array(summary["slots"][key]) for key in ("client", "task"))
+    liars = summary["liars"]["clients"]
+    assert liars
+    shares = [float(np.isin(client[task == t], liars).mean()) for t in range(3)]
+    assert list(summary["liars"]["share_of_holders"].values()) == shares
+    assert max(shares) <= 0.5
 
 
 def mistake(capsys, *arguments):
