@@ -7,7 +7,7 @@ folds it; with `strength` s, 1 by default:
     scaling     s x
     noise       Gaussian, s times as long as x
     constant    the same number everywhere, s times as long as x
-    garbage     not a number, everywhere
+    garbage     infinity where x is positive, not a number elsewhere
 
 or something else that the client controls:
 
@@ -87,7 +87,7 @@ def lied(
     elif config.kind == "scaling":
         said = jax.tree.map(lambda x: config.strength * x, said)
     elif config.kind == "garbage":
-        said = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), said)
+        said = jax.tree.map(lambda x: jnp.where(x > 0, jnp.inf, jnp.nan).astype(x.dtype), said)
     elif config.kind in ("noise", "constant"):
         if config.kind == "noise":
             by = "task" if config.colludes else "slot"
