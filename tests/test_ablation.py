@@ -1,5 +1,7 @@
 """The shipped comparisons can be read; the variants of the fold are what they say they are."""
 
+import runpy
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -30,7 +32,7 @@ SLOTS = Slots(
 def variants():
     """The variants by name, as builders; what the file registers is forgotten afterwards."""
     before = dict(algorithms.ALGORITHMS)
-    run_file(EXPERIMENTS / "ablation_fold.py")
+    run_file(EXPERIMENTS / "ablation_products.py")  # which reads ablation_fold.py
     found = {
         name.removeprefix("ablation: "): builder
         for name, builder in algorithms.ALGORITHMS.items()
@@ -84,6 +86,7 @@ def bits(algorithm):
         "settings8",
         "ablation8",
         "ablation_fold",
+        "ablation_products",
         "ablation_rules",
         "ablation_similarity",
         "traffic8",
@@ -253,3 +256,52 @@ def test_similarity_of_products_looks_at_what_the_kernels_gain(variants):
         lent[name] = float(state.exact["blocks"][0]["query"]["lora_b"][0].mean())
     assert lent["mean of 3, of products"] == pytest.approx(0.0)  # similarity 1: half and half
     assert lent["mean of 3"] > 0.4  # B's signs are opposite and A's says nothing
+
+
+def gains(vectors, base):
+    """What A B has gained over the base's, in float64, by projection: `[slots, in, out]`."""
+    found = {}
+    for block, projections in vectors["blocks"].items():
+        for projection, pair in projections.items():
+            start = base["blocks"][block][projection]
+            a, b = (
+                np.asarray(start[n], np.float64) + np.asarray(pair[n]) for n in ("lora_a", "lora_b")
+            )
+            first = np.asarray(start["lora_a"], np.float64) @ np.asarray(start["lora_b"])
+            found[block, projection] = a @ b - first
+    return found
+
+
+@pytest.mark.parametrize("name", ["products, not folded", "products folded"])
+def test_products_are_averaged_and_handed_out_as_the_nearest_factors(variants, name):
+    algorithm, base = variants[name](OPEN), tree(9)
+    state = algorithm.init(base, SLOTS)
+    expected = {key: np.zeros((3, 5, 4)) for key in gains(algorithm.download(state, SLOTS), base)}
+    fold = runpy.run_path(str(EXPERIMENTS / "ablation_fold.py"))["fold"]
+    folded = partial(fold, slots=SLOTS) if name == "products folded" else lambda x: x
+    task, weight = (np.asarray(x) for x in (SLOTS.task, SLOTS.weight))
+    for seed in (0, 1):
+        before, changes = algorithm.download(state, SLOTS), tree(seed, 6)
+        start, end = gains(before, base), gains(jax.tree.map(jnp.add, before, changes), base)
+        sent = folded({str(key): jnp.float32(end[key] - start[key]) for key in end})
+        state, _ = algorithm.aggregate(state, algorithm.upload(changes, SLOTS), SLOTS)
+        for key, whole in expected.items():
+            for t in range(3):
+                rows = np.asarray(sent[str(key)], np.float64)[task == t]
+                whole[t] += np.average(rows, axis=0, weights=weight[task == t])
+            np.testing.assert_allclose(state.exact["blocks"][key[0]][key[1]], whole, atol=1e-4)
+        handed = folded({str(key): jnp.float32(whole[task]) for key, whole in expected.items()})
+        for key, found in gains(algorithm.download(state, SLOTS), base).items():
+            first = np.asarray(base["blocks"][key[0]][key[1]]["lora_a"], np.float64)
+            first = first @ np.asarray(base["blocks"][key[0]][key[1]]["lora_b"])
+            u, s, v = np.linalg.svd(np.asarray(handed[str(key)], np.float64) + first)
+            nearest = (u[..., :2] * s[..., None, :2]) @ v[..., :2, :]
+            np.testing.assert_allclose(found + first, nearest, atol=1e-3)
+    up, down = (
+        algorithms.message_bits(m, SLOTS)
+        for m in algorithm.sent(state, algorithm.upload(tree(0, 6), SLOTS))
+    )
+    numbers = 6 * 5 * 4
+    masks = 2 * 6 * 8 * -(-20 // 8) + 2 * 32
+    each = 32 * numbers + masks if name == "products folded" else 2 * 32 * numbers
+    assert up.tolist() == down.tolist() == [each] * 3
