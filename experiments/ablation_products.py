@@ -120,7 +120,7 @@ def get_config():
     shipped = run_file(HERE.with_name("compare8.py"))
     fours = run_file(HERE.with_name("ablation_rules.py")).settings["fours"]
     shipped.experiment.evaluation.every_rounds = 4
-    names = ("folded", "download not folded", "products folded", "products, not folded")
+    names = ("folded", "products folded", "products, not folded")
     return dataclasses.replace(
         shipped,
         title="Ablations of what is folded: factors or products",

@@ -25,7 +25,7 @@ DEFENCES = {  # the first is the default of every experiment
 }
 ALL = ()
 OF_MATU = ("matu", "matu, clip", "matu, clip and trim", "matu, undefended", "matu, maximum")
-MOST = (*OF_MATU, "fedavg", "fedavg, clip")
+MOST = ("matu", "matu, clip and trim", "matu, undefended", "fedavg")
 FIVE = "Four tasks, ten clients with two tasks each, five holders a task."
 TEN = "Four tasks, twenty clients with two tasks each, ten holders a task."
 ATTACKS = {

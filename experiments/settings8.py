@@ -60,17 +60,18 @@ SETTINGS = {
             "data.clients": 20,
             "clients_per_round": 6,
             "rounds": 16,
-            "evaluation.every_rounds": 4,
+            "evaluation.every_rounds": 8,
             "checkpoint.every_rounds": 16,
         },
         seconds=45,
     ),
 }
-ARMS = ("matu", "matu (paper's server)", "per_task", "individual", "fedavg", "fedper", "matfl")
+ARMS = ("matu", "matu (paper's server)", "per_task", "fedavg", "matfl")
 
 
 def get_config():
     shipped = run_file(Path(__file__).with_name("compare8.py"))
+    shipped.experiment.evaluation.every_rounds = 4
     return dataclasses.replace(
         shipped,
         title="MaTU and its main rivals in other federations",
