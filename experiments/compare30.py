@@ -3,8 +3,9 @@
     python -m matu_jax.compare --config experiments/compare30.py
 
 Forty-five clients hold two tasks each, so that every task has three holders of 128 images. Every
-arm has the fields that compare8's search has chosen for it: on eight of these tasks, on validation
-accuracy and a seed of its own. It can be made in pieces: --seeds 0, then --seeds 0,1, and so on.
+arm has the fields that a search like compare8's has chosen for it, with four trials instead of six:
+on eight of these tasks, on validation accuracy and a seed of its own. It can be made in pieces:
+--seeds 0, then --seeds 0,1, and so on.
 """
 
 import dataclasses
@@ -28,10 +29,14 @@ SETTINGS = {
 
 
 def get_config():
+    shipped = run_file(Path(__file__).with_name("compare8.py"))
+    fedrep = shipped.arms["fedrep"] | {"fedrep_personal_fraction": 0.5}  # the default of then
     return dataclasses.replace(
-        run_file(Path(__file__).with_name("compare8.py")),
+        shipped,
         title="MaTU and its rivals on thirty tasks",
         settings=SETTINGS,
+        arms={**shipped.arms, "fedrep": fedrep},
         search={},
         own_search={},
+        tuned="results/compare30/tuned.json",
     )
