@@ -7,8 +7,10 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from matu_jax.aggregation.joining import joining
+from matu_jax.aggregation.sharing import Axes, Sharing, largest_over, total_over
 from matu_jax.aggregation.types import Magnitude, Slots, Unified, check_slots, check_unified
 from matu_jax.trees import PyTree, as_floating, check_stacked
 
@@ -152,6 +154,7 @@ def fold(
     present: jax.Array,
     num_groups: int,
     magnitude: Magnitude,
+    axes: Axes = (),
 ) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
     """Eqs. 1 to 4 for slots whose task vectors are rows of `source`.
 
@@ -167,19 +170,20 @@ def fold(
       present: bool `[slots]`.
       num_groups: number of groups.
       magnitude: "max" or "mean".
+      axes: over which parameters are shared out.
 
     Returns:
       Flat vectors `[groups, n]`, packed masks `[slots, bytes]`, scales `[slots]`.
     """
     folded = [_fold_leaf(x, rows, groups, present, num_groups, magnitude) for x in source]
     vectors, masks = [vector for vector, *_ in folded], [masks for _, masks, _ in folded]
-    sums = jnp.stack([sums for *_, sums in folded]).sum(axis=0)
+    sums = total_over(jnp.stack([sums for *_, sums in folded]).sum(axis=0), axes)
     exact = jnp.isfinite(sums).all(axis=0)
     own, kept = jax.lax.cond(
         exact.all(),
         lambda: sums,
         lambda: jnp.where(
-            exact, sums, _relative_sums(source, rows, groups, present, vectors, masks)
+            exact, sums, _relative_sums(source, rows, groups, present, vectors, masks, axes)
         ),
     )
     limit = jnp.float32(jnp.finfo(jnp.float32).max)
@@ -197,6 +201,7 @@ def _relative_sums(
     present: jax.Array,
     vectors: list[jax.Array],
     masks: list[jax.Array],
+    axes: Axes,
 ) -> jax.Array:
     """What scales are made of, relative to each slot's largest entry: float32 `[2, slots]`.
 
@@ -213,9 +218,10 @@ def _relative_sums(
             jnp.where(unpack(mask[slot], u.shape[1]), jnp.abs(row_of(u, groups[slot])), 0.0)
             for u, mask in zip(vectors, masks, strict=True)
         ]
-        top = jnp.stack([x.max(initial=0.0) for x in own]).max()
+        top = largest_over(jnp.stack([x.max(initial=0.0) for x in own]).max(), axes)
         unit = jnp.where(top > 0, top, 1.0)
-        return jnp.stack([sum(total(x / unit) for x in of) for of in (own, kept)])
+        sums = jnp.stack([sum(total(x / unit) for x in of) for of in (own, kept)])
+        return total_over(sums, axes)
 
     return jax.lax.map(of_slot, jnp.arange(groups.shape[0])).T
 
@@ -364,8 +370,10 @@ def _fold_leaf(
     return from_bits(vector, dtype), masks, sums
 
 
-@partial(jax.jit, static_argnames=("magnitude",))
-def _unify(vectors: PyTree, slots: Slots | None, magnitude: Magnitude) -> Unified:
+@partial(jax.jit, static_argnames=("magnitude", "mesh"))
+def _unify(
+    vectors: PyTree, slots: Slots | None, magnitude: Magnitude, mesh: Mesh | None
+) -> Unified:
     leaves, treedef = jax.tree.flatten(vectors)
     count = leaves[0].shape[0]
     if slots is None:
@@ -374,7 +382,15 @@ def _unify(vectors: PyTree, slots: Slots | None, magnitude: Magnitude) -> Unifie
         groups, present, num_groups = slots.client, slots.weight > 0, slots.num_clients
     flat = [flat_leaf(leaf) for leaf in leaves]
     join = joining(flat)
-    vector, masks, scales = fold(join.vectors(flat), None, groups, present, num_groups, magnitude)
+    flat = join.vectors(flat)
+    sharing = Sharing(mesh, [x.shape[1] for x in flat])
+    vector, masks, scales = sharing.run(
+        lambda flat, rest: fold(flat, None, *rest, num_groups, magnitude, sharing.axes),
+        sharing.vectors(flat),
+        (groups, present),
+        (True, True, False),
+    )
+    vector, masks = sharing.cut_vectors(vector), sharing.cut_masks(masks)
     shaped = [
         vector.reshape(leaf.shape[1:] if slots is None else (num_groups, *leaf.shape[1:]))
         for vector, leaf in zip(join.leaves(vector), leaves, strict=True)
@@ -382,13 +398,22 @@ def _unify(vectors: PyTree, slots: Slots | None, magnitude: Magnitude) -> Unifie
     return Unified(treedef.unflatten(shaped), treedef.unflatten(join.leaf_masks(masks)), scales)
 
 
-def unify(vectors: PyTree, slots: Slots | None = None, *, magnitude: Magnitude = "max") -> Unified:
+def unify(
+    vectors: PyTree,
+    slots: Slots | None = None,
+    *,
+    magnitude: Magnitude = "max",
+    mesh: Mesh | None = None,
+) -> Unified:
     """Folds task vectors into one vector per client, a mask and a scale per slot (eqs. 1 to 4).
 
     Args:
       vectors: task vectors, leaves `[slots, ...]` of float32, bfloat16 or float16.
       slots: which client each row belongs to; None folds all rows into one group.
       magnitude: eq. 2 takes the "max" of the agreeing magnitudes (EMR-Merging) or their "mean".
+      mesh: devices that share the parameters out; None = all on one. Nothing crosses between them
+        but sums if leaves lie on them already, shared out along their first axis of parameters, and
+        are of a multiple of 8 parameters per device each.
 
     Returns:
       `Unified`: vector leaves `[clients, ...]` (`[...]` without slots) in the storage dtype, masks
@@ -411,7 +436,7 @@ def unify(vectors: PyTree, slots: Slots | None = None, *, magnitude: Magnitude =
         slots = check_slots(slots, "unify")
         rows = slots.client.shape[0]
     check_stacked(vectors, "unify: vectors", rows=rows)
-    return _unify(vectors, slots, magnitude)
+    return _unify(vectors, slots, magnitude, mesh)
 
 
 @jax.jit

@@ -9,6 +9,7 @@ from matu_jax.aggregation.fold import (
     modulated,
     over_blocks,
 )
+from matu_jax.aggregation.sharing import Axes, total_over
 from matu_jax.aggregation.types import Slots
 
 
@@ -29,7 +30,7 @@ def clip_factors(lengths: jax.Array, present: jax.Array, limit: float) -> jax.Ar
     return jnp.where(lengths > longest, longest / lengths, 1.0)
 
 
-def vector_lengths(vector: list[jax.Array]) -> jax.Array:
+def vector_lengths(vector: list[jax.Array], axes: Axes) -> jax.Array:
     """Euclidean lengths of the rows of flat leaves `[rows, n]`, over all leaves: `[rows]`."""
 
     def squares(leaf):
@@ -39,7 +40,7 @@ def vector_lengths(vector: list[jax.Array]) -> jax.Array:
 
         return over_blocks(leaf.shape[1], add, loop_zeros(leaf.shape[:1], jnp.float32, leaf))
 
-    return jnp.sqrt(jnp.stack([squares(leaf) for leaf in vector]).sum(axis=0))
+    return jnp.sqrt(total_over(jnp.stack([squares(leaf) for leaf in vector]).sum(axis=0), axes))
 
 
 FEWEST = 5  # rows; of fewer, one liar is more than a fifth, and who differs may well be honest
@@ -83,6 +84,7 @@ def sign_sums(
     scales: jax.Array,
     accepted: jax.Array,
     slots: Slots,
+    axes: Axes,
 ) -> tuple[jax.Array, jax.Array]:
     """What `agreement_weights` takes, for slots grouped by task: `[slots]` and `[slots]`."""
     count, tasks = slots.client.shape[0], slots.num_tasks
@@ -114,7 +116,8 @@ def sign_sums(
             return jax.lax.fori_loop(0, count, compare, sums)
 
         sums = over_blocks(leaf.shape[1], visit, sums)
-    return sums[0], sums[1]
+    common, nonzero = total_over(sums, axes)
+    return common, nonzero
 
 
 def with_extremes(extremes: jax.Array, x: jax.Array, first: jax.Array) -> jax.Array:

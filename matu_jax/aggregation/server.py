@@ -1,10 +1,12 @@
 """The server's round, eqs. 5 to 9."""
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from matu_jax.aggregation.directions import gram, same_client_gram
 from matu_jax.aggregation.fold import (
@@ -29,6 +31,7 @@ from matu_jax.aggregation.robust import (
     vector_lengths,
     with_extremes,
 )
+from matu_jax.aggregation.sharing import Axes, Sharing, all_over, any_over, total_over
 from matu_jax.aggregation.shrinkage import shrinkage
 from matu_jax.aggregation.types import (
     Aggregated,
@@ -139,42 +142,56 @@ def _same_task(
     return from_bits(own, dtype), products, energies
 
 
-@partial(jax.jit, static_argnames=("config",))
-def _aggregate(
-    uploads: Unified,
-    slots: Slots,
-    config: AggregationConfig,
-    previous: Unified | ServerState | None,
-) -> Aggregated:
-    leaves, treedef = jax.tree.flatten(uploads.vector)
-    vector, tasks, count = [flat_leaf(x) for x in leaves], slots.num_tasks, slots.client.shape[0]
-    if isinstance(previous, ServerState):
-        start = [flat_leaf(leaf) for leaf in jax.tree.leaves(previous.task_vectors)]
-        agreement, energy = previous.agreement, previous.energy
-    else:
-        agreement = energy = jnp.zeros((tasks, tasks), jnp.float32)
-        if previous is None:
-            start = [jnp.zeros((tasks, leaf.shape[1]), leaf.dtype) for leaf in vector]
-        else:
-            start = [flat_leaf(x) for x in jax.tree.leaves(modulate_jit(previous, None))]
-    join = joining(vector, start)
-    vector, start = join.vectors(vector), join.vectors(start)
-    masks = join.masks(jax.tree.leaves(uploads.masks))
+class _Flat(NamedTuple):
+    """What has an axis of parameters, as lists of flat arrays.
+
+    Attributes:
+      vector: unified vectors of the uploads, `[clients, n]`.
+      masks: packed masks of the uploads, `[slots, bytes]`.
+      start: task vectors before the round, `[tasks, n]`.
+    """
+
+    vector: list[jax.Array]
+    masks: list[jax.Array]
+    start: list[jax.Array]
+
+
+class _Whole(NamedTuple):
+    """What has none: the uploads' scales `[slots]`, the slots, and what `ServerState` keeps."""
+
+    scales: jax.Array
+    slots: Slots
+    agreement: jax.Array
+    energy: jax.Array
+
+
+def _server(
+    flat: _Flat, whole: _Whole, config: AggregationConfig, size: int, axes: Axes
+) -> tuple[Any, Any, Any]:
+    """Eqs. 5 to 9 on flat arrays; `size` counts all parameters, `axes` see `Sharing`.
+
+    Returns:
+      With parameters: task vectors, the server's own vector and the downloads'; masks of both; and
+      what has no parameters: scales of both, similarity, accepted, agreement, energy.
+    """
+    vector, masks, start = flat
+    scales, slots, agreement, energy = whole
+    tasks, count = slots.num_tasks, slots.client.shape[0]
 
     finite = jnp.stack([jnp.isfinite(leaf).all(axis=1) for leaf in vector]).all(axis=0)
-    scale_ok = jnp.isfinite(uploads.scales) & (uploads.scales >= 0)
+    finite = all_over(finite, axes)
+    scale_ok = jnp.isfinite(scales) & (scales >= 0)
     accepted = (slots.weight > 0) & scale_ok & finite[slots.client]
 
     weight = jnp.where(accepted, slots.weight, 0.0)
     weight = weight / jnp.maximum(weight.max(), jnp.finfo(jnp.float32).tiny)
-    scales = uploads.scales
     if config.clip:
-        lengths = jnp.where(accepted, scales * vector_lengths(vector)[slots.client], 0.0)
+        lengths = jnp.where(accepted, scales * vector_lengths(vector, axes)[slots.client], 0.0)
         scales = scales * clip_factors(lengths, accepted, config.clip)
     if config.trim:
         weight = accepted.astype(jnp.float32)
     elif config.weighting == "agreement":
-        common, nonzero = sign_sums(vector, masks, scales, accepted, slots)
+        common, nonzero = sign_sums(vector, masks, scales, accepted, slots, axes)
         weight = agreement_weights(common, nonzero, weight, slots.task, tasks)
     weight_sum = jnp.zeros(tasks, jnp.float32).at[slots.task].add(weight)
     holders = jnp.zeros(tasks, jnp.int32).at[slots.task].add(accepted.astype(jnp.int32))
@@ -197,16 +214,16 @@ def _aggregate(
 
     # Eq. 7.
     if config.similarity == "aggregated":
-        similarity = jnp.clip((1 + gram(own, join.size, signs=True)) / 2, 0.0, 1.0)
+        products = total_over(gram(own, size, signs=True), axes)
+        similarity = jnp.clip((1 + products) / 2, 0.0, 1.0)
         compared = jnp.ones((tasks, tasks), jnp.bool_)
     else:
         present = jnp.zeros((slots.num_clients, tasks), jnp.float32)
         present = present.at[slots.client, slots.task].add(accepted.astype(jnp.float32))
         held = holders.astype(jnp.float32)
         pairs = held[:, None] * held[None, :] - present.T @ present
-        products = products / join.size - same_client_gram(
-            vector, masks, join.size, scales, slots, accepted
-        )
+        same = same_client_gram(vector, masks, size, scales, slots, accepted)
+        products = total_over(products / size - same, axes)
         compared = pairs > 0
         mean_product = jnp.where(compared, products / jnp.maximum(pairs, 1.0), 0.0)
         similarity = jnp.clip((1 + mean_product) / 2, 0.0, 1.0)
@@ -216,11 +233,12 @@ def _aggregate(
     mixed = own
     if config.transfer != "none" and (config.top_k > 0 or learns) and tasks > 1:
         lenders = jnp.stack([(leaf != 0).any(axis=1) for leaf in own]).any(axis=0)
+        lenders = any_over(lenders, axes)
         # A task that nobody reported keeps what it has; where nothing was compared, nobody lends.
         allowed = compared & lenders[None, :] & reported[:, None]
         if learns:
             # Bounded, so that no upload makes the sum over rounds infinite.
-            energies = jnp.minimum(energies, 1e30)
+            energies = jnp.minimum(total_over(energies, axes), 1e30)
             length = jnp.sqrt(energies / jnp.maximum(holders, 1).astype(jnp.float32))
             pair = jnp.where(compared, length[:, None] * length[None, :], 0.0)
             agreement, energy = agreement + mean_product * pair, energy + pair
@@ -253,6 +271,7 @@ def _aggregate(
         jnp.ones(tasks, jnp.bool_),
         1,
         config.magnitude,
+        axes,
     )
     down_vector, down_masks, down_scales = fold(
         mixed,
@@ -261,7 +280,47 @@ def _aggregate(
         jnp.ones(count, jnp.bool_),
         slots.num_clients,
         config.magnitude,
+        axes,
     )
+    return (
+        (mixed, one_vector, down_vector),
+        (all_masks, down_masks),
+        (all_scales, down_scales, similarity, accepted, agreement, energy),
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def _aggregate(
+    uploads: Unified,
+    slots: Slots,
+    config: AggregationConfig,
+    previous: Unified | ServerState | None,
+    mesh: Mesh | None,
+) -> Aggregated:
+    leaves, treedef = jax.tree.flatten(uploads.vector)
+    vector, tasks = [flat_leaf(x) for x in leaves], slots.num_tasks
+    if isinstance(previous, ServerState):
+        start = [flat_leaf(leaf) for leaf in jax.tree.leaves(previous.task_vectors)]
+        agreement, energy = previous.agreement, previous.energy
+    else:
+        agreement = energy = jnp.zeros((tasks, tasks), jnp.float32)
+        if previous is None:
+            start = [jnp.zeros((tasks, leaf.shape[1]), leaf.dtype) for leaf in vector]
+        else:
+            start = [flat_leaf(x) for x in jax.tree.leaves(modulate_jit(previous, None))]
+    join = joining(vector, start)
+    vector, start = join.vectors(vector), join.vectors(start)
+    masks = join.masks(jax.tree.leaves(uploads.masks))
+    sharing = Sharing(mesh, [x.shape[1] for x in vector])
+    vectors, masks, whole = sharing.run(
+        lambda flat, whole: _server(flat, whole, config, join.size, sharing.axes),
+        _Flat(sharing.vectors(vector), sharing.masks(masks), sharing.vectors(start)),
+        _Whole(uploads.scales, slots, agreement, energy),
+        (True, True, False),
+    )
+    mixed, one_vector, down_vector = map(sharing.cut_vectors, vectors)
+    all_masks, down_masks = map(sharing.cut_masks, masks)
+    all_scales, down_scales, similarity, accepted, agreement, energy = whole
 
     def shaped(flat, lead):
         pairs = zip(join.leaves(flat), leaves, strict=True)
@@ -298,6 +357,8 @@ def aggregate(
     slots: Slots,
     config: AggregationConfig = _DEFAULT_CONFIG,
     previous: Unified | ServerState | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> Aggregated:
     """One round of MaTU's server (eqs. 5 to 9), from the uploads and what it has kept.
 
@@ -310,6 +371,7 @@ def aggregate(
       previous: what a task keeps that nobody reported: `.unified` of the round before, or, where
         `config.uploads` is "change", its `.state`, to which the changes are added. None: the first
         round; zeros.
+      mesh: devices that share the parameters out, see `unify`; None = all on one.
 
     Returns:
       `Aggregated`: task vectors `[tasks, ...]`, similarity `[tasks, tasks]`, the unified vector of
@@ -346,7 +408,7 @@ def aggregate(
             "aggregate: uploads.vector [clients, ...] against previous.vector [...]",
             leading=1,
         )
-    return _aggregate(uploads, slots, config, previous)
+    return _aggregate(uploads, slots, config, previous, mesh)
 
 
 def nonfinite(uploads: Unified, slots: Slots) -> list[str]:

@@ -1,0 +1,101 @@
+"""Parameters shared out over devices: each works on its own, and sums go over all.
+
+What the aggregator computes is made parameter by parameter, but for sums over parameters (lengths,
+scales, products of signs) of a few numbers per slot or pair of tasks. So devices that share the
+parameters out exchange next to nothing, and each needs memory for its part alone. On CPU this is
+how XLA comes to use more than one core for one fold: with a virtual device for each.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+Axes = tuple[str, ...]
+"""Names of the mesh axes over which parameters are shared out; () = they are all here."""
+
+
+def total_over(x: jax.Array, axes: Axes) -> jax.Array:
+    """Sums of all devices."""
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def largest_over(x: jax.Array, axes: Axes) -> jax.Array:
+    """The largest of all devices."""
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def all_over(x: jax.Array, axes: Axes) -> jax.Array:
+    """Whether bools hold on all devices."""
+    return jax.lax.pmin(x.astype(jnp.int32), axes) > 0 if axes else x
+
+
+def any_over(x: jax.Array, axes: Axes) -> jax.Array:
+    """Whether bools hold on some device."""
+    return jax.lax.pmax(x.astype(jnp.int32), axes) > 0 if axes else x
+
+
+class Sharing:
+    """Shares the parameters of flat arrays out over the devices of a mesh, or leaves them whole.
+
+    Args:
+      mesh: the devices, all of its axes; None leaves everything where it is.
+      sizes: parameters of each flat array, before they are filled up with zeros.
+    """
+
+    def __init__(self, mesh: Mesh | None, sizes: Sequence[int]):
+        self._mesh, self._sizes = mesh, tuple(sizes)
+        self.axes: Axes = tuple(mesh.axis_names) if mesh else ()
+
+    def vectors(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+        """Fills `[rows, n]` up so that each device has whole bytes of the masks."""
+        return [_filled(x, n) for x, n in zip(flat, self._filled, strict=True)]
+
+    def masks(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+        """The same for packed masks `[rows, ceil(n / 8)]`."""
+        return [_filled(x, -(-n // 8)) for x, n in zip(flat, self._filled, strict=True)]
+
+    def cut_vectors(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+        """The inverse of `vectors`."""
+        return [_cut(x, n) for x, n in zip(flat, self._sizes, strict=True)]
+
+    def cut_masks(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+        """The inverse of `masks`."""
+        return [_cut(x, -(-n // 8)) for x, n in zip(flat, self._sizes, strict=True)]
+
+    def run(self, work: Callable[..., Any], columns: Any, rest: Any, out: Any) -> Any:
+        """Calls `work(columns, rest)` on every device, with its part of the columns.
+
+        Args:
+          work: uses `axes` for what goes over all parameters.
+          columns: arrays `[rows, parameters]` or `[rows, bytes]`.
+          rest: arrays that every device has whole.
+          out: a prefix of the result's tree; True where arrays have columns.
+        """
+        if self._mesh is None:
+            return work(columns, rest)
+        spec, whole = PartitionSpec(None, self.axes), PartitionSpec()
+        return jax.shard_map(
+            work,
+            mesh=self._mesh,
+            in_specs=(spec, whole),
+            out_specs=jax.tree.map(lambda shared: spec if shared else whole, out),
+            check_vma=False,
+        )(columns, rest)
+
+    @property
+    def _filled(self) -> list[int]:
+        if self._mesh is None:
+            return list(self._sizes)
+        part = 8 * self._mesh.size
+        return [-(-n // part) * part for n in self._sizes]
+
+
+def _filled(x: jax.Array, size: int) -> jax.Array:
+    return x if x.shape[1] == size else jnp.pad(x, ((0, 0), (0, size - x.shape[1])))
+
+
+def _cut(x: jax.Array, size: int) -> jax.Array:
+    return x if x.shape[1] == size else jax.lax.slice_in_dim(x, 0, size, axis=1)
