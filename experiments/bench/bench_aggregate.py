@@ -6,6 +6,8 @@
 All three compute eqs. 5 to 9 with similarity of aggregated vectors (a matrix product of signs) and
 transfer="mean"; the results are compared before anything is timed. "default" is
 `matu.aggregate` with this library's own default, similarity over slots of different clients.
+"shared" is "library" with the parameters shared out over all devices, one per core on CPU, on which
+they lie already.
 """
 
 import jax
@@ -13,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from rivals import SERVER, dense_aggregate, federation, torch_aggregate
-from timing import copier, finish, interleaved, memory_left, options, peak_growth
+from timing import copier, finish, interleaved, memory_left, options, peak_growth, shared_out
 
 import matu_jax as matu
+from matu_jax.parallel import use_cores
 
 
 def _as_torch(uploads: matu.Unified, slots: matu.Slots, held: int) -> tuple[list, list]:
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument("--held", default="1,4", help="tasks per client")
     parser.add_argument("--parameters", default="300e3,3e6")
     given = parser.parse_args()
+    use_cores()
     table = []
     for size in (int(float(x)) for x in given.parameters.split(",")):
         for held in map(int, given.held.split(",")):
@@ -72,6 +76,12 @@ def main() -> None:
             listed, own = _as_torch(uploads, slots, held)
             _check(uploads, slots, listed, own, held)
             jax.clear_caches()
+            spread, mesh = shared_out(uploads)
+            shared = {}
+            if mesh:
+                shared["shared"] = lambda u=spread, s=slots, m=mesh: matu.aggregate(
+                    u, s, SERVER, mesh=m
+                )
             times = interleaved(
                 {
                     "copy": copier(2**27),
@@ -81,10 +91,12 @@ def main() -> None:
                     "dense jax": lambda u=uploads, s=slots, h=held: dense_aggregate(u, s, h),
                     "library": lambda u=uploads, s=slots: matu.aggregate(u, s, SERVER),
                     "default": lambda u=uploads, s=slots: matu.aggregate(u, s),
-                },
+                }
+                | shared,
                 given.repeats,
             )
-            del uploads, listed, own
+            on_all = times["shared"].median if shared else None
+            del uploads, listed, own, spread, shared
             bandwidth = 2 * 2**27 / times["copy"].median
             bits = given.clients * held * size / 8
             moved = 4 * size * (2 * given.clients + 3 * given.tasks + 1) + 2 * bits
@@ -102,9 +114,11 @@ def main() -> None:
                     "torch loop ms": 1e3 * times["torch loop"].median,
                     "dense jax ms": 1e3 * times["dense jax"].median,
                     "library ms": 1e3 * ours,
+                    "shared ms": on_all and 1e3 * on_all,
                     "default ms": 1e3 * times["default"].median,
                     "first call s": times["library"].first,
                     "x torch loop": times["torch loop"].median / ours,
+                    "shared x torch loop": on_all and times["torch loop"].median / on_all,
                     "x dense jax": times["dense jax"].median / ours,
                     "of copy floor": moved / bandwidth / ours,
                     **{f"{k} MB": None if v is None else v / 1e6 for k, v in grown.items()},

@@ -5,9 +5,10 @@
 
 The floor of eqs. 1 to 4 is reading T x d numbers once and writing d numbers and T x d bits, at the
 speed at which this machine copies memory. "library" is `matu.unify(x)` as a user calls it, which
-jits inside; "outer jit" is the same under `jax.jit`, with checks done once. "numba", on CPU in
-float32, is what a compiler reaches that reads every number from memory once, on all cores: pip
-install numba, or its columns stay empty.
+jits inside; "outer jit" is the same under `jax.jit`, with checks done once; "shared" is
+`matu.unify(x, mesh=mesh)` with the parameters shared out over all devices, one per core on CPU, on
+which they lie already. "numba", on CPU in float32, is what a compiler reaches that reads every
+number from memory once, on all cores: pip install numba, or its columns stay empty.
 """
 
 import os
@@ -22,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from rivals import dense_unify, numba_unify, torch_unify
-from timing import copier, finish, interleaved, memory_left, options, peak_growth
+from timing import copier, finish, interleaved, memory_left, options, peak_growth, shared_out
 
 import matu_jax as matu
+from matu_jax.parallel import use_cores
 
 DTYPES = {"float32": (jnp.float32, torch.float32), "bfloat16": (jnp.bfloat16, torch.bfloat16)}
 
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--parameters", default="300e3,3e6,10e6,30e6,87e6")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     given = parser.parse_args()
+    use_cores()
     torch.set_num_threads(given.threads)
     wanted = [
         (int(rows), int(float(size)), dtype)
@@ -99,7 +102,7 @@ def main() -> None:
     table = []
     for rows, size, dtype in wanted:
         width = jnp.dtype(DTYPES[dtype][0]).itemsize
-        if 3 * rows * size * width + 4 * rows * size > memory_left():
+        if 4 * rows * size * width + 4 * rows * size > memory_left():
             print(f"{rows} x {size:,} {dtype}: left out, it does not fit into memory")
             continue
         x = _vectors(rows, size, dtype)
@@ -108,6 +111,8 @@ def main() -> None:
         numba = _numba(x)
         jax.clear_caches()
         outer = jax.jit(lambda x: matu.unify({"w": x}))
+        spread, mesh = shared_out({"w": x})
+        shared = {"shared": lambda s=spread, m=mesh: matu.unify(s, mesh=m)} if mesh else {}
         copied = min(rows * size * width, 2**28)
         times = interleaved(
             {
@@ -117,11 +122,13 @@ def main() -> None:
                 "library": lambda x=x: matu.unify({"w": x}),
                 "outer jit": lambda x=x, outer=outer: outer(x),
             }
+            | shared
             | numba,
             given.repeats,
         )
         once = times["numba"].median if numba else None
-        del x, tensors, numba
+        on_all = times["shared"].median if shared else None
+        del x, tensors, numba, spread, shared
         bandwidth = 2 * copied / times["copy"].median
         floor = (rows * size * width + size * width + rows * size / 8) / bandwidth
         ours = times["library"].median
@@ -136,11 +143,14 @@ def main() -> None:
                 "dense jax ms": 1e3 * times["dense jax"].median,
                 "library ms": 1e3 * ours,
                 "outer jit ms": 1e3 * times["outer jit"].median,
+                "shared ms": on_all and 1e3 * on_all,
                 "numba ms": once and 1e3 * once,
                 "first call s": times["library"].first,
                 "x torch loop": times["torch loop"].median / ours,
                 "x dense jax": times["dense jax"].median / ours,
+                "shared x torch loop": on_all and times["torch loop"].median / on_all,
                 "of copy floor": floor / ours,
+                "shared of copy floor": on_all and floor / on_all,
                 "numba of copy floor": once and floor / once,
                 **{
                     f"{name} MB": None if grown is None else grown / 1e6

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
@@ -62,6 +62,22 @@ def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[s
         name: Timing(first[name], statistics.median(values), min(values))
         for name, values in steady.items()
     }
+
+
+def shared_out(tree: Any) -> tuple[Any, Mesh | None]:
+    """Arrays `[rows, n]` with their columns on all devices, others whole on each; and the mesh.
+
+    Nothing and None where there is one device.
+    """
+    mesh = slot_mesh()
+    if mesh.size == 1:
+        return None, None
+
+    def put(x):
+        spec = PartitionSpec(None, AXIS) if jnp.ndim(x) > 1 else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.block_until_ready(jax.tree.map(put, tree)), mesh
 
 
 def copier(size_bytes: int) -> Callable[[], Any]:
