@@ -128,13 +128,36 @@ def _joined(local: PyTree, mesh: Mesh, spec: PartitionSpec, times: int, parts: i
     return jax.tree.map(whole, local)
 
 
-def collected(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Brings arrays `[slots, ...]` in `ROWS` to the first device of every process, all rows."""
-    server = own_devices(mesh)[0]
+def server_mesh(mesh: Mesh) -> Mesh:
+    """This process's devices, which share the parameters of the server's arithmetic out."""
+    return Mesh(np.array(own_devices(mesh)), (AXIS,))
+
+
+def on_server(tree: PyTree, server: Mesh) -> PyTree:
+    """Shares arrays of this process's out over its server's devices, by parameters.
+
+    Args:
+      tree: leaves `[rows, ...]` with the first axis of their parameters behind the rows; those that
+        it does not divide lie whole on every device.
+      server: from `server_mesh`, or of one device.
+    """
+
+    def sharding(leaf):
+        shared = leaf.ndim > 1 and leaf.shape[1] > 0 and leaf.shape[1] % server.size == 0
+        return NamedSharding(server, PartitionSpec(None, AXIS) if shared else WHOLE)
+
+    return jax.device_put(tree, jax.tree.map(sharding, tree))
+
+
+def collected(tree: PyTree, mesh: Mesh, server: Mesh | None = None) -> PyTree:
+    """Brings arrays `[slots, ...]` in `ROWS` to every process's server, all rows.
+
+    Without a server, to the first device of every process.
+    """
     if jax.process_count() > 1:
         tree = jax.jit(_same, out_shardings=NamedSharding(mesh, WHOLE))(tree)
         tree = jax.tree.map(lambda x: x.addressable_data(0), tree)
-    return jax.device_put(tree, server)
+    return on_server(tree, server) if server else jax.device_put(tree, own_devices(mesh)[0])
 
 
 def _same(tree: PyTree) -> PyTree:

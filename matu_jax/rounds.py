@@ -35,15 +35,21 @@ from matu_jax.parallel import (
     memory_there,
     on_cpu,
     on_each,
+    on_server,
     own_devices,
     own_rows,
     padded_rows,
     placed,
+    server_mesh,
     shares,
     slot_mesh,
     slots_at_once,
 )
 from matu_jax.trees import PyTree
+
+SHARED_FROM = 1 << 20
+"""Trained parameters from which the server's arithmetic is shared out over its process's devices;
+with fewer, it is too little to be worth a program for several."""
 
 
 class Federation(NamedTuple):
@@ -366,7 +372,12 @@ def _run(
     mesh: Mesh,
     start: tuple[int, Any] | None,
 ) -> Iterator[RoundResult]:
-    server = own_devices(mesh)[0]
+    server = server_mesh(mesh)
+    trained_size = sum(leaf.size for leaf in jax.tree.leaves(model.base))
+    if algorithm.shared_over and server.size > 1 and trained_size >= SHARED_FROM:
+        algorithm = algorithm.shared_over(server)
+    else:
+        server = Mesh(server.devices[:1], server.axis_names)
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
     config = fitted(config, model, algorithm, federation, mesh)
@@ -422,7 +433,7 @@ def _run(
     aggregate = jax.jit(algorithm.aggregate, donate_argnums=0)
 
     done, state = start or (0, jax.jit(algorithm.init)(model.base, slots))
-    state = jax.device_put(state, server)
+    state = on_server(state, server)
     messages = None
     parameters = placed((model.base, model.frozen), mesh, WHOLE)
     measure = _measuring(config, model, federation, mesh, parameters)
@@ -451,7 +462,7 @@ def _run(
                 )
             results.append(finish(carry))
             clock.lap("local_training", results[-1])
-        results = collected(results, mesh)
+        results = collected(results, mesh, server)
         clock.lap("exchange", results)
         trained = [result.vectors for result in results]
         loss, finite = (
@@ -489,7 +500,7 @@ def _run(
                 wrong, "upload refused: a number is not finite, or a scale < 0"
             )
         clock.lap("server_aggregation", (state, metrics))
-        state = jax.device_put(agreed(state), server)  # no process drifts away by its rounding
+        state = on_server(agreed(state), server)  # no process drifts away by its rounding
         clock.lap("exchange", state)
         del downloads, results, trained, uploads, carry, examples
 

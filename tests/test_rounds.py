@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import shutil
 
 import chex
 import jax
@@ -90,8 +91,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, federation, mod
     assert resumed[-1].record["accuracy"] == uninterrupted[-1].record["accuracy"]
 
 
-@pytest.mark.parametrize("devices", [4, 8])  # for 6 slots
-def test_number_of_devices_does_not_change_the_result(federation, model, devices):
+@pytest.mark.parametrize(("devices", "shares_server"), [(4, False), (8, False), (4, True)])
+def test_number_of_devices_does_not_change_the_result(
+    federation, model, devices, shares_server, monkeypatch
+):
+    """6 slots, and the parameters of the server's arithmetic if they are many."""
+    monkeypatch.setattr(rounds, "SHARED_FROM", 0 if shares_server else 10**12)
     # Plain SGD: Adam's first steps divide rounding noise by rounding noise where gradients vanish.
     local = dataclasses.replace(TINY.local, optimizer="sgd", learning_rate=0.01)
     config = dataclasses.replace(TINY, rounds=1, local=local)
@@ -104,6 +109,30 @@ def test_number_of_devices_does_not_change_the_result(federation, model, devices
     )
     chex.assert_trees_all_close(many.state, one.state, atol=1e-6, rtol=1e-4)
     assert many.record["accuracy"] == one.record["accuracy"]
+
+
+def test_a_server_shared_out_goes_on_from_its_checkpoint_on_one_device(
+    federation, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(rounds, "SHARED_FROM", 0)
+    mesh = jax.make_mesh((4,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    algorithm = algorithms.build(TINY)
+    results, similar = [], []
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for result in rounds.run(TINY, algorithm, model, federation, mesh=mesh):
+            leaves = jax.tree.leaves(result.state)
+            assert any(not leaf.sharding.is_fully_replicated for leaf in leaves)
+            checkpoints.save(result.round, result.state, {})
+            results.append(result.record)
+            similar.append(result.similarity)
+    assert results[2]["seconds"]["compile"] == 0  # evaluation ran in round 2
+    shutil.rmtree(tmp_path / "3")
+    target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        done, state, _ = checkpoints.restore(target)
+    (last,) = run(TINY, federation, model, start=(done, state))
+    assert last.record["loss"] == pytest.approx(results[2]["loss"], rel=1e-4)
+    np.testing.assert_allclose(last.similarity, similar[2], atol=2e-3)
 
 
 def test_seed_changes_the_result(uninterrupted, federation, model):

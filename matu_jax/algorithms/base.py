@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from matu_jax.aggregation import Slots
 from matu_jax.aggregation.robust import agreement_weights, clip_factors, trimmed_mean, with_extremes
@@ -78,6 +79,8 @@ class Algorithm(NamedTuple):
         no defences.
       frame_bytes: `k -> bytes`, what the message of a client with k tasks holds besides what `sent`
         says: header, task ids, checksum; None where messages have no format.
+      shared_over: makes the same algorithm with the parameters of the server's arithmetic, and of
+        folding, shared out over the devices of a mesh; None where it runs on one device.
     """
 
     init: Callable[[PyTree, Slots], Any]
@@ -94,6 +97,7 @@ class Algorithm(NamedTuple):
     sends_change: bool = False
     defence: DefenceConfig | None = None
     frame_bytes: Callable[[int], int] | None = None
+    shared_over: Callable[[Mesh], "Algorithm"] | None = None
 
 
 def weighted_mean(
@@ -421,7 +425,9 @@ def with_heads(inner: Algorithm) -> Algorithm:
             factor = local.head_trains(progress)
         return {"shared": shared, "head": jax.tree.map(lambda _: factor, vector["head"])}
 
+    share = inner.shared_over
     return inner._replace(
+        shared_over=(lambda mesh: with_heads(share(mesh))) if share else None,
         init=init,
         download=download,
         upload=upload,

@@ -1,10 +1,12 @@
 """MaTU (Tsouvalas et al., arXiv 2502.06376): a thin wrapper over the public aggregator."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from matu_jax.aggregation import (
     AggregationConfig,
@@ -42,8 +44,8 @@ def aggregation_config(
     return AggregationConfig(**given)
 
 
-def matu(config: Config) -> Algorithm:
-    """MaTU with the choices of `config.matu`."""
+def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
+    """MaTU with the choices of `config.matu`, on one device or with parameters shared out."""
     precision, changes = config.matu.precision, config.matu.uploads == "change"
     choices = aggregation_config(config.matu, config.defence)
 
@@ -65,7 +67,7 @@ def matu(config: Config) -> Algorithm:
         return MatuState(downloads, nothing(base, slots.num_tasks))
 
     def server(state, uploads, slots):
-        result = aggregate(uploads, slots, choices, state.server)
+        result = aggregate(uploads, slots, choices, state.server, mesh=mesh)
         keeps = result.state if changes else result.unified
         return MatuState(received(result.downloads), keeps), {
             "similarity": result.similarity,
@@ -78,14 +80,18 @@ def matu(config: Config) -> Algorithm:
             per_shared_slot=(unified.masks, unified.scales),
         )
 
+    def upload(vectors, slots):
+        return received(unify(vectors, slots, magnitude=choices.magnitude, mesh=mesh))
+
     return Algorithm(
         init=init,
         download=lambda state, slots: modulate(state.downloads, slots),
-        upload=lambda vectors, slots: received(unify(vectors, slots, magnitude=choices.magnitude)),
+        upload=upload,
         aggregate=server,
         sent=lambda state, uploads: (message(uploads), message(state.downloads)),
         kept=lambda state: state.server,
         sends_change=changes,
         defence=config.defence,
         frame_bytes=overhead_bytes,
+        shared_over=functools.partial(matu, config),
     )
