@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import matu_jax as matu
 from matu_jax.aggregation import fold, server
@@ -110,6 +110,17 @@ def test_rounds_of_the_server(name, devices):
         alone, shared = (
             x.state if config.uploads == "change" else x.unified for x in (expected, found)
         )
+
+
+def test_a_mesh_that_cannot_serve_is_refused():
+    mesh = jax.make_mesh((8,), ("p",), axis_types=(AxisType.Explicit,))
+    vectors = tree(0, 10)
+    for call in (
+        lambda: matu.unify(vectors, SLOTS, mesh=mesh),
+        lambda: matu.aggregate(matu.unify(vectors, SLOTS), SLOTS, mesh=mesh),
+    ):
+        with pytest.raises(ValueError, match="mesh: axis p is Explicit, expected Auto"):
+            call()
 
 
 def test_arrays_that_are_shared_out_stay_where_they_are():

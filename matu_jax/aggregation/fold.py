@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from matu_jax.aggregation.joining import joining
-from matu_jax.aggregation.sharing import Axes, Sharing, largest_over, total_over
+from matu_jax.aggregation.sharing import Axes, Sharing, checked, largest_over, total_over
 from matu_jax.aggregation.types import Magnitude, Slots, Unified, check_slots, check_unified
 from matu_jax.trees import PyTree, as_floating, check_stacked
 
@@ -411,16 +411,17 @@ def unify(
       vectors: task vectors, leaves `[slots, ...]` of float32, bfloat16 or float16.
       slots: which client each row belongs to; None folds all rows into one group.
       magnitude: eq. 2 takes the "max" of the agreeing magnitudes (EMR-Merging) or their "mean".
-      mesh: devices that share the parameters out; None = all on one. Nothing crosses between them
-        but sums if leaves lie on them already, shared out along their first axis of parameters, and
-        are of a multiple of 8 parameters per device each.
+      mesh: devices that share the parameters out, of axes of type Auto; None = all on one. Nothing
+        crosses between them but sums if leaves lie on them already, shared out along their first
+        axis of parameters, and are of a multiple of 8 parameters per device each.
 
     Returns:
       `Unified`: vector leaves `[clients, ...]` (`[...]` without slots) in the storage dtype, masks
       `[slots, bytes]`, scales `[slots]`. Masks and scales are those of the vector as stored.
 
     Raises:
-      ValueError: for an unknown magnitude, or trees and slots that do not fit, naming the leaves.
+      ValueError: for an unknown magnitude, a mesh whose axes are not Auto, or trees and slots that
+        do not fit, naming the leaves.
 
     Example:
       >>> import jax.numpy as jnp, matu_jax as matu
@@ -436,7 +437,7 @@ def unify(
         slots = check_slots(slots, "unify")
         rows = slots.client.shape[0]
     check_stacked(vectors, "unify: vectors", rows=rows)
-    return _unify(vectors, slots, magnitude, mesh)
+    return _unify(vectors, slots, magnitude, checked(mesh, "unify"))
 
 
 @jax.jit

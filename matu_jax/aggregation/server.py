@@ -31,7 +31,7 @@ from matu_jax.aggregation.robust import (
     vector_lengths,
     with_extremes,
 )
-from matu_jax.aggregation.sharing import Axes, Sharing, all_over, any_over, total_over
+from matu_jax.aggregation.sharing import Axes, Sharing, all_over, any_over, checked, total_over
 from matu_jax.aggregation.shrinkage import shrinkage
 from matu_jax.aggregation.types import (
     Aggregated,
@@ -378,7 +378,8 @@ def aggregate(
       all tasks, the clients' downloads, and which slots were accepted.
 
     Raises:
-      ValueError: if the uploads, the slots and `previous` do not fit each other, naming the leaf.
+      ValueError: if the uploads, the slots and `previous` do not fit each other, naming the leaf;
+        for a mesh whose axes are not Auto.
     """
     slots = check_slots(slots, "aggregate")
     rows = slots.client.shape[0]
@@ -408,7 +409,7 @@ def aggregate(
             "aggregate: uploads.vector [clients, ...] against previous.vector [...]",
             leading=1,
         )
-    return _aggregate(uploads, slots, config, previous, mesh)
+    return _aggregate(uploads, slots, config, previous, checked(mesh, "aggregate"))
 
 
 def nonfinite(uploads: Unified, slots: Slots) -> list[str]:

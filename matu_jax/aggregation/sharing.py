@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 Axes = tuple[str, ...]
 """Names of the mesh axes over which parameters are shared out; () = they are all here."""
@@ -35,6 +35,24 @@ def all_over(x: jax.Array, axes: Axes) -> jax.Array:
 def any_over(x: jax.Array, axes: Axes) -> jax.Array:
     """Whether bools hold on some device."""
     return jax.lax.pmax(x.astype(jnp.int32), axes) > 0 if axes else x
+
+
+def checked(mesh: Mesh | None, name: str) -> Mesh | None:
+    """The mesh, if its axes are such that `Sharing` can use it.
+
+    Raises:
+      ValueError: for axes of a type other than Auto, naming them.
+    """
+    if mesh is not None:
+        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        wrong = [f"{axis} is {kind.name}" for axis, kind in types if kind != AxisType.Auto]
+        if wrong:
+            raise ValueError(
+                f"{name}: mesh: axis {', '.join(wrong)}, expected Auto. Make it with "
+                "jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names)), AxisType "
+                "from jax.sharding."
+            )
+    return mesh
 
 
 class Sharing:
