@@ -98,7 +98,8 @@ def of_products(config, *, folds):
 
     def sent(state, uploads):
         changes, slots = uploads
-        return (message(products(changes, state.base), slots),) * 2
+        either = message(products(changes, state.base), slots)
+        return either, either
 
     return Algorithm(
         init=init,

@@ -384,12 +384,13 @@ def _unify(
     join = joining(flat)
     flat = join.vectors(flat)
     sharing = Sharing(mesh, [x.shape[1] for x in flat])
-    vector, masks, scales = sharing.run(
-        lambda flat, rest: fold(flat, None, *rest, num_groups, magnitude, sharing.axes),
-        sharing.vectors(flat),
-        (groups, present),
-        (True, True, False),
-    )
+
+    def work(flat, rest):
+        groups, present = rest
+        return fold(flat, None, groups, present, num_groups, magnitude, sharing.axes)
+
+    columns, out = sharing.vectors(flat), (True, True, False)
+    vector, masks, scales = sharing.run(work, columns, (groups, present), out)
     vector, masks = sharing.cut_vectors(vector), sharing.cut_masks(masks)
     shaped = [
         vector.reshape(leaf.shape[1:] if slots is None else (num_groups, *leaf.shape[1:]))
