@@ -129,9 +129,11 @@ def test_a_server_shared_out_goes_on_from_its_checkpoint_on_one_device(
     shutil.rmtree(tmp_path / "3")
     target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        done, state, _ = checkpoints.restore(target)
-    (last,) = run(TINY, federation, model, start=(done, state))
+        found = checkpoints.restore(target)
+    assert found is not None
+    (last,) = run(TINY, federation, model, start=found[:2])
     assert last.record["loss"] == pytest.approx(results[2]["loss"], rel=1e-4)
+    assert last.similarity is not None
     np.testing.assert_allclose(last.similarity, similar[2], atol=2e-3)
 
 
