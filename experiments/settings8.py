@@ -66,7 +66,7 @@ SETTINGS = {
         seconds=45,
     ),
 }
-ARMS = ("matu", "matu (paper's server)", "per_task", "fedavg", "matfl")
+ARMS = ("matu", "per_task", "fedavg", "matfl")
 
 
 def get_config():
