@@ -57,6 +57,18 @@ def assert_says(cells, arm):
 
 def test_the_tables_of_rivals_say_what_was_measured():
     pairs, kin = arms_of("compare8")
+    text = " ".join(README.split())
+    behind = min(-100 * a["against_ours"]["difference"] for a in kin.values() if a["against_ours"])
+    against = {
+        name: (abs(100 * pairs[name]["against_ours"]["difference"]), pairs[name]["against_ours"])
+        for name in ("per_task", "matfl")
+    }
+    (over, found), (under, lost) = against["per_task"], against["matfl"]
+    assert found["difference"] < 0 < lost["difference"]
+    assert lost["p_value"] < 0.001
+    assert f"by {behind:.1f} points over the next" in text
+    assert f"by {over:.1f} points (p = {found['p_value']:.3f}) at 53 %" in text
+    assert f'to `matfl` in "pairs", by {under:.1f} points (p < 0.001)' in text
     for name, accuracy, uplink, other, _ in rows_under("| | pairs |"):
         assert_says((accuracy, uplink), pairs.pop(name))
         assert_says((other,), kin[name])
