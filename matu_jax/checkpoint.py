@@ -141,11 +141,18 @@ class Checkpoints:
             raise ValueError(unreadable(self.directory, damaged))
         return None
 
-    def _read(self, round_index: int, target_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        target = _by_path(target_state)
+    def meta(self, round_index: int) -> dict[str, Any]:
+        """What was saved with a round besides its state."""
+        return self._notes(round_index)["meta"]
+
+    def _notes(self, round_index: int) -> dict[str, Any]:
         with _quiet() as ocp:
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            notes = self._manager.restore(round_index, args=args)["meta"]
+            return self._manager.restore(round_index, args=args)["meta"]
+
+    def _read(self, round_index: int, target_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        target = _by_path(target_state)
+        notes = self._notes(round_index)
         _check_leaves(dict(notes["leaves"]), _kinds(target), self._folder(round_index))
         number = {path: f"{i:05d}" for i, (path, _) in enumerate(notes["leaves"])}
         wanted = {number[path]: _placement(leaf) for path, leaf in target.items() if leaf.size}

@@ -66,7 +66,10 @@ def without_devices(error: Exception) -> str | None:
     Where a platform is asked for that it does not know, JAX fails in an assertion without words.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    if not frames or Path(frames[-1].filename).name != "xla_bridge.py":
+    searched = frames and Path(frames[-1].filename).name == "xla_bridge.py"
+    if not searched or not isinstance(error, (RuntimeError, AssertionError)):
+        return None
+    if "before" in str(error):  # a setting that came after JAX had begun: no search at all
         return None
     asked = os.environ.get("JAX_PLATFORMS")
     words = str(error).strip().split("\n")[0]

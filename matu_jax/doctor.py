@@ -40,8 +40,11 @@ _ACCELERATORS = {
     "Cloud TPU": (("/dev/accel0", "/dev/vfio/0"), "pip install 'jax[tpu]'"),
 }
 _EXTRAS = {
-    "prepare": ("tensorflow", "to download and prepare datasets"),
-    "privacy": ("dp_accounting", "for config.privacy"),
+    "prepare": (
+        ("tensorflow", "tensorflow_datasets", "array_record"),
+        "to download and prepare datasets",
+    ),
+    "privacy": (("dp_accounting",), "for config.privacy"),
 }
 _STYLE = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
@@ -110,10 +113,10 @@ def _packages() -> Finding:
 
 
 def _extras() -> Finding:
-    """Which of the package's extras are there; `train.check_inputs` says which a config needs."""
+    """Which extras a run may need are there; `train.check_inputs` says which a config needs."""
     there, absent = [], []
-    for name, (module, purpose) in _EXTRAS.items():
-        found = importlib.util.find_spec(module)
+    for name, (modules, purpose) in _EXTRAS.items():
+        found = all(importlib.util.find_spec(module) for module in modules)
         (there if found else absent).append(f"{name} ({purpose})")
     lines = [f"{word}: {', '.join(x)}" for word, x in (("there", there), ("not", absent)) if x]
     text = "; ".join(lines)
@@ -173,6 +176,8 @@ def _workdir(workdir: Path, config: Config) -> Finding:
             last, damaged = checkpoints.whole()
             if damaged and last is None:
                 return Finding("problem", "workdir", unreadable(checkpoints.directory, damaged))
+            if last is not None:
+                workdirs.check_origin(checkpoints.directory, checkpoints.meta(last), config)
         text = f"{workdir}: the run goes on after round {last or 0} of {config.rounds}"
         for number, damage in damaged.items():
             text += f". The checkpoint of round {number} is damaged ({damage}) and left out"

@@ -39,6 +39,7 @@ from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.checkpoint_config import checked_architecture
 from matu_jax.provenance import versions
 from matu_jax.trees import PyTree, leaf_items
+from matu_jax.workdir import check_origin
 
 FORMATS = ("peft", "merged", "safetensors")
 
@@ -101,6 +102,7 @@ def read_run(workdir: Path, task_name: str, client: int | None = None) -> Export
         raise UserError(str(error)) from None
     if restored is None:
         raise UserError(f"--workdir {workdir}: has no checkpoint yet; train for a round first.")
+    check_origin(workdir / "checkpoints", restored[2], config)
     records = [
         record
         for record in MetricsLog(workdir / "metrics.jsonl").records()

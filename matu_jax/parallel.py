@@ -137,14 +137,15 @@ def on_server(tree: PyTree, server: Mesh) -> PyTree:
     """Shares arrays of this process's out over its server's devices, by parameters.
 
     Args:
-      tree: leaves `[rows, ...]` with the first axis of their parameters behind the rows; those that
-        it does not divide lie whole on every device.
+      tree: leaves `[rows, ...]`, which are parted along the first axis behind the rows that the
+        devices divide; where there is none, they lie whole on every device.
       server: from `server_mesh`, or of one device.
     """
 
     def sharding(leaf):
-        shared = leaf.ndim > 1 and leaf.shape[1] > 0 and leaf.shape[1] % server.size == 0
-        return NamedSharding(server, PartitionSpec(None, AXIS) if shared else WHOLE)
+        axes = [i for i, n in enumerate(leaf.shape) if i and n and n % server.size == 0]
+        spec = PartitionSpec(*[None] * axes[0], AXIS) if axes else WHOLE
+        return NamedSharding(server, spec)
 
     return jax.device_put(tree, jax.tree.map(sharding, tree))
 

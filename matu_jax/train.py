@@ -54,7 +54,7 @@ from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.huggingface import checkpoint_folder
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
 from matu_jax.provenance import commit, machine, versions
-from matu_jax.workdir import differences, opened
+from matu_jax.workdir import check_origin, opened
 
 _FINISHING = "Stopping after this round, which is saved then; once more ends at once and loses it."
 INTERRUPTED = "Interrupted. The same command with the same --workdir goes on."
@@ -147,6 +147,7 @@ def train(
     Raises:
       UserError: for what the user has to mend.
     """
+    commit()  # of what is running, whatever is committed while it runs
     first = hosts.is_first()
     if _is_finished(workdir):
         with hosts.together():
@@ -289,7 +290,7 @@ def _restored(
             if checkpoints:
                 found = checkpoints.restore(target)
                 if found:
-                    _check_origin(checkpoints, found[2], config)
+                    check_origin(checkpoints.directory, found[2], config)
                 log.truncate_after(found[0] if found else 0)
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -299,19 +300,6 @@ def _restored(
     state = found[1] if found else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target)
     state = hosts.agreed(state)
     return (done, state["state"]), np.asarray(state["similarity_sum"])
-
-
-def _check_origin(checkpoints: Checkpoints, meta: dict, config: Config) -> None:
-    """Refuses a checkpoint that was saved by a run of another config, as after copying folders."""
-    if "config" not in meta:  # of an older version
-        return
-    lines = differences(meta["config"], config)
-    if lines:
-        raise UserError(
-            f"{checkpoints.directory} holds checkpoints of another config:\n  "
-            + "\n  ".join(lines)
-            + "\nBring this run's own back, or remove that folder to start from round 0."
-        )
 
 
 def _profiled(

@@ -239,7 +239,8 @@ def decode(
         `jax.ShapeDtypeStruct`.
       num_tasks: task ids are below it.
       max_tasks: the largest k that is taken.
-      max_bytes: the largest message that is taken; None = what `max_tasks` allow.
+      max_bytes: the largest message that is taken, its masks counted as they are when decompressed;
+        None = what `max_tasks` allow.
 
     Raises:
       WireError: for a message that is truncated, too long, damaged, of another version or tree, or
@@ -276,8 +277,8 @@ def read(
     """Reads one message from a stream, and no byte more; see `decode`.
 
     Its size is computed from its first 36 or 44 bytes and the tree, and held against the limits,
-    before anything is allocated: no message is larger than `max_bytes`, nor than
-    `message_bytes(like, max_tasks, modulators=True)`, which is much for a large tree.
+    before anything is allocated: no message is larger than `max_bytes`, nor than `message_bytes`
+    says for `max_tasks`, which is much for a large tree.
 
     Raises:
       WireError: as `decode`.
@@ -298,6 +299,8 @@ def gather(
     messages: Mapping[int, bytes | WireError], like: PyTree, slots: Slots, *, round_number: int
 ) -> tuple[Unified, Slots, list[str]]:
     """Puts the uploads of a round together for `aggregate`, without those that are refused.
+
+    No message is larger than `message_bytes` says for the tasks that its client holds.
 
     Args:
       messages: by client: its message, or why there is none.
@@ -469,14 +472,7 @@ def _words(leaf: np.ndarray) -> np.ndarray:
 def _size(
     head: memoryview, like: PyTree, expected: bytes, max_tasks: int, max_bytes: int | None
 ) -> int:
-    """Checks the first bytes of a message, computes the size of all of it, and checks that."""
-    size = _size_told(head, like, expected, max_tasks)
-    if max_bytes is not None and size > max_bytes:
-        raise WireError(f"the message is too large: {size} bytes, expected at most {max_bytes}.")
-    return size
-
-
-def _size_told(head: memoryview, like: PyTree, expected: bytes, max_tasks: int) -> int:
+    """Checks the first bytes of a message, and computes the size of all of it."""
     if len(head) < _HEADER.size:
         raise WireError(
             f"the message is truncated: found {len(head)} bytes, expected {_HEADER.size} or more."
@@ -504,6 +500,8 @@ def _size_told(head: memoryview, like: PyTree, expected: bytes, max_tasks: int) 
         )
     precision = _named(_PRECISIONS, written)
     size = message_bytes(like, tasks, modulators=form != _NO_MASKS, precision=precision)
+    if max_bytes is not None and size > max_bytes:  # decompressed, it is as large
+        raise WireError(f"the message is too large: {size} bytes, expected at most {max_bytes}.")
     if form != _COMPRESSED:
         return size
     if len(head) < _HEADER.size + _LENGTH.size:

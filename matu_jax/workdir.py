@@ -121,6 +121,26 @@ def _has_run(workdir: Path) -> bool:
     return any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
 
+def check_origin(directory: Path, meta: dict[str, Any], config: Config) -> None:
+    """Refuses checkpoints that a run of another config has saved, as after copying folders.
+
+    Args:
+      directory: where they are.
+      meta: what was saved with the checkpoint; older versions put no config there.
+      config: of the run.
+
+    Raises:
+      UserError: with the fields that differ.
+    """
+    lines = differences(meta["config"], config) if "config" in meta else []
+    if lines:
+        raise UserError(
+            f"{directory} holds checkpoints of another config:\n  "
+            + "\n  ".join(lines)
+            + "\nBring this run's own back, or remove that folder to start from round 0."
+        )
+
+
 def differences(found: Any, config: Config) -> list[str]:
     """Where a config that was written as JSON differs from the one here, a line for each field."""
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))

@@ -224,12 +224,29 @@ def test_checkpoints_of_another_config_are_refused(experiment, tmp_path, whole):
     run.communicate()
     shutil.rmtree(workdir / "checkpoints")
     shutil.copytree(whole / "checkpoints", workdir / "checkpoints")
-    run = program(experiment, workdir, extra=words)
-    text, _ = run.communicate(timeout=900)
-    assert run.returncode == 2, text
-    assert "Traceback" not in text
-    assert "holds checkpoints of another config" in text
-    assert "config.local.learning_rate: there 0.003, here 0.5" in text
+    out = tmp_path / "out"
+    for module, options in (
+        ("train", [experiment, f"--workdir={workdir}", *words]),
+        ("doctor", [experiment, f"--workdir={workdir}", *words]),
+        (
+            "export",
+            [f"--workdir={workdir}", "--task=hue/grating", "--format=safetensors", f"--out={out}"],
+        ),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-m", f"matu_jax.{module}", *options],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=900,
+            cwd=Path(tiny.__file__).parents[1],
+        )
+        text = " ".join((run.stdout + run.stderr).split())
+        assert run.returncode == 2, text
+        assert "Traceback" not in text
+        assert "holds checkpoints of another config" in text
+        assert "config.local.learning_rate: there 0.003, here 0.5" in text
+    assert not out.exists()
     shutil.rmtree(workdir / "checkpoints")  # as the message says
     assert "Results" in finish(experiment, workdir, words)
 

@@ -509,6 +509,17 @@ def test_nothing_is_allocated_before_it_is_known_to_fit():
         wire.decode(whole, like(), max_bytes=limit)
     assert wire.decode(whole, like(), max_bytes=len(whole)).tasks == (0, 1, 2)
 
+    # Masks that would be large when decompressed count as large.
+    sent, there = with_masks(1.0), {"x": jnp.zeros(40_000)}
+    small = wire.encode(sent, [0, 1], compress=True)
+    largest = wire.message_bytes(there, 2)
+    assert len(small) < largest
+    stream = Greedy(small)
+    with pytest.raises(wire.WireError, match=f"too large: {largest} bytes"):
+        wire.read(stream, there, max_bytes=len(small))
+    assert stream.asked == 36
+    assert wire.decode(small, there, max_bytes=largest).tasks == (0, 1)
+
 
 def test_a_round_over_messages_is_the_round_over_arrays():
     uploads = matu.unify(tree((5,)), SLOTS)
@@ -645,7 +656,14 @@ def test_the_server_takes_or_refuses_what_was_edited(edits, sender, seal):
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(found))
     present = set(SLOTS.client[slots.weight > 0].tolist())
     assert present <= set(messages)
-    assert len(present) + len(refused) >= len(messages)
+    assert len(present) + len(refused) == len(messages)
+    for client in present - {sender}:
+        for sent, taken in zip(
+            wire.of_client(uploads, SLOTS, client),
+            wire.of_client(found, slots, client),
+            strict=True,
+        ):
+            assert_same(jax.tree.map(jnp.asarray, taken), jax.tree.map(jnp.asarray, sent))
 
 
 @settings(max_examples=100, deadline=None)

@@ -412,9 +412,10 @@ def unify(
       vectors: task vectors, leaves `[slots, ...]` of float32, bfloat16 or float16.
       slots: which client each row belongs to; None folds all rows into one group.
       magnitude: eq. 2 takes the "max" of the agreeing magnitudes (EMR-Merging) or their "mean".
-      mesh: devices that share the parameters out, of axes of type Auto; None = all on one. Nothing
-        crosses between them but sums if leaves lie on them already, shared out along their first
-        axis of parameters, and are of a multiple of 8 parameters per device each.
+      mesh: devices that share the parameters out, of axes of type Auto; None = all on one. Of a
+        leaf of more than 65,536 parameters nothing crosses between them but sums, if it lies on
+        them already, shared out along its first axis of parameters, and is of a multiple of 8
+        parameters per device; smaller leaves are put together first.
 
     Returns:
       `Unified`: vector leaves `[clients, ...]` (`[...]` without slots) in the storage dtype, masks

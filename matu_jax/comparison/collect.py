@@ -71,9 +71,11 @@ def _made(comparison: Comparison, workdir: Path) -> dict[str, Any]:
 
 
 def _joined(values: Iterable[Any]) -> Any:
-    """The one value that all have, or the different ones with commas between; None is none."""
-    different = list(dict.fromkeys(value for value in values if value is not None))
-    return different[0] if len(different) == 1 else ", ".join(map(str, different)) or None
+    """The one value that all have, or the different ones with commas between."""
+    different = list(dict.fromkeys(values))
+    if len(different) < 2:
+        return different[0] if different else None
+    return ", ".join("unknown" if value is None else str(value) for value in different)
 
 
 def _setting(comparison: Comparison, name: str, workdir: Path, command: str) -> dict[str, Any]:
