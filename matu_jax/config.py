@@ -171,8 +171,8 @@ class DefenceConfig:
     Attributes:
       clip: no upload counts for more than this many times the median length; 0 = off.
       trim: how many of the largest and smallest numbers of a mean are left out; 0 = off.
-      weighting: "examples", or "agreement" of directions with the others, times examples, where
-        there are five or more to compare; to be "examples" where trim is on.
+      weighting: "examples", or "agreement": less of them for those whose direction agrees little
+        with the others', where there are five or more to compare; "examples" where trim is on.
     """
 
     clip: float = _field(1.5, at_least=0)

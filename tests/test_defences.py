@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 
 import matu_jax as matu
+from matu_jax.aggregation.robust import agreement_weights
 from matu_jax.algorithms import ALGORITHMS, build
 from matu_jax.algorithms.base import defended_mean
 from matu_jax.config import NO_DEFENCE, Config, DefenceConfig
@@ -71,7 +72,8 @@ def expected_means(x, lengths, weight, group, groups, rule):
                 / np.abs(sign[i]).sum()
                 for i in range(len(rows))
             ]
-            trusted = share * np.maximum(agree, 0)
+            enough = max(np.sort(agree)[(len(rows) - 1) // 2] / 2, 1e-30)
+            trusted = share * np.clip(np.array(agree) / enough, 0, 1)
             share = trusted if trusted.sum() > 0 else share
         means[g] = share @ x[rows] / share.sum()
     return means
@@ -151,6 +153,19 @@ def test_one_liar_moves_a_task_no_further_than_clip_allows(seed, factor, through
     )
     assert distance[0] <= 2 * share * bound + slack + 1e-5
     chex.assert_tree_all_finite(lied.downloads)
+
+
+def test_who_agrees_half_as_much_as_the_median_keeps_its_weight():
+    agreement = np.array([0.4, 0.5, 0.3, 0.1, -0.2, 0.2, 0.9], np.float32)  # the last is absent
+    weight = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0], np.float32)
+    nonzero = np.full(7, 10.0, np.float32)
+    common = agreement * nonzero * 5 + nonzero
+    group = np.zeros(7, np.int32)
+    found = agreement_weights(*map(jnp.asarray, (common, nonzero, weight, group)), 1)
+    # Of -0.2, 0.1, 0.2, 0.3, 0.4, 0.5 the lower median is 0.2: from 0.1 on weights stay.
+    np.testing.assert_allclose(found, [1, 2, 3, 4, 0, 6, 0], rtol=1e-5)
+    found = agreement_weights(*map(jnp.asarray, (common - 2, nonzero, weight, group)), 1)
+    np.testing.assert_allclose(found[3], 4 * (0.1 - 0.04) / (0.2 - 0.04) * 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

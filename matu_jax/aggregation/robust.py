@@ -55,9 +55,10 @@ def agreement_weights(
 ) -> jax.Array:
     """Weights by how far a row's signs agree with those of the other rows of its group.
 
-    A row's weight is multiplied by the mean, over the others, of the correlation of signs where the
-    row is not 0; not below 0. Where that leaves a group nothing, or where it has fewer than
-    `FEWEST` rows, its weights stay.
+    A row's agreement is the mean, over the others, of the correlation of signs where the row is not
+    0. Rows that agree at least half as much as the group's median row keep their weight, others
+    less of it, down to none where they do not agree at all. Where that leaves a group nothing, or
+    where it has fewer than `FEWEST` rows, its weights stay.
 
     Args:
       common: float32 `[rows]`, the row's signs times the sum of its group's signs, its own too.
@@ -72,10 +73,29 @@ def agreement_weights(
     members = jnp.zeros(num_groups, jnp.float32).at[group].add((weight > 0).astype(jnp.float32))
     pairs = nonzero * (members[group] - 1)
     agreement = jnp.where(pairs > 0, (common - nonzero) / jnp.where(pairs > 0, pairs, 1.0), 0.0)
-    trusted = weight * jnp.maximum(agreement, 0.0)
+    middle = _lower_median(agreement, jnp.where(weight > 0, group, num_groups), num_groups)[group]
+    enough = jnp.maximum(middle / 2, jnp.finfo(jnp.float32).tiny)
+    trusted = weight * jnp.clip(agreement / enough, 0.0, 1.0)
     left = jnp.zeros(num_groups, jnp.float32).at[group].add(trusted)
     judged = (members >= FEWEST) & (left > 0)
     return jnp.where(judged[group], trusted, weight)
+
+
+def _lower_median(values: jax.Array, group: jax.Array, num_groups: int) -> jax.Array:
+    """The median of every group's values, the lower one of two; anything for an empty group.
+
+    Args:
+      values: float32 `[rows]`.
+      group: int32 `[rows]`; rows of group `num_groups` are left out.
+      num_groups: number of groups.
+
+    Returns:
+      float32 `[groups]`.
+    """
+    order = jnp.lexsort((values, group))
+    edges = jnp.searchsorted(group[order], jnp.arange(num_groups + 1))
+    place = edges[:-1] + jnp.maximum(edges[1:] - edges[:-1] - 1, 0) // 2
+    return values[order][jnp.minimum(place, values.shape[0] - 1)]
 
 
 def sign_sums(

@@ -90,11 +90,12 @@ class AggregationConfig:
         parameter (the trimmed mean of Yin et al. 2018, arXiv 1803.01498; all but the middle ones
         where a task has too few holders: the median). Every holder counts the same then, whatever
         its weight. 0 = off.
-      weighting: what eq. 6 weights holders by. "examples": `Slots.weight`. "agreement": that, times
-        the mean correlation of a holder's signs with those of the task's other holders, not below 0
-        (as FLTrust, Cao et al. 2021, arXiv 2012.13995, weights by the cosine to a trusted vector),
-        where five holders or more have reported: of fewer, one liar is more than a fifth, and
-        honest holders whose labels are skewed differ as well.
+      weighting: what eq. 6 weights holders by. "examples": `Slots.weight`. "agreement": less of
+        that for a holder whose signs have a mean correlation with those of the task's other holders
+        below half of the median holder's, and nothing for one with none (in the manner of FLTrust,
+        Cao et al. 2021, arXiv 2012.13995, which weights by the cosine to a trusted vector), where
+        five holders or more have reported: of fewer, one liar is more than a fifth, and honest
+        holders whose labels are skewed differ as well.
     """
 
     magnitude: Magnitude = "max"
