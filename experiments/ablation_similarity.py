@@ -19,7 +19,6 @@ ARMS = {
     "mean of 3": MEAN_OF_3,
     "mean of 3, aggregated": MEAN_OF_3 | {"matu.similarity": "aggregated"},
     "mean of 3, epsilon = 0.55": MEAN_OF_3 | {"matu.min_similarity": 0.55},
-    "mean of 3, epsilon = 0.6": MEAN_OF_3 | {"matu.min_similarity": 0.6},
 }
 
 
