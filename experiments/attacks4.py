@@ -3,9 +3,10 @@
     python -m matu_jax.compare --config experiments/attacks4.py
 
 Four tasks with five holders each, of whom one lies about both of its tasks in every round (two who
-agree on their lie in "collusion"), and with ten holders each, of whom three agree on their lie. "nobody lies" and its variants are what the defences cost, "skewed" with labels that differ
-between a task's holders, so that honest clients look like liars. `matu_jax.attacks` says what a lie
-is, `matu_jax.AggregationConfig` what a defence does. The arms without a word behind them have the
+agree on their lie in "collusion"), and with ten holders each, of whom three agree on their lie.
+"nobody lies" and its variants are what the defences cost, "skewed" with labels that differ between
+a task's holders, so that honest clients look like liars. `matu_jax.attacks` says what a lie is,
+`matu_jax.AggregationConfig` what a defence does. The arms without a word behind them have the
 defences that are on by default; "maximum" is eq. 2 as the paper has it.
 """
 
