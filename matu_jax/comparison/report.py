@@ -79,7 +79,7 @@ def write(comparison: Mapping[str, Any], folder: str | os.PathLike) -> list[Path
 
 def _taken(comparison: Mapping[str, Any]) -> str:
     seconds = comparison.get("run_seconds")
-    return f"; the runs took {seconds / 60:.0f} minutes, one after the other" if seconds else ""
+    return f"; the runs took {seconds / 60:.0f} minutes in sum" if seconds else ""
 
 
 def _document(comparison: Mapping[str, Any]) -> Iterator[Block]:
