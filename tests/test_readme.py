@@ -107,10 +107,36 @@ def test_the_table_of_other_federations_says_what_was_measured():
     measured = arms_of("settings8")
     rows = rows_under("| settings8 |")
     assert len(rows) == len(measured)
+    by_name = {}
     for row, arms in zip(rows, measured, strict=True):
         assert set(names) == set(arms)
+        by_name[row[0].split(":")[0]] = arms
         for name, cell in zip(names, row[1:], strict=True):
-            assert_says((cell.split(" (")[0],), arms[name])
+            assert_says((cell,), arms[name])
+
+    def found(setting, arm):
+        against = by_name[setting][arm]["against_ours"]
+        return f"{abs(100 * against['difference']):.1f}", against["p_value"]
+
+    def ahead(setting, arm):
+        return by_name[setting][arm]["against_ours"]["difference"] > 0
+
+    text = " ".join(README.split())
+    won = ("solo", "conflict", "distant", "skew 0.5", "skew 0.1")
+    assert all(found(s, "per_task")[1] < 0.05 and not ahead(s, "per_task") for s in won)
+    points = [found(s, "per_task")[0] for s in won]
+    assert "(by {}, {}, {}, {} and {} points)".format(*points) in text
+    fours, part_time = found("fours", "per_task"), found("part-time", "per_task")
+    assert ahead("fours", "per_task")
+    assert f"({fours[0]} points, p = {fours[1]:.2f}, at 28 %" in text
+    assert f"({part_time[0]} behind, p = {part_time[1]:.2f})" in text
+    lost = [found(s, "matfl") for s in ("conflict", "distant", "fours", "skew 0.5")]
+    assert max(p for _, p in lost) < 0.05
+    assert f"(by {min(lost)[0]} to {max(lost)[0]} points" in text
+    assert f"(p = {found('solo', 'matfl')[1]:.2f})" in text
+    skewed, part_time = found("skew 0.1", "matfl"), found("part-time", "matfl")
+    assert max(skewed[1], part_time[1]) < 0.05
+    assert f"skewed labels ({skewed[0]} points) and part-time clients ({part_time[0]})" in text
 
 
 def test_what_is_said_of_ablations_was_measured():
