@@ -160,11 +160,17 @@ def test_who_agrees_half_as_much_as_the_median_keeps_its_weight():
     weight = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0], np.float32)
     nonzero = np.full(7, 10.0, np.float32)
     common = agreement * nonzero * 5 + nonzero
-    group = np.zeros(7, np.int32)
-    found = agreement_weights(*map(jnp.asarray, (common, nonzero, weight, group)), 1)
+    group = jnp.zeros(7, jnp.int32)
+
+    def weights(common):
+        return agreement_weights(
+            jnp.asarray(common), jnp.asarray(nonzero), jnp.asarray(weight), group, 1
+        )
+
+    found = weights(common)
     # Of -0.2, 0.1, 0.2, 0.3, 0.4, 0.5 the lower median is 0.2: from 0.1 on weights stay.
     np.testing.assert_allclose(found, [1, 2, 3, 4, 0, 6, 0], rtol=1e-5)
-    found = agreement_weights(*map(jnp.asarray, (common - 2, nonzero, weight, group)), 1)
+    found = weights(common - 2)
     np.testing.assert_allclose(found[3], 4 * (0.1 - 0.04) / (0.2 - 0.04) * 2, rtol=1e-5)
 
 
