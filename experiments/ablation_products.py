@@ -37,7 +37,9 @@ def factors(product, base):
         return {name: factors(product[name], base[name]) for name in product}
     a0, b0 = base["lora_a"][None], base["lora_b"][None]
     rank = a0.shape[-1]
-    u, s, v = jnp.linalg.svd(product + jnp.matmul(a0, b0), full_matrices=False)
+    # One by one: XLA on CPU has been seen to wait for ever on many at once.
+    decompose = partial(jnp.linalg.svd, full_matrices=False)
+    u, s, v = jax.lax.map(decompose, product + jnp.matmul(a0, b0))
     root = jnp.sqrt(s[..., :rank])
     a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
     gained = jnp.any(product != 0, axis=(-2, -1), keepdims=True)
