@@ -1,11 +1,10 @@
-"""Which tasks lend: the similarity of eq. 7, and epsilon of eq. 8, under a fixed rule.
+"""Which tasks lend: what the similarity of eq. 7 compares, under a fixed rule.
 
     python -m matu_jax.compare --config experiments/ablation_similarity.py
 
 Eq. 8 with kappa = 3 as a mean. "aggregated" compares the tasks' vectors as the server has averaged
-them, as the paper has it; all other arms compare slots of different clients. Unrelated tasks have a
-similarity of 0.5, which is the default of epsilon. "matu" is the default, shrinkage, which has
-neither choice.
+them, as the paper has it; the other arms compare slots of different clients. "matu" is the default,
+shrinkage.
 """
 
 import dataclasses
@@ -18,7 +17,6 @@ ARMS = {
     "matu": {},
     "mean of 3": MEAN_OF_3,
     "mean of 3, aggregated": MEAN_OF_3 | {"matu.similarity": "aggregated"},
-    "mean of 3, epsilon = 0.55": MEAN_OF_3 | {"matu.min_similarity": 0.55},
 }
 
 
