@@ -4,7 +4,7 @@
 
 Eq. 8 with kappa = 3 as a mean. "aggregated" compares the tasks' vectors as the server has averaged
 them, as the paper has it; the other arms compare slots of different clients. "matu" is the default,
-shrinkage.
+shrinkage. In "kin", where a task has one holder, the two are the same.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ def get_config():
     return dataclasses.replace(
         shipped,
         title="Ablations of which tasks lend",
+        settings={"pairs": shipped.settings["pairs"]},
         arms=ARMS,
         reference="matu",
         search={},
