@@ -180,6 +180,12 @@ def test_what_is_said_of_ablations_was_measured():
         f'{ahead(conflict["rho = 1"])} at 1 in "fours"',
     ):
         assert words in text
+    (products,) = arms_of("ablation_products")
+    whole, factors = products["products folded"], products["folded"]
+    assert whole["against_ours"]["p_value"] < 0.001
+    assert f'A and B gains {ahead(whole)} points in "pairs" (p < 0.001) at six times' in text
+    sent = [x["communication"]["uplink_bits_per_client_round"] for x in (whole, factors)]
+    assert round(sent[0] / sent[1]) == 6
     for arm in ("no transfer", "maximum magnitude"):
         assert conflict[arm]["against_ours"]["p_value"] > 0.05
 
