@@ -180,6 +180,11 @@ def test_what_is_said_of_ablations_was_measured():
         f'{ahead(conflict["rho = 1"])} at 1 in "fours"',
     ):
         assert words in text
+    (lending,) = arms_of("ablation_similarity")
+    aggregated, apart = (accuracy(lending[n]) for n in ("mean of 3, aggregated", "mean of 3"))
+    assert (
+        f'gives {aggregated} % in "pairs" and that of slots of different clients {apart} (' in text
+    )
     (products,) = arms_of("ablation_products")
     whole, factors = products["products folded"], products["folded"]
     assert whole["against_ours"]["p_value"] < 0.001
