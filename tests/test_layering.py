@@ -13,6 +13,7 @@ LAYER = {
     "config": 0,
     "data": 0,
     "tensors": 0,
+    "provenance": 0,
     "rounding": 1,
     "commandline": 1,
     "aggregation": 1,

@@ -65,16 +65,18 @@ def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[s
 
 
 def shared_out(tree: Any) -> tuple[Any, Mesh | None]:
-    """Arrays `[rows, n]` with their columns on all devices, others whole on each; and the mesh.
+    """Arrays `[rows, n]` with their columns on all devices, and the mesh.
 
-    Nothing and None where there is one device.
+    Others are whole on each device, and those whose columns the devices do not divide. Nothing and
+    None where there is one device.
     """
     mesh = slot_mesh()
     if mesh.size == 1:
         return None, None
 
     def put(x):
-        spec = PartitionSpec(None, AXIS) if jnp.ndim(x) > 1 else PartitionSpec()
+        parted = jnp.ndim(x) > 1 and x.shape[1] % mesh.size == 0
+        spec = PartitionSpec(None, AXIS) if parted else PartitionSpec()
         return jax.device_put(x, NamedSharding(mesh, spec))
 
     return jax.block_until_ready(jax.tree.map(put, tree)), mesh
