@@ -30,28 +30,27 @@ def collect(
       split at the round with the best validation accuracy; std is the sample's, over seeds.
     """
     command = f"python -m matu_jax.compare --config {file}"
+    results = {run: _result(run.folder(workdir)) for run in runs(comparison)}
     return {
         "name": file.stem,
         "title": comparison.title,
-        **_made(comparison, workdir),
+        **_made([result["summary"] for result in results.values() if result]),
         "command": command,
         "seeds": list(comparison.seeds),
         "reference": comparison.reference,
         "ours": comparison.ours,
         "experiment": comparison.experiment.to_dict(),
         "tuning": tuning,
-        "settings": [_setting(comparison, name, workdir, command) for name in comparison.settings],
+        "settings": [_setting(comparison, name, results, command) for name in comparison.settings],
     }
 
 
-def _made(comparison: Comparison, workdir: Path) -> dict[str, Any]:
-    """When, from which source and on what the runs were made: from their summaries.
+def _made(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """When, from which source and on what runs were made: from their summaries.
 
     Where runs differ, the values are joined by commas; the date is that of the newest.
     "run_seconds" is the sum over all runs.
     """
-    found = [_result(run.folder(workdir)) for run in runs(comparison)]
-    summaries = [result["summary"] for result in found if result]
     kinds = {
         kind: [summary.get(kind) or {} for summary in summaries] for kind in ("machine", "versions")
     }
@@ -78,13 +77,16 @@ def _joined(values: Iterable[Any]) -> Any:
     return ", ".join("unknown" if value is None else str(value) for value in different)
 
 
-def _setting(comparison: Comparison, name: str, workdir: Path, command: str) -> dict[str, Any]:
+def _setting(
+    comparison: Comparison,
+    name: str,
+    by_run: Mapping[Run, dict[str, Any] | None],
+    command: str,
+) -> dict[str, Any]:
     setting = comparison.settings[name]
     labels = arms_of(comparison, name)
     results = {
-        (arm, seed): _result(Run(name, arm, seed).folder(workdir))
-        for arm in labels
-        for seed in comparison.seeds
+        (arm, seed): by_run[Run(name, arm, seed)] for arm in labels for seed in comparison.seeds
     }
     there = [result for result in results.values() if result]
     tasks = list(there[0]["summary"]["accuracy"]["per_task"]) if there else []
