@@ -121,12 +121,16 @@ ALGORITHMS["ablation: products, not folded"] = partial(of_products, folds=False)
 
 def get_config():
     shipped = run_file(HERE.with_name("compare8.py"))
+    fours = run_file(HERE.with_name("ablation_rules.py")).settings["fours"]
     shipped.experiment.evaluation.every_rounds = 4
     names = ("folded", "products folded", "products, not folded")
     return dataclasses.replace(
         shipped,
         title="Ablations of what is folded: factors or products",
-        settings={"pairs": shipped.settings["pairs"]},
+        settings={
+            "pairs": shipped.settings["pairs"],
+            "fours": dataclasses.replace(fours, arms=()),
+        },
         arms={name: {"algorithm": f"ablation: {name}"} for name in names},
         reference="folded",
         ours="folded",
