@@ -180,19 +180,61 @@ def test_what_is_said_of_ablations_was_measured():
         f'{ahead(conflict["rho = 1"])} at 1 in "fours"',
     ):
         assert words in text
-    (lending,) = arms_of("ablation_similarity")
-    aggregated, apart = (accuracy(lending[n]) for n in ("mean of 3, aggregated", "mean of 3"))
+    lending = [
+        [accuracy(arms[name]) for arms in arms_of("ablation_similarity")]
+        for name in ("mean of 3, aggregated", "mean of 3")
+    ]
+    assert 'gives {} % in "pairs" and {} in "fours"'.format(*lending[0]) in text
+    assert "that of slots of different clients {} and {} (".format(*lending[1]) in text
+    two, four = (arms["products folded"] for arms in arms_of("ablation_products"))
+    assert two["against_ours"]["p_value"] < 0.001
+    words = f"(p = {four['against_ours']['p_value']:.2f}) at six times the traffic"
     assert (
-        f'gives {aggregated} % in "pairs" and that of slots of different clients {apart} (' in text
+        f'A and B gains {ahead(two)} points in "pairs" and {ahead(four)} in "fours" {words}' in text
     )
-    (products,) = arms_of("ablation_products")
-    whole, factors = products["products folded"], products["folded"]
-    assert whole["against_ours"]["p_value"] < 0.001
-    assert f'A and B gains {ahead(whole)} points in "pairs" (p < 0.001) at six times' in text
-    sent = [x["communication"]["uplink_bits_per_client_round"] for x in (whole, factors)]
-    assert round(sent[0] / sent[1]) == 6
+    for arms in arms_of("ablation_products"):
+        sent = [
+            arms[name]["communication"]["uplink_bits_per_client_round"]
+            for name in ("products folded", "folded")
+        ]
+        assert round(sent[0] / sent[1]) == 6
     for arm in ("no transfer", "maximum magnitude"):
         assert conflict[arm]["against_ours"]["p_value"] > 0.05
+
+
+def test_what_is_said_of_shrinkage_was_measured():
+    text = " ".join(README.split())
+    pairs, kin, other_kin = arms_of("ablation8")
+    other_pairs = arms_of("ablation_rules")[0]
+
+    def over(arms, better, worse):
+        means = [100 * arms[name]["accuracy"]["mean"] for name in (better, worse)]
+        return f"{means[0] - means[1]:.1f}"
+
+    def fixed(arms):
+        names = [name for name in arms if name.startswith("transfer: mean")]
+        return max(names, key=lambda name: arms[name]["accuracy"]["mean"])
+
+    one, three = "transfer: mean of 1", "transfer: mean of 3"
+    related = kin, other_kin
+    gains = [over(arms, "matu", "no transfer") for arms in related]
+    assert "it adds {} and {} points to no transfer".format(*gains) in text
+    rules = [over(arms, fixed(arms), "no transfer") for arms in related]
+    assert "the best fixed rule {} and {} (".format(*rules) in text
+    assert f"it adds {over(pairs, 'matu', 'no transfer')} (there)" in text
+    lost = over(pairs, "no transfer", three), over(other_pairs, "no transfer", "mean of 3")
+    assert "a fixed mean of three takes {} and {} away".format(*lost) in text
+    found = (
+        pairs[one]["against_ours"]["p_value"],
+        other_pairs["mean of 1"]["against_ours"]["p_value"],
+    )
+    ahead = (
+        f"is {over(pairs, one, 'matu')} points ahead of shrinkage in the one (p = {found[0]:.3f})"
+    )
+    assert ahead in text
+    assert f"level with it in the other (p = {found[1]:.2f})" in text
+    behind = [over(arms, "matu", one) for arms in related]
+    assert "and {} and {} behind it where tasks have relatives".format(*behind) in text
 
 
 def test_the_table_of_costs_says_what_was_measured():
