@@ -228,7 +228,7 @@ def _by_family(families: Sequence[str]) -> tuple[list[int], list[tuple[int, int,
 
 
 def _name_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
-    """Writes each name to the right of its line's end, moved where it would cover another."""
+    """Writes each name to the right of its line's end, to which a thin line leads."""
     low, high = axes.get_ylim()
     gap = 0.045 * (high - low)
     named = sorted((end, name) for name, end in ends.items() if np.isfinite(end))
@@ -238,9 +238,10 @@ def _name_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
     for i in reversed(range(len(places))):
         places[i] = min(places[i], high - gap * (len(places) - 1 - i))
     style: Any = {"va": "center", "fontsize": 8.5, "color": _NAME, "annotation_clip": False}
+    leader = {"arrowstyle": "-", "color": _FAINT, "linewidth": 0.6, "relpos": (0, 0.5)}
     for y, (end, name) in zip(places, named, strict=True):
-        target: Any = {"xytext": (1.01, y), "textcoords": ("axes fraction", "data")}
-        axes.annotate(name, (x, end), **target, **style)
+        target: Any = {"xytext": (1.02, y), "textcoords": ("axes fraction", "data")}
+        axes.annotate(name, (x, end), arrowprops=leader, **target, **style)
 
 
 def _figure(width: float, height: float) -> "Figure":
