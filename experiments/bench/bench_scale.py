@@ -179,7 +179,7 @@ def _run(given: argparse.Namespace, programs: str) -> None:
             # most with their square.
             done, work = work, float(clients * held * size) * (held if axis == "held" else 1)
             expected = least + (took - least) * work / done if done else 0.0
-            needed = 4 * size * (2 * clients * held + 3 * clients + 5 * tasks)
+            needed = 4 * size * (clients * held + 3 * clients + 5 * tasks)
             now = time.perf_counter() - start
             reason = ""
             if needed > 0.8 * memory_left():
