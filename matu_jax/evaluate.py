@@ -23,15 +23,14 @@ class Piece(NamedTuple):
     Attributes:
       slots: int64 `[rows]`, the last one repeated as padding.
       rows: how many of them count.
-      own: int64 `[own rows]`, those of the slots that this process's devices have.
       tasks: int64 `[tasks of the piece]`, theirs, the last one repeated as padding.
-      local: int32 `[own rows]`, where each own slot's task stands in `tasks`.
+      local: int32 `[own rows]`, where the task of each slot that this process has, see
+        `parallel.own_rows`, stands in `tasks`.
       first: position of the first example.
     """
 
     slots: np.ndarray
     rows: int
-    own: np.ndarray
     tasks: np.ndarray
     local: np.ndarray
     first: int
@@ -115,7 +114,7 @@ class EvaluationSet:
             held, local = np.unique(slot_tasks[own], return_inverse=True)
             held = np.pad(held, (0, widest - len(held)), mode="edge")
             for first in range(0, int(lengths[slot_tasks[group]].max()), batches * self._batch):
-                self.pieces.append(Piece(group, rows, own, held, local.astype(np.int32), first))
+                self.pieces.append(Piece(group, rows, held, local.astype(np.int32), first))
 
     @property
     def image_bytes(self) -> int:

@@ -90,18 +90,39 @@ def agreed(tree: PyTree) -> PyTree:
       tree: arrays of this process, of the same shapes and dtypes on all of them.
 
     Returns:
-      The tree itself in a run of one process; else numpy arrays.
+      The tree itself in a run of one process; else numpy arrays, but arrays that are parted over
+      processes as they are: of them each has what no other has.
     """
     if jax.process_count() == 1:
         return tree
     from jax.experimental import multihost_utils
 
     leaves, treedef = jax.tree.flatten(tree)
-    arrays = [np.asarray(leaf) for leaf in leaves]
+    whole = [i for i, leaf in enumerate(leaves) if not _parted(leaf)]
+    arrays = [np.asarray(leaves[i]) for i in whole]
     # As bytes, since what crosses is a sum with zeros: -0.0 would lose its sign.
     found = multihost_utils.broadcast_one_to_all([x.reshape(-1).view(np.uint8) for x in arrays])
-    return treedef.unflatten(
-        [x.view(a.dtype).reshape(a.shape) for x, a in zip(found, arrays, strict=True)]
+    for i, x, a in zip(whole, found, arrays, strict=True):
+        leaves[i] = x.view(a.dtype).reshape(a.shape)
+    return treedef.unflatten(leaves)
+
+
+def gathered(tree: PyTree) -> PyTree:
+    """The tree, with arrays that are parted over processes put together, as numpy arrays.
+
+    One after the other, so that no device holds more than one of them whole. All processes call it.
+    """
+    from jax.experimental import multihost_utils
+
+    def whole(leaf):
+        return multihost_utils.process_allgather(leaf, tiled=True) if _parted(leaf) else leaf
+
+    return jax.tree.map(whole, tree)
+
+
+def _parted(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not (
+        leaf.is_fully_addressable or leaf.is_fully_replicated
     )
 
 

@@ -65,7 +65,7 @@ def slots_at_once(mesh: Mesh, slots: int, parallel_slots: int = 0) -> int:
 
 
 def own_devices(mesh: Mesh) -> list[Any]:
-    """The devices of a mesh that belong to this process; the first one is its server."""
+    """The devices of a mesh that belong to this process."""
     return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
 
 
@@ -128,33 +128,61 @@ def _joined(local: PyTree, mesh: Mesh, spec: PartitionSpec, times: int, parts: i
     return jax.tree.map(whole, local)
 
 
-def server_mesh(mesh: Mesh) -> Mesh:
-    """This process's devices, which share the parameters of the server's arithmetic out."""
-    return Mesh(np.array(own_devices(mesh)), (AXIS,))
+def server_mesh(mesh: Mesh, shared: bool) -> Mesh:
+    """The devices of the server's arithmetic.
+
+    Args:
+      mesh: from `slot_mesh`.
+      shared: whether all devices, of all processes, share its parameters out; else each process
+        computes the whole on its first device.
+    """
+    return Mesh(mesh.devices if shared else np.array(own_devices(mesh)[:1]), (AXIS,))
 
 
-def on_server(tree: PyTree, server: Mesh) -> PyTree:
-    """Shares arrays of this process's out over its server's devices, by parameters.
+def server_shardings(tree: PyTree, server: Mesh) -> PyTree:
+    """How arrays lie at the server, for arrays or their shapes.
 
     Args:
       tree: leaves `[rows, ...]`, which are parted along the first axis behind the rows that the
         devices divide; where there is none, they lie whole on every device.
-      server: from `server_mesh`, or of one device.
+      server: from `server_mesh`.
     """
 
     def sharding(leaf):
         axes = [i for i, n in enumerate(leaf.shape) if i and n and n % server.size == 0]
-        spec = PartitionSpec(*[None] * axes[0], AXIS) if axes else WHOLE
+        spec = PartitionSpec(*[None] * axes[0], AXIS) if axes and server.size > 1 else WHOLE
         return NamedSharding(server, spec)
 
-    return jax.device_put(tree, jax.tree.map(sharding, tree))
+    return jax.tree.map(sharding, tree)
+
+
+def on_server(tree: PyTree, server: Mesh) -> PyTree:
+    """Puts arrays where `server_shardings` says.
+
+    Args:
+      tree: of all processes alike: numpy arrays, arrays of this process's, or there already.
+      server: from `server_mesh`.
+    """
+    shardings = server_shardings(tree, server)
+    if len(own_devices(server)) == server.size:
+        return jax.device_put(tree, shardings)
+
+    def put(leaf, sharding):
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def collected(tree: PyTree, mesh: Mesh, server: Mesh | None = None) -> PyTree:
-    """Brings arrays `[slots, ...]` in `ROWS` to every process's server, all rows.
+    """Brings arrays `[slots, ...]` in `ROWS` to the server.
 
-    Without a server, to the first device of every process.
+    Without a server, to the first device of every process, all rows.
     """
+    if server and server.size == mesh.size > 1:
+        return jax.jit(_same, out_shardings=server_shardings(tree, server))(tree)
     if jax.process_count() > 1:
         tree = jax.jit(_same, out_shardings=NamedSharding(mesh, WHOLE))(tree)
         tree = jax.tree.map(lambda x: x.addressable_data(0), tree)

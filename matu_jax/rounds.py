@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from matu_jax import attacks, failures, privacy
 from matu_jax.aggregation import Slots
@@ -41,6 +41,7 @@ from matu_jax.parallel import (
     padded_rows,
     placed,
     server_mesh,
+    server_shardings,
     shares,
     slot_mesh,
     slots_at_once,
@@ -48,8 +49,8 @@ from matu_jax.parallel import (
 from matu_jax.trees import PyTree
 
 SHARED_FROM = 1 << 20
-"""Trained parameters from which the server's arithmetic is shared out over its process's devices;
-with fewer, it is too little to be worth a program for several."""
+"""Trained parameters from which the server's arithmetic is shared out over all devices; with fewer,
+it is too little to be worth a program for several."""
 
 
 class Federation(NamedTuple):
@@ -245,6 +246,12 @@ def _evaluation_sets(
     }
 
 
+def _shares_server(model: Model, algorithm: Algorithm, mesh: Mesh) -> bool:
+    """Whether all devices share the parameters of the server's arithmetic out."""
+    trained = sum(leaf.size for leaf in jax.tree.leaves(model.base))
+    return algorithm.shared_over is not None and mesh.size > 1 and trained >= SHARED_FROM
+
+
 def predicted_bytes(
     config: Config, model: Model, algorithm: Algorithm, federation: Federation, mesh: Mesh
 ) -> dict[str, int]:
@@ -282,7 +289,8 @@ def predicted_bytes(
     vector = size(model.base)
     pieces = [s.image_bytes for s in _evaluation_sets(config, federation, mesh).values()]
     images = local.batch_examples * int(np.prod(pixels))
-    servers = len(shares(mesh, mesh.size))  # one per process; results reach it by all its devices
+    # One server per process, which all results reach by all its devices; or one over all devices.
+    servers = 1 if _shares_server(model, algorithm, mesh) else len(shares(mesh, mesh.size))
     copies = mesh.size if servers > 1 else 1
     return {
         "parameters": (size(model.frozen) + vector) * mesh.size,
@@ -372,12 +380,11 @@ def _run(
     mesh: Mesh,
     start: tuple[int, Any] | None,
 ) -> Iterator[RoundResult]:
-    server = server_mesh(mesh)
-    trained_size = sum(leaf.size for leaf in jax.tree.leaves(model.base))
-    if algorithm.shared_over and server.size > 1 and trained_size >= SHARED_FROM:
+    shared = _shares_server(model, algorithm, mesh)
+    server = server_mesh(mesh, shared)
+    if shared:
+        assert algorithm.shared_over
         algorithm = algorithm.shared_over(server)
-    else:
-        server = Mesh(server.devices[:1], server.axis_names)
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
     config = fitted(config, model, algorithm, federation, mesh)
@@ -387,18 +394,31 @@ def _run(
     advance = jax.jit(local.advance, donate_argnums=1)
 
     def some(vectors: Callable[[Any, Slots], PyTree]) -> Callable[..., PyTree]:
-        return jax.jit(
-            lambda state, slots, rows: jax.tree.map(lambda x: x[rows], vectors(state, slots))
-        )
+        """Makes `(state, slots, rows) -> vectors` of these slots, shared out over the devices."""
+
+        def take(state, slots, rows):
+            return jax.tree.map(lambda x: x[rows], vectors(state, slots))
+
+        if shared:
+            return jax.jit(take, out_shardings=NamedSharding(mesh, ROWS))
+        program = jax.jit(take)
+
+        def own(state, slots, rows):
+            own = rows[own_rows(mesh, len(rows))]
+            return placed(program(state, slots, own), mesh, ROWS)
+
+        return own
 
     download = some(algorithm.download)
     evaluated = some(algorithm.evaluated) if algorithm.evaluated else download
 
-    lies = jnp.asarray(attacks.liars(config.attack, slots, config.seed)[slots.client])
+    lies = attacks.liars(config.attack, slots, config.seed)[slots.client]
     lies_in_changes = config.attack.kind not in ("none", "label_flip", *attacks.OF_UPLOADS)
     disturbed = lies_in_changes or config.privacy.clip_norm > 0
 
-    @jax.jit
+    at_server = NamedSharding(server, WHOLE)
+
+    @functools.partial(jax.jit, out_shardings=(None, at_server))
     def upload(
         state: Any, trained: list[PyTree], slots: Slots, rows: jax.Array, index: jax.Array
     ) -> tuple[Any, jax.Array]:
@@ -415,7 +435,9 @@ def _run(
             if config.privacy.clip_norm:
                 vectors = privacy.privatised(config.privacy, vectors, slots, index, config.seed)
             if lies_in_changes:
-                vectors = attacks.lied(config.attack, vectors, lies, slots, index, config.seed)
+                vectors = attacks.lied(
+                    config.attack, vectors, jnp.asarray(lies), slots, index, config.seed
+                )
             if disturbed:  # the server takes no numbers that are not finite
                 finite = [
                     jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
@@ -427,12 +449,13 @@ def _run(
                 vectors = jax.tree.map(jnp.add, before, vectors)
         uploads = algorithm.upload(vectors, slots)
         if config.attack.kind in attacks.OF_UPLOADS:
-            uploads = attacks.lied_upload(config.attack, uploads, lies)
+            uploads = attacks.lied_upload(config.attack, uploads, jnp.asarray(lies))
         return uploads, slots.weight
 
-    aggregate = jax.jit(algorithm.aggregate, donate_argnums=0)
+    placement = server_shardings(jax.eval_shape(algorithm.init, model.base, slots), server)
+    aggregate = jax.jit(algorithm.aggregate, donate_argnums=0, out_shardings=(placement, at_server))
 
-    done, state = start or (0, jax.jit(algorithm.init)(model.base, slots))
+    done, state = start or (0, jax.jit(algorithm.init, out_shardings=placement)(model.base, slots))
     state = on_server(state, server)
     messages = None
     parameters = placed((model.base, model.frozen), mesh, WHOLE)
@@ -446,7 +469,7 @@ def _run(
         rows = trained_slots(config, slots, chosen)
         results: list[Trained] = []
         for part in padded_rows(rows, cut.slots).reshape(cut.groups, cut.slots):
-            downloads = placed(download(state, slots, part[own]), mesh, ROWS)
+            downloads = download(state, slots, part)
             clock.lap("server_download", downloads)
             carry = begin(downloads)
             position = np.stack(
@@ -592,7 +615,7 @@ def _batches(
 def _measuring(
     config: Config, model: Model, federation: Federation, mesh: Mesh, parameters: Any
 ) -> Callable[[Callable[[np.ndarray], PyTree]], dict[str, Any]]:
-    """Makes the function that evaluates: (rows -> their task vectors) to what a record holds."""
+    """Makes the function that evaluates: (slots -> vectors, in `ROWS`) to what a record holds."""
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
     program = jax.jit(evaluation(model, mesh, parallel_slots=config.local.parallel_slots))
@@ -622,7 +645,7 @@ def _measuring(
                     counts[before.slots[: before.rows]] += counted[: before.rows]
                 if piece.slots is not group:  # the pieces of one group of slots share its array
                     group, vectors = piece.slots, None  # the group before makes room first
-                    vectors = placed(vectors_of(piece.own), mesh, ROWS)
+                    vectors = vectors_of(piece.slots)
                 counted = program(
                     (*parameters, *examples),
                     vectors,

@@ -192,6 +192,9 @@ def train(
                 if last.similarity is not None:
                     similarity_sum = similarity_sum + last.similarity
                 signal = hosts.highest(stop.signal or 0)
+                due = last.round % config.checkpoint.every_rounds == 0
+                due = due or last.round == config.rounds or bool(signal)
+                state = hosts.gathered(last.state) if due else None
                 with hosts.together():
                     if checkpoints:
                         # The line first: a kill in between leaves a line too many, which resuming
@@ -199,10 +202,9 @@ def train(
                         last.record["seconds"]["checkpoint"] = saving
                         log.append(last.record)
                         clock = time.perf_counter()
-                        due = last.round % config.checkpoint.every_rounds == 0
-                        if due or last.round == config.rounds or signal:
-                            state = {"state": last.state, "similarity_sum": similarity_sum}
-                            checkpoints.save(last.round, state, meta)
+                        if due:
+                            saved = {"state": state, "similarity_sum": similarity_sum}
+                            checkpoints.save(last.round, saved, meta)
                         saving = time.perf_counter() - clock
                 bar.update(job, completed=last.round, description=_status(last.record))
                 for line in _left_out(last.record["dropped"]):

@@ -21,12 +21,14 @@ from matu_jax.checkpoint import Checkpoints
 
 ROUNDS = 8
 
-# Small pieces, so that both training and evaluation are fed in several; what is read is noted down.
+# Small pieces, so that both training and evaluation are fed in several; what is read is noted down,
+# and how much of the server's vectors lies here.
 PROGRAM = """
-import functools, json, sys
+import functools, json, os, sys
+import jax
 from matu_jax import evaluate, rounds, train
 
-read = {"slots": [], "tasks": [], "pieces": []}
+read = {"slots": [], "tasks": [], "pieces": [], "here": []}
 round_indices, gather, load = rounds.round_indices, rounds.gather, evaluate.EvaluationSet.load
 
 def noted_indices(indices, client, task, **others):
@@ -41,6 +43,16 @@ def noted_load(self, index):
     read["tasks"] += self.pieces[index].tasks.tolist()
     return load(self, index)
 
+agreed = rounds.agreed
+
+def noted_agreed(state):
+    for leaf in jax.tree.leaves(state):
+        here = {str(shard.index): shard.data.size for shard in leaf.addressable_shards}
+        read["here"] += [sum(here.values()) / leaf.size] if leaf.ndim > 2 else []
+    return agreed(state)
+
+rounds.agreed = noted_agreed
+rounds.SHARED_FROM = int(os.environ["SHARED_FROM"])
 rounds.round_indices, rounds.gather = noted_indices, noted_gather
 evaluate.EvaluationSet.load = noted_load
 for name in ("grid", "EvaluationSet"):
@@ -98,7 +110,7 @@ def free_port():
         return found.getsockname()[1]
 
 
-def pair(experiment, workdir):
+def pair(experiment, workdir, *, shared=False):
     """Starts the two processes of a run, with two devices each."""
     port, folder = free_port(), workdir.parent
     return [
@@ -112,7 +124,9 @@ def pair(experiment, workdir):
             stderr=subprocess.STDOUT,
             text=True,
             cwd=Path(tiny.__file__).parents[1],
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+            env=os.environ
+            | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+            | {"SHARED_FROM": "0" if shared else str(rounds.SHARED_FROM)},
         )
         for process in range(2)
     ]
@@ -158,9 +172,15 @@ def assert_equal(experiment, workdir, whole):
     jax.tree.map(close, *states)
 
 
-def test_one_process_then_two_then_one_again_reach_the_result_of_one(experiment, begun, whole):
-    """Two go on where one has stopped; of these, the second alone is preempted."""
-    processes = pair(experiment, begun)
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_process_then_two_then_one_again_reach_the_result_of_one(
+    experiment, begun, whole, shared
+):
+    """Two go on where one has stopped; of these, the second alone is preempted.
+
+    Each computes the server's arithmetic for itself, or all devices share it out.
+    """
+    processes = pair(experiment, begun, shared=shared)
     deadline = time.monotonic() + 240
     while len(lines(begun)) < 3 and time.monotonic() < deadline:
         if any(process.poll() is not None for process in processes):
@@ -177,7 +197,8 @@ def test_one_process_then_two_then_one_again_reach_the_result_of_one(experiment,
     for words in ("4 x cpu (cpu) of 2 processes", "Going on after round 2"):
         assert words in texts[0]
         assert words not in texts[1]
-    each_has_read_its_own_slots_alone(begun)
+    for one in each_has_read_its_own_slots_alone(begun):
+        assert set(one["here"]) == {0.5 if shared else 1.0}
 
     assert train.main(["train", experiment, f"--workdir={begun}"]) == 0
     assert_equal(experiment, begun, whole)
@@ -193,6 +214,7 @@ def each_has_read_its_own_slots_alone(workdir):
         assert {tuple(piece) for piece in one["pieces"]} == {(2, 1, 4)}  # slots, steps, batch
     # Evaluation goes by task: 0 0 | 1 1, then 2 2 | 2 2.
     assert [set(one["tasks"]) for one in read] == [{0, 2}, {1, 2}]
+    return read
 
 
 @pytest.mark.slow
