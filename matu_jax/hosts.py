@@ -12,10 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from matu_jax.commandline import UserError
 from matu_jax.interruption import end_on_sigterm
 from matu_jax.trees import PyTree
+
+_PIECE_BYTES = 1 << 26
 
 OPTIONS = ("coordinator", "processes", "process")
 
@@ -87,7 +90,7 @@ def agreed(tree: PyTree) -> PyTree:
     """What process 0 has, on all processes, bit for bit.
 
     Args:
-      tree: arrays of this process, of the same shapes and dtypes on all of them.
+      tree: arrays, of the same shapes and dtypes on all processes.
 
     Returns:
       The tree itself in a run of one process; else numpy arrays, but arrays that are parted over
@@ -107,17 +110,41 @@ def agreed(tree: PyTree) -> PyTree:
     return treedef.unflatten(leaves)
 
 
-def gathered(tree: PyTree) -> PyTree:
-    """The tree, with arrays that are parted over processes put together, as numpy arrays.
+def gathered(tree: PyTree) -> PyTree | None:
+    """A tree with arrays that are parted over processes, at process 0; all processes call this.
 
-    One after the other, so that no device holds more than one of them whole. All processes call it.
+    Args:
+      tree: arrays `[rows, ...]`; a device needs room for 64 MiB, or one row, of one of them.
+
+    Returns:
+      The tree itself in a run of one process. Else numpy arrays, and None at other processes.
     """
-    from jax.experimental import multihost_utils
+    if jax.process_count() == 1:
+        return tree
 
     def whole(leaf):
-        return multihost_utils.process_allgather(leaf, tiled=True) if _parted(leaf) else leaf
+        if not _parted(leaf):
+            return np.asarray(leaf) if is_first() else None
+        rows = min(max(_PIECE_BYTES * leaf.shape[0] // leaf.nbytes, 1), leaf.shape[0])
+        piece = jax.jit(
+            _rows,
+            static_argnums=2,
+            out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()),
+        )
+        found = np.empty(leaf.shape, leaf.dtype) if is_first() else None
+        for first in range(0, leaf.shape[0], rows):
+            start = min(first, leaf.shape[0] - rows)
+            values = jax.block_until_ready(piece(leaf, start, rows))
+            if found is not None:
+                found[start : start + rows] = values
+        return found
 
-    return jax.tree.map(whole, tree)
+    found = jax.tree.map(whole, tree)
+    return found if is_first() else None
+
+
+def _rows(leaf: jax.Array, start: int, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(leaf, start, count)
 
 
 def _parted(leaf: Any) -> bool:

@@ -144,7 +144,8 @@ def server_shardings(tree: PyTree, server: Mesh) -> PyTree:
 
     Args:
       tree: leaves `[rows, ...]`, which are parted along the first axis behind the rows that the
-        devices divide; where there is none, they lie whole on every device.
+        devices divide; where there is none, they lie whole on every device. What computes with flat
+        parameters had better have them along one axis.
       server: from `server_mesh`.
     """
 
@@ -182,7 +183,12 @@ def collected(tree: PyTree, mesh: Mesh, server: Mesh | None = None) -> PyTree:
     Without a server, to the first device of every process, all rows.
     """
     if server and server.size == mesh.size > 1:
-        return jax.jit(_same, out_shardings=server_shardings(tree, server))(tree)
+        # One by one, since XLA makes copies on the way.
+        return jax.tree.map(
+            lambda x, sharding: jax.jit(_same, out_shardings=sharding)(x),
+            tree,
+            server_shardings(tree, server),
+        )
     if jax.process_count() > 1:
         tree = jax.jit(_same, out_shardings=NamedSharding(mesh, WHOLE))(tree)
         tree = jax.tree.map(lambda x: x.addressable_data(0), tree)

@@ -73,20 +73,29 @@ class StoppedError(RuntimeError):
     """A run that cannot sensibly go on; says why, and what to do."""
 
 
-class RoundResult(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class RoundResult:
     """What a round leaves behind.
 
     Attributes:
       round: 1 for the first.
-      state: the algorithm's state; valid until the next round starts, which takes its buffers.
+      make_state: makes `state`.
       record: what metrics.jsonl holds of the round, as plain Python values.
       similarity: float32 `[tasks, tasks]` as the server measured it, or None.
     """
 
     round: int
-    state: Any
+    make_state: Callable[[], Any]
     record: dict[str, Any]
     similarity: np.ndarray | None
+
+    @property
+    def state(self) -> Any:
+        """The algorithm's state; valid until the next round starts, which takes its buffers.
+
+        All processes of a run ask for it or none; it may be parted over them, see `hosts.gathered`.
+        """
+        return self.make_state()
 
 
 def task_names(config: Config) -> tuple[str, ...]:
@@ -382,32 +391,49 @@ def _run(
 ) -> Iterator[RoundResult]:
     shared = _shares_server(model, algorithm, mesh)
     server = server_mesh(mesh, shared)
+    base, shapes = model.base, jax.eval_shape(algorithm.init, model.base, federation.slots)
     if shared:
         assert algorithm.shared_over
         algorithm = algorithm.shared_over(server)
+        base = jax.tree.map(jnp.ravel, base)  # at the server, each leaf's parameters are in a row
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
     config = fitted(config, model, algorithm, federation, mesh)
     model = linearised(model) if algorithm.local.linearised else model
     local = local_training(model, config.local, algorithm.local, mesh, seed=config.seed)
-    begin, finish = jax.jit(local.begin), jax.jit(local.finish, donate_argnums=0)
-    advance = jax.jit(local.advance, donate_argnums=1)
+    begin, advance = jax.jit(local.begin), jax.jit(local.advance, donate_argnums=1)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def finish(carry: Any) -> Trained:
+        trained = local.finish(carry)
+        vectors = jax.tree.map(
+            lambda x, like: x.reshape(x.shape[0], *like.shape), trained.vectors, base
+        )
+        return trained._replace(vectors=vectors)
 
     def some(vectors: Callable[[Any, Slots], PyTree]) -> Callable[..., PyTree]:
         """Makes `(state, slots, rows) -> vectors` of these slots, shared out over the devices."""
+        by_slot = NamedSharding(mesh, ROWS)
 
         def take(state, slots, rows):
             return jax.tree.map(lambda x: x[rows], vectors(state, slots))
 
+        def take_shared(state, slots, rows):
+            def shaped(x, like):
+                whole = jax.lax.with_sharding_constraint(x, by_slot)
+                return whole.reshape(whole.shape[0], *like.shape)
+
+            return jax.tree.map(shaped, take(state, slots, rows), model.base)
+
         if shared:
-            return jax.jit(take, out_shardings=NamedSharding(mesh, ROWS))
+            return jax.jit(take_shared, out_shardings=by_slot)
         program = jax.jit(take)
 
-        def own(state, slots, rows):
+        def take_own(state, slots, rows):
             own = rows[own_rows(mesh, len(rows))]
             return placed(program(state, slots, own), mesh, ROWS)
 
-        return own
+        return take_own
 
     download = some(algorithm.download)
     evaluated = some(algorithm.evaluated) if algorithm.evaluated else download
@@ -452,11 +478,15 @@ def _run(
             uploads = attacks.lied_upload(config.attack, uploads, jnp.asarray(lies))
         return uploads, slots.weight
 
-    placement = server_shardings(jax.eval_shape(algorithm.init, model.base, slots), server)
+    flat_shapes = jax.eval_shape(algorithm.init, base, slots)
+    placement = server_shardings(flat_shapes, server)
     aggregate = jax.jit(algorithm.aggregate, donate_argnums=0, out_shardings=(placement, at_server))
+    shaped = jax.jit(
+        lambda state: _reshaped(state, shapes), out_shardings=server_shardings(shapes, server)
+    )
 
-    done, state = start or (0, jax.jit(algorithm.init, out_shardings=placement)(model.base, slots))
-    state = on_server(state, server)
+    done, state = start or (0, jax.jit(algorithm.init, out_shardings=placement)(base, slots))
+    state = on_server(_reshaped(state, flat_shapes), server)
     messages = None
     parameters = placed((model.base, model.frozen), mesh, WHOLE)
     measure = _measuring(config, model, federation, mesh, parameters)
@@ -538,7 +568,7 @@ def _run(
         similarity = np.asarray(metrics["similarity"]) if "similarity" in metrics else None
         yield RoundResult(
             index + 1,
-            state,
+            functools.partial(shaped, state) if shared else lambda state=state: state,
             {
                 "round": index + 1,
                 "loss": float(np.mean(loss[takes_part & finite]))
@@ -566,6 +596,10 @@ def _run(
             },
             similarity,
         )
+
+
+def _reshaped(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: x.reshape(y.shape), tree, like)
 
 
 def _batches(

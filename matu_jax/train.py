@@ -194,6 +194,7 @@ def train(
                 signal = hosts.highest(stop.signal or 0)
                 due = last.round % config.checkpoint.every_rounds == 0
                 due = due or last.round == config.rounds or bool(signal)
+                clock = time.perf_counter()
                 state = hosts.gathered(last.state) if due else None
                 with hosts.together():
                     if checkpoints:
@@ -201,11 +202,12 @@ def train(
                         # drops.
                         last.record["seconds"]["checkpoint"] = saving
                         log.append(last.record)
-                        clock = time.perf_counter()
                         if due:
-                            saved = {"state": state, "similarity_sum": similarity_sum}
-                            checkpoints.save(last.round, saved, meta)
+                            checkpoints.save(
+                                last.round, {"state": state, "similarity_sum": similarity_sum}, meta
+                            )
                         saving = time.perf_counter() - clock
+                del state  # it may be a copy
                 bar.update(job, completed=last.round, description=_status(last.record))
                 for line in _left_out(last.record["dropped"]):
                     bar.console.print(f"round {last.round}: left out: {line}", markup=False)

@@ -48,7 +48,7 @@ agreed = rounds.agreed
 def noted_agreed(state):
     for leaf in jax.tree.leaves(state):
         here = {str(shard.index): shard.data.size for shard in leaf.addressable_shards}
-        read["here"] += [sum(here.values()) / leaf.size] if leaf.ndim > 2 else []
+        read["here"] += [sum(here.values()) / leaf.size] if leaf[0].size >= 8 else []
     return agreed(state)
 
 rounds.agreed = noted_agreed
@@ -110,7 +110,7 @@ def free_port():
         return found.getsockname()[1]
 
 
-def pair(experiment, workdir, *, shared=False):
+def pair(experiment, workdir, *words, shared=False):
     """Starts the two processes of a run, with two devices each."""
     port, folder = free_port(), workdir.parent
     return [
@@ -118,7 +118,7 @@ def pair(experiment, workdir, *, shared=False):
             [
                 *(sys.executable, "-c", PROGRAM, folder / f"read{process}.json"),
                 *(experiment, f"--workdir={workdir}", f"--coordinator=localhost:{port}"),
-                *("--processes=2", f"--process={process}"),
+                *("--processes=2", f"--process={process}", *words),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -218,9 +218,12 @@ def each_has_read_its_own_slots_alone(workdir):
 
 
 @pytest.mark.slow
-def test_two_processes_from_start_to_end(experiment, tmp_path, whole):
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_processes_from_start_to_end(experiment, tmp_path, whole, shared):
+    """With a checkpoint after every round."""
     workdir = tmp_path / "run"
-    codes, texts = ended(pair(experiment, workdir))
+    words = "--config.checkpoint.every_rounds=1"
+    codes, texts = ended(pair(experiment, workdir, words, shared=shared))
     assert codes == [0, 0], "\n".join(texts)
     assert "Results" in texts[0]
     assert "Results" not in texts[1]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import tiny_clip
 from hypothesis import given
 from jax.sharding import AxisType
@@ -577,7 +578,7 @@ def run(name, **changes):
     model = models.build(config.model, federation.tasks)
     algorithm = build(config)
     results = [
-        result._replace(state=jax.tree.map(np.array, result.state))
+        tiny.kept(result)
         for result in rounds.run(config, algorithm, model, federation, mesh=one_device())
     ]
     return algorithm, federation, model, results

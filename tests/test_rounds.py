@@ -6,7 +6,9 @@ import chex
 import jax
 import numpy as np
 import pytest
+import test_rivals
 import tiny
+import tiny_clip
 from jax.sharding import AxisType
 
 from matu_jax import algorithms, models, rounds
@@ -55,8 +57,7 @@ def run(config, federation, model, start=None, mesh=None):
     for result in rounds.run(
         config, algorithm, model, federation, mesh=mesh or one_device(), start=start
     ):
-        # The next round takes the state's buffers.
-        yield result._replace(state=jax.tree.map(np.array, result.state))
+        yield tiny.kept(result)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,53 @@ def test_a_server_shared_out_goes_on_from_its_checkpoint_on_one_device(
     assert last.record["loss"] == pytest.approx(results[2]["loss"], rel=1e-4)
     assert last.similarity is not None
     np.testing.assert_allclose(last.similarity, similar[2], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": {"trainable": "full"}, "matu": {"precision": "int8"}},
+        {"privacy": {"clip_norm": 1.0, "noise_multiplier": 0.1}},
+        {"attack": {"kind": "noise", "share": 0.4}},
+    ],
+    ids=str,
+)
+def test_a_server_shared_out_has_its_part_of_stacked_blocks(monkeypatch, changes):
+    """Three blocks are one leaf, of which four devices have equal parts; heads train as well."""
+    tiny_clip.register(monkeypatch)
+    config = dataclasses.replace(
+        test_rivals.RUN,
+        algorithm="matu",
+        local=dataclasses.replace(test_rivals.RUN.local, optimizer="sgd", learning_rate=0.01),
+    )
+    for block, fields in changes.items():
+        block_config = dataclasses.replace(getattr(config, block), **fields)
+        config = dataclasses.replace(config, **{block: block_config})
+    federation = test_rivals.federation_of(config)
+    model = models.build(config.model, federation.tasks)
+    one = list(run(config, federation, model))
+    here = []
+
+    def noted(state):
+        for leaf in jax.tree.leaves(state):
+            if leaf.shape[-1] >= 32:
+                here.append(leaf.addressable_shards[0].data.size / leaf.size)
+        return state
+
+    monkeypatch.setattr(rounds, "SHARED_FROM", 0)
+    monkeypatch.setattr(rounds, "agreed", noted)
+    mesh = jax.make_mesh((4,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    many = list(run(config, federation, model, mesh=mesh))
+    assert here
+    assert set(here) == {0.25}
+    vectors = [  # not the masks: where a gradient vanishes (biases of keys), signs are of rounding
+        algorithms.build(config).download(results[-1].state, federation.slots)
+        for results in (many, one)
+    ]
+    chex.assert_trees_all_close(*vectors, atol=1e-6, rtol=1e-4)
+    assert many[-1].record["accuracy"] == one[-1].record["accuracy"]
+    assert many[-1].record["uplink_bits"] == one[-1].record["uplink_bits"]
 
 
 def test_seed_changes_the_result(uninterrupted, federation, model):

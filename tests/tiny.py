@@ -1,5 +1,6 @@
 """A checkpoint of one narrow layer, so that tests of everything around it compile in a second."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,12 @@ from safetensors.numpy import save_file
 
 from matu_jax.models.vit import VisionTransformer, ViTShape
 from matu_jax.trees import leaf_items
+
+
+def kept(result):
+    """A round's result with its state as numpy arrays: the next round takes the state's buffers."""
+    state = jax.tree.map(np.array, result.state)
+    return dataclasses.replace(result, make_state=lambda: state)
 
 
 def write_checkpoint(path, depth=1):

@@ -2,11 +2,11 @@
 
     python experiments/bench/bench_hosts.py
 
-Two processes on this machine, one CPU device each, train all parameters of a transformer with random
-weights for MaTU, as `python -m matu_jax.train` does; runs of both kinds take turns. Seconds are the
-medians over rounds of all runs of a kind, but the first two, which compile; "round" is their sum
-without training, data and evaluation. "peak MB" is the larger resident memory of the two. Between
-two hosts a network would slow down what crosses, "exchange" and "download" most of all.
+Two processes on this machine, one CPU device each, train all parameters of a transformer with
+random weights for MaTU, as `python -m matu_jax.train` does; runs of both kinds take turns. Seconds
+are the medians over rounds of all runs of a kind, but the first two, which compile; "round" is
+their sum, without training, data and evaluation. "peak MB" is the larger resident memory of the
+two. Between two hosts a network would slow down what crosses, "exchange" and "download" most.
 """
 
 import json
