@@ -22,7 +22,7 @@ from matu_jax.data.batching import gather, round_indices
 from matu_jax.data.feed import Grid, grid, prefetched
 from matu_jax.data.partition import assign, partition
 from matu_jax.evaluate import EvaluationSet, evaluation, per_task
-from matu_jax.hosts import agreed, highest
+from matu_jax.hosts import agreed, gathered, highest
 from matu_jax.local import Trained, local_training
 from matu_jax.metrics import relatedness_auc
 from matu_jax.models import Model, linearised
@@ -93,7 +93,8 @@ class RoundResult:
     def state(self) -> Any:
         """The algorithm's state; valid until the next round starts, which takes its buffers.
 
-        All processes of a run ask for it or none; it may be parted over them, see `hosts.gathered`.
+        Of several processes, all ask for it or none; the first has it, as numpy arrays, the others
+        have None.
         """
         return self.make_state()
 
@@ -481,9 +482,14 @@ def _run(
     flat_shapes = jax.eval_shape(algorithm.init, base, slots)
     placement = server_shardings(flat_shapes, server)
     aggregate = jax.jit(algorithm.aggregate, donate_argnums=0, out_shardings=(placement, at_server))
-    shaped = jax.jit(
-        lambda state: _reshaped(state, shapes), out_shardings=server_shardings(shapes, server)
-    )
+    placed_shapes = server_shardings(shapes, server)
+    shaped = jax.jit(lambda state: _reshaped(state, shapes), out_shardings=placed_shapes)
+
+    def as_saved(state: Any) -> Any:
+        if jax.process_count() > 1:  # reshaped here, since there it would cross devices
+            whole = gathered(state)
+            return None if whole is None else _reshaped(whole, shapes)
+        return shaped(state) if shared else state
 
     done, state = start or (0, jax.jit(algorithm.init, out_shardings=placement)(base, slots))
     state = on_server(_reshaped(state, flat_shapes), server)
@@ -568,7 +574,7 @@ def _run(
         similarity = np.asarray(metrics["similarity"]) if "similarity" in metrics else None
         yield RoundResult(
             index + 1,
-            functools.partial(shaped, state) if shared else lambda state=state: state,
+            functools.partial(as_saved, state),
             {
                 "round": index + 1,
                 "loss": float(np.mean(loss[takes_part & finite]))

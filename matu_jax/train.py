@@ -195,7 +195,7 @@ def train(
                 due = last.round % config.checkpoint.every_rounds == 0
                 due = due or last.round == config.rounds or bool(signal)
                 clock = time.perf_counter()
-                state = hosts.gathered(last.state) if due else None
+                state = last.state if due else None
                 with hosts.together():
                     if checkpoints:
                         # The line first: a kill in between leaves a line too many, which resuming
