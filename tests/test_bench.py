@@ -182,3 +182,14 @@ def test_the_benchmarks_of_messages(tmp_path):
             for row, entropy in zip(rows, (1.0, 0.4690), strict=True):
                 assert row["entropy"] == pytest.approx(entropy, abs=1e-4)
                 assert entropy - 0.01 < row["Huffman"] < 1.03 * entropy + 0.01
+
+
+def test_two_processes_with_a_server_of_each_kind(tmp_path):
+    options = "--repeats 1 --rounds 3 --width 16 --depth 1"
+    rows = results("bench_hosts", options.split(), tmp_path)["rows"]
+    assert [row["server"] for row in rows] == ["each", "shared"]
+    for row in rows:
+        assert row["parameters"] > 5_000
+        parts = ("exchange", "download", "unify", "aggregate", "checkpoint")
+        assert row["round s"] == pytest.approx(sum(row[f"{part} s"] for part in parts))
+        assert min(row[f"{part} s"] for part in parts) > 0
