@@ -8,7 +8,8 @@ transfer="mean"; the results are compared before anything is timed. "default" is
 `matu.aggregate` with this library's own default, similarity over slots of different clients.
 "outer jit" is "library" called inside a caller's own `jax.jit`. "shared" is "library" with the
 parameters shared out over all devices, one per core on CPU, on which they lie already. In bfloat16,
-uploads of all are; PyTorch's loop and dense JAX compute and return float32.
+uploads of all are; PyTorch's loop and dense JAX compute and return float32, ours rounds task
+vectors, as clients have them.
 """
 
 import itertools
@@ -60,9 +61,16 @@ def _check(uploads, slots, listed, own, held: int) -> None:
         dense_aggregate(uploads, slots, held),
     ):
         found = ours.task_vectors["w"]
-        loose = {"atol": 1e-4} if found.dtype == jnp.float32 else {"atol": 0.01, "rtol": 0.01}
-        np.testing.assert_allclose(ours.similarity, np.asarray(theirs[1]), atol=1e-5)
-        np.testing.assert_allclose(found.astype(jnp.float32), np.asarray(theirs[0]), **loose)
+        exact = found.dtype == jnp.float32
+        np.testing.assert_allclose(
+            ours.similarity, np.asarray(theirs[1]), atol=1e-5 if exact else 1e-3
+        )
+        np.testing.assert_allclose(
+            found.astype(jnp.float32),
+            np.asarray(theirs[0]),
+            atol=1e-4 if exact else 0.02,
+            rtol=1e-7 if exact else 0.02,
+        )
 
 
 def main() -> None:
