@@ -329,16 +329,14 @@ def _aggregate(
     def masked(masks):
         return treedef.unflatten(join.leaf_masks(masks))
 
-    task_vectors = shaped(mixed, (tasks,))
     return Aggregated(
-        task_vectors=task_vectors,
         similarity=similarity,
         unified=Unified(shaped(one_vector, ()), masked(all_masks), all_scales),
         downloads=Unified(
             shaped(down_vector, (slots.num_clients,)), masked(down_masks), down_scales
         ),
         accepted=accepted,
-        state=ServerState(task_vectors, agreement, energy),
+        state=ServerState(shaped(mixed, (tasks,)), agreement, energy),
     )
 
 

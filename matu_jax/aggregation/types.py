@@ -170,7 +170,6 @@ class Aggregated(NamedTuple):
     """What one server round yields.
 
     Attributes:
-      task_vectors: leaves `[tasks, ...]` in the storage dtype (after eq. 8).
       similarity: float32 `[tasks, tasks]` (eq. 7), computed before eq. 8.
       unified: all tasks folded into one: vector leaves `[...]`, masks `[tasks, bytes]`, scales
         `[tasks]`. Where uploads are vectors, hand it to the next round as `previous`; it is all the
@@ -182,12 +181,16 @@ class Aggregated(NamedTuple):
       state: what the next round needs as `previous` where uploads are changes.
     """
 
-    task_vectors: PyTree
     similarity: jax.Array
     unified: Unified
     downloads: Unified
     accepted: jax.Array
     state: ServerState
+
+    @property
+    def task_vectors(self) -> PyTree:
+        """Leaves `[tasks, ...]` in the storage dtype (after eq. 8), the state's own."""
+        return self.state.task_vectors
 
 
 def check_slots(slots: Slots, name: str) -> Slots:
