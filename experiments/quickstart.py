@@ -6,8 +6,8 @@ Twelve clients hold two tasks each, 128 training images per task. Four questions
 direction of the background's lines) are asked about two kinds of images, so that tasks of one kind
 contradict each other and tasks with one question are related.
 
-Reached, three seeds: 94.6 +- 1.0 % mean test accuracy (per_task 93.3, individual 72, fedavg 33) at
-836 kbit up and down per client and round, in one to two minutes on two CPU cores: see
+Reached, three seeds: 94.6 +- 1.2 % mean test accuracy (per_task 93.3, individual 72, fedavg 33) at
+836 kbit up and down per client and round, in about a minute on two CPU cores: see
 results/quickstart.md.
 """
 

@@ -125,7 +125,7 @@ def gathered(tree: PyTree) -> PyTree | None:
     def whole(leaf):
         if not _parted(leaf):
             return np.asarray(leaf) if is_first() else None
-        rows = min(max(_PIECE_BYTES * leaf.shape[0] // leaf.nbytes, 1), leaf.shape[0])
+        rows = min(max(_PIECE_BYTES * leaf.shape[0] // max(leaf.nbytes, 1), 1), leaf.shape[0])
         piece = jax.jit(
             _rows,
             static_argnums=2,

@@ -144,8 +144,8 @@ def server_shardings(tree: PyTree, server: Mesh) -> PyTree:
 
     Args:
       tree: leaves `[rows, ...]`, which are parted along the first axis behind the rows that the
-        devices divide; where there is none, they lie whole on every device. What computes with flat
-        parameters had better have them along one axis.
+        devices divide; where there is none, as in leaves of one axis, they lie whole on each. What
+        computes with flat parameters had better have them along one axis.
       server: from `server_mesh`.
     """
 
@@ -178,9 +178,9 @@ def on_server(tree: PyTree, server: Mesh) -> PyTree:
 
 
 def collected(tree: PyTree, mesh: Mesh, server: Mesh | None = None) -> PyTree:
-    """Brings arrays `[slots, ...]` in `ROWS` to the server.
+    """Brings arrays `[slots, ...]` in `ROWS` to the server: of all rows, each device its part.
 
-    Without a server, to the first device of every process, all rows.
+    To a server of one device, or without one, all of it to the first device of every process.
     """
     if server and server.size == mesh.size > 1:
         # One by one, since XLA makes copies on the way.

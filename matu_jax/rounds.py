@@ -93,6 +93,7 @@ class RoundResult:
     def state(self) -> Any:
         """The algorithm's state; valid until the next round starts, which takes its buffers.
 
+        Where the server is shared out, asking for it makes a copy, in the model's shapes.
         Of several processes, all ask for it or none; the first has it, as numpy arrays, the others
         have None.
         """
@@ -257,9 +258,18 @@ def _evaluation_sets(
 
 
 def _shares_server(model: Model, algorithm: Algorithm, mesh: Mesh) -> bool:
-    """Whether all devices share the parameters of the server's arithmetic out."""
-    trained = sum(leaf.size for leaf in jax.tree.leaves(model.base))
-    return algorithm.shared_over is not None and mesh.size > 1 and trained >= SHARED_FROM
+    """Whether all devices share the parameters of the server's arithmetic out.
+
+    Not where most of them would not be: in leaves that the devices do not divide.
+    """
+    sizes = [leaf.size for leaf in jax.tree.leaves(model.base)]
+    parted = sum(size for size in sizes if size % (8 * mesh.size) == 0)  # masks have eight a byte
+    return (
+        algorithm.shared_over is not None
+        and mesh.size > 1
+        and sum(sizes) >= SHARED_FROM
+        and parted >= 0.9 * sum(sizes)
+    )
 
 
 def predicted_bytes(
@@ -396,7 +406,8 @@ def _run(
     if shared:
         assert algorithm.shared_over
         algorithm = algorithm.shared_over(server)
-        base = jax.tree.map(jnp.ravel, base)  # at the server, each leaf's parameters are in a row
+        # At the server, each leaf's parameters are in a row.
+        base = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.size,), x.dtype), base)
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
     config = fitted(config, model, algorithm, federation, mesh)
@@ -491,7 +502,8 @@ def _run(
             return None if whole is None else _reshaped(whole, shapes)
         return shaped(state) if shared else state
 
-    done, state = start or (0, jax.jit(algorithm.init, out_shardings=placement)(base, slots))
+    init = jax.jit(lambda: algorithm.init(base, slots), out_shardings=placement)
+    done, state = start or (0, init())
     state = on_server(_reshaped(state, flat_shapes), server)
     messages = None
     parameters = placed((model.base, model.frozen), mesh, WHOLE)

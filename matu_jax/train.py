@@ -193,7 +193,7 @@ def train(
                     similarity_sum = similarity_sum + last.similarity
                 signal = hosts.highest(stop.signal or 0)
                 due = last.round % config.checkpoint.every_rounds == 0
-                due = due or last.round == config.rounds or bool(signal)
+                due = bool(hosts.highest(due or last.round == config.rounds or bool(signal)))
                 clock = time.perf_counter()
                 state = last.state if due else None
                 with hosts.together():

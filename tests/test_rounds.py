@@ -185,6 +185,17 @@ def test_a_server_shared_out_has_its_part_of_stacked_blocks(monkeypatch, changes
     assert many[-1].record["uplink_bits"] == one[-1].record["uplink_bits"]
 
 
+def test_a_server_is_shared_out_by_devices_that_divide_the_parameters(model, monkeypatch):
+    def shares(count):
+        mesh = jax.make_mesh((count,), ("slots",), axis_types=(AxisType.Auto,),
+                             devices=jax.devices()[:count])  # fmt: skip
+        return rounds._shares_server(model, algorithms.build(TINY), mesh)
+
+    assert [shares(count) for count in (1, 4)] == [False, False]  # few parameters
+    monkeypatch.setattr(rounds, "SHARED_FROM", 0)
+    assert [shares(count) for count in (1, 2, 4, 5)] == [False, True, True, False]
+
+
 def test_seed_changes_the_result(uninterrupted, federation, model):
     other = list(run(dataclasses.replace(TINY, seed=1, rounds=1), federation, model))
     assert other[0].record["loss"] != uninterrupted[0].record["loss"]

@@ -94,14 +94,14 @@ def run(kind: str, weights: Path, rounds: int, folder: Path) -> tuple[list[dict]
     if any(process.returncode for process in processes):
         raise SystemExit("\n".join(texts))
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
-    peak = max(int((folder / f"peak{process}").read_text()) for process in range(2)) / 1e3
+    peak = max(int((folder / f"peak{process}").read_text()) for process in range(2)) * 1024 / 1e6
     line = next(line for line in texts[0].splitlines() if "parameters trained" in line)
     return records, peak, int(line.split()[2].replace(",", ""))
 
 
 def main() -> None:
     parser = options(__doc__ or "", "bench_hosts")
-    parser.set_defaults(repeats=2)
+    parser.set_defaults(repeats=2)  # runs of each kind
     parser.add_argument("--rounds", type=int, default=6, help="of a run")
     parser.add_argument("--width", type=int, default=256, help="of the transformer")
     parser.add_argument("--depth", type=int, default=6, help="of the transformer")

@@ -80,8 +80,9 @@ class Algorithm(NamedTuple):
       frame_bytes: `k -> bytes`, what the message of a client with k tasks holds besides what `sent`
         says: header, task ids, checksum; None where messages have no format.
       shared_over: makes the same algorithm with the parameters of the server's arithmetic, and of
-        folding, shared out over the devices of a mesh; None where it runs on one device. Whoever
-        makes an algorithm of this one by `_replace` sets it to None, or makes it anew.
+        folding, shared out over the devices of a mesh, whose base, vectors and state have flat
+        leaves (`[n]`, `[rows, n]`); None where it runs on one device, or needs the leaves' shapes.
+        Whoever makes an algorithm of this one by `_replace` sets it to None, or makes it anew.
     """
 
     init: Callable[[PyTree, Slots], Any]
