@@ -24,8 +24,6 @@ from timing import copier, finish, interleaved, memory_left, options, peak_growt
 import matu_jax as matu
 from matu_jax.parallel import use_cores
 
-DTYPES = {"float32": (jnp.float32, torch.float32), "bfloat16": (jnp.bfloat16, torch.bfloat16)}
-
 
 def _as_torch(uploads: matu.Unified, slots: matu.Slots, held: int, dtype: str) -> tuple[list, list]:
     vector, scales = np.array(uploads.vector["w"].astype(jnp.float32)), np.array(uploads.scales)
@@ -36,7 +34,7 @@ def _as_torch(uploads: matu.Unified, slots: matu.Slots, held: int, dtype: str) -
     for client in range(slots.num_clients):
         rows = slice(client * held, (client + 1) * held)
         masks = [torch.from_numpy(mask) for mask in bits[rows]]
-        row = torch.from_numpy(vector[client]).to(DTYPES[dtype][1])
+        row = torch.from_numpy(vector[client]).to(getattr(torch, dtype))
         clients.append((row, masks, scales[rows].tolist()))
         columns = np.asarray(slots.task)[rows].tolist(), np.asarray(slots.weight)[rows].tolist()
         own.append(list(zip(*columns, strict=True)))
@@ -45,7 +43,7 @@ def _as_torch(uploads: matu.Unified, slots: matu.Slots, held: int, dtype: str) -
 
 def _prepared(name: str, clients: int, tasks: int, held: int, size: int, dtype: str):
     """A function without arguments, for the measurement of memory."""
-    uploads, slots = federation(clients, tasks, held, size, DTYPES[dtype][0])
+    uploads, slots = federation(clients, tasks, held, size, jnp.dtype(dtype))
     if name == "torch loop":
         listed, own = _as_torch(uploads, slots, held, dtype)
         return lambda: torch_aggregate(listed, own, tasks)
@@ -91,7 +89,7 @@ def main() -> None:
             if 5 * given.clients * held * size * 4 > memory_left():
                 print(f"{case}: left out, it does not fit into memory")
                 continue
-            uploads, slots = federation(*case, DTYPES[dtype][0])
+            uploads, slots = federation(*case, jnp.dtype(dtype))
             listed, own = _as_torch(uploads, slots, held, dtype)
             _check(uploads, slots, listed, own, held)
             jax.clear_caches()
@@ -119,7 +117,7 @@ def main() -> None:
             del uploads, listed, own, spread, shared
             bandwidth = 2 * 2**27 / times["copy"].median
             bits = given.clients * held * size / 8
-            width = jnp.dtype(DTYPES[dtype][0]).itemsize
+            width = jnp.dtype(dtype).itemsize
             moved = width * size * (2 * given.clients + 3 * given.tasks + 1) + 2 * bits
             ours = times["library"].median
             grown = {

@@ -28,18 +28,16 @@ from timing import copier, finish, interleaved, memory_left, options, peak_growt
 import matu_jax as matu
 from matu_jax.parallel import use_cores
 
-DTYPES = {"float32": (jnp.float32, torch.float32), "bfloat16": (jnp.bfloat16, torch.bfloat16)}
-
 
 def _vectors(rows: int, size: int, dtype: str) -> jax.Array:
     keys = jax.random.split(jax.random.key(0), rows)
     draw = jax.jit(lambda keys: jax.lax.map(lambda k: jax.random.normal(k, (size,)), keys))
-    return jax.block_until_ready(draw(keys).astype(DTYPES[dtype][0]))
+    return jax.block_until_ready(draw(keys).astype(jnp.dtype(dtype)))
 
 
 def _as_torch(x: jax.Array, dtype: str) -> list:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    whole = torch.from_numpy(np.array(x.astype(jnp.float32))).to(DTYPES[dtype][1])
+    whole = torch.from_numpy(np.array(x.astype(jnp.float32))).to(getattr(torch, dtype))
     return list(whole.to(device))
 
 
@@ -101,7 +99,7 @@ def main() -> None:
     ]
     table = []
     for rows, size, dtype in wanted:
-        width = jnp.dtype(DTYPES[dtype][0]).itemsize
+        width = jnp.dtype(dtype).itemsize
         if 4 * rows * size * width + 4 * rows * size > memory_left():
             print(f"{rows} x {size:,} {dtype}: left out, it does not fit into memory")
             continue
