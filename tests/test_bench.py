@@ -55,7 +55,10 @@ def peft_loop(monkeypatch):
 )
 def test_an_aggregator_benchmark(name, options, tmp_path):
     pytest.importorskip("torch")
-    for row in results(name, [*options, "--repeats", "1"], tmp_path)["rows"]:
+    options = [*options, "--repeats", "1", "--trace", str(tmp_path / "trace")]
+    rows = results(name, options, tmp_path)["rows"]
+    assert list((tmp_path / "trace").rglob("*perfetto*"))
+    for row in rows:
         assert row["library ms"] > 0
         assert row["first call s"] > 0
         assert row["x torch loop"] == pytest.approx(row["torch loop ms"] / row["library ms"])

@@ -13,13 +13,23 @@ vectors, as clients have them.
 """
 
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from rivals import SERVER, dense_aggregate, federation, torch_aggregate
-from timing import copier, finish, interleaved, memory_left, options, peak_growth, shared_out
+from timing import (
+    copier,
+    finish,
+    interleaved,
+    memory_left,
+    options,
+    peak_growth,
+    shared_out,
+    traced,
+)
 
 import matu_jax as matu
 from matu_jax.parallel import use_cores
@@ -78,6 +88,7 @@ def main() -> None:
     parser.add_argument("--held", default="1,4", help="tasks per client")
     parser.add_argument("--parameters", default="300e3,3e6")
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--trace", type=Path, help="a folder for traces of one call of the library")
     given = parser.parse_args()
     use_cores()
     outer = jax.jit(lambda uploads, slots: matu.aggregate(uploads, slots, SERVER))
@@ -113,6 +124,7 @@ def main() -> None:
                 | shared,
                 given.repeats,
             )
+            traced(lambda u=uploads, s=slots: matu.aggregate(u, s, SERVER), given.trace)
             on_all = times["shared"].median if shared else None
             del uploads, listed, own, spread, shared
             bandwidth = 2 * 2**27 / times["copy"].median

@@ -18,12 +18,23 @@ if "--threads" in sys.argv[:-1]:  # before anything starts a pool of threads
     cores = sorted(os.sched_getaffinity(0))[: int(sys.argv[sys.argv.index("--threads") + 1])]
     os.sched_setaffinity(0, cores)
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from rivals import dense_unify, numba_unify, torch_unify
-from timing import copier, finish, interleaved, memory_left, options, peak_growth, shared_out
+from timing import (
+    copier,
+    finish,
+    interleaved,
+    memory_left,
+    options,
+    peak_growth,
+    shared_out,
+    traced,
+)
 
 import matu_jax as matu
 from matu_jax.parallel import use_cores
@@ -88,6 +99,7 @@ def main() -> None:
     parser.add_argument("--rows", default="8,30,100")
     parser.add_argument("--parameters", default="300e3,3e6,10e6,30e6,87e6")
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--trace", type=Path, help="a folder for traces of one call of the library")
     given = parser.parse_args()
     use_cores()
     torch.set_num_threads(given.threads)
@@ -124,6 +136,7 @@ def main() -> None:
             | numba,
             given.repeats,
         )
+        traced(lambda x=x: matu.unify({"w": x}), given.trace)
         once = times["numba"].median if numba else None
         on_all = times["shared"].median if shared else None
         del x, tensors, numba, spread, shared

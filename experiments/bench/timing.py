@@ -64,6 +64,13 @@ def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[s
     }
 
 
+def traced(function: Callable[[], Any], folder: Path | None) -> None:
+    """Calls a function once more, under the profiler, if there is a folder for what it saw."""
+    if folder:
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            jax.block_until_ready(function())
+
+
 def shared_out(tree: Any) -> tuple[Any, Mesh | None]:
     """Arrays `[rows, n]` with their columns on all devices, and the mesh.
 
