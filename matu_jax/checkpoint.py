@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,11 +224,16 @@ _LATE = "Event loop is closed"  # what threads meet that report after an error h
 
 
 def _no_tracebacks_of_orbax(record: logging.LogRecord) -> bool:
-    """Leaves out what Orbax's threads log of errors, which it raises as well, at times later."""
+    """Leaves out what is logged, at times later, of errors in Orbax's threads.
+
+    It raises them as well, or where several writes fail, one of them. Files are etils' in it.
+    """
     if not record.exc_info:
         return True
-    of_orbax = "orbax" in Path(record.pathname).parts or "orbax" in record.getMessage()
-    return not (of_orbax or str(record.exc_info[1]) == _LATE)
+    _, error, trace = record.exc_info
+    files = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
+    of_orbax = any({"orbax", "etils"} & set(Path(file).parts) for file in files)
+    return not (of_orbax or "orbax" in record.getMessage() or str(error) == _LATE)
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:

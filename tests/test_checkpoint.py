@@ -1,3 +1,5 @@
+import asyncio
+import gc
 import logging
 import os
 import shutil
@@ -330,6 +332,24 @@ def test_logging_of_others_is_left_as_it_was(tmp_path):
         assert absl_logging.get_verbosity() == absl_logging.INFO
     finally:
         absl_logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize(
+    ("file", "logged"),
+    [("site/orbax/path.py", False), ("site/etils/epath/path.py", False), ("own.py", True)],
+)
+def test_errors_that_orbax_drops_are_not_logged(tmp_path, caplog, file, logged):
+    """Where several of its writes fail it raises one; asyncio would report the others, late."""
+    save_three(tmp_path)
+    names = {}
+    exec(compile("def write(): raise OSError('disk full')", file, "exec"), names)
+
+    async def nobody_asks():
+        await asyncio.wait([asyncio.ensure_future(asyncio.to_thread(names["write"]))])
+
+    asyncio.run(nobody_asks())
+    gc.collect()
+    assert ("exception was never retrieved" in caplog.text) == logged
 
 
 def test_orbax_is_imported_only_when_needed():
