@@ -11,7 +11,6 @@ contradict each other.
 """
 
 import argparse
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,10 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from safetensors.numpy import save_file
 
 from matu_jax.data.embedded import PRETRAINING_GLYPHS, PRETRAINING_SHAPES, pretraining_images
+from matu_jax.models import embedded
 from matu_jax.models.vit import VisionTransformer, ViTShape
-from matu_jax.trees import leaf_items
 
 BINS = {"hue": 24, "x": 9, "y": 9, "tilt": 18, "size": 7, "ground": 24, "flow": 18}
 IDENTITIES = len(PRETRAINING_GLYPHS) + len(PRETRAINING_SHAPES)
@@ -143,20 +141,15 @@ def main():
 
 
 def save(args, shape, trained):
-    tensors = {
-        path: np.asarray(leaf)
-        for path, leaf in leaf_items(nnx.to_pure_dict(nnx.state(trained, nnx.Param)))
-    }
     square = np.random.default_rng((args.seed, 2)).normal(size=(shape.width, shape.width))
-    tensors["label_vectors"] = np.linalg.qr(square)[0][:LABEL_VECTORS].astype(np.float32)
-    metadata = {
-        "shape": json.dumps(vars(shape)),
-        "made_by": f"experiments/pretrain_backbone.py --seed {args.seed} --images {args.images} "
+    label_vectors = np.linalg.qr(square)[0][:LABEL_VECTORS]
+    command = (
+        f"experiments/pretrain_backbone.py --seed {args.seed} --images {args.images} "
         f"--steps {args.steps} --batch {args.batch} --learning-rate {args.learning_rate} "
-        f"--replicas {args.replicas}",
-    }
+        f"--replicas {args.replicas}"
+    )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, args.out, metadata)
+    embedded.write(args.out, shape, trained, label_vectors, {"made_by": command})
 
 
 if __name__ == "__main__":

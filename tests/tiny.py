@@ -1,15 +1,13 @@
 """A checkpoint of one narrow layer, so that tests of everything around it compile in a second."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
+from matu_jax.models import embedded
 from matu_jax.models.vit import VisionTransformer, ViTShape
-from matu_jax.trees import leaf_items
 
 
 def kept(result):
@@ -20,8 +18,5 @@ def kept(result):
 
 def write_checkpoint(path, depth=1):
     shape = ViTShape(width=16, depth=depth, heads=2, mlp_width=32)
-    state = nnx.state(VisionTransformer(shape, rngs=nnx.Rngs(0)), nnx.Param)
-    tensors = {name: np.asarray(leaf) for name, leaf in leaf_items(nnx.to_pure_dict(state))}
-    tensors["label_vectors"] = np.asarray(jax.numpy.eye(10, 16))
-    save_file(tensors, path, {"shape": json.dumps(vars(shape))})
+    embedded.write(path, shape, VisionTransformer(shape, rngs=nnx.Rngs(0)), np.eye(10, 16))
     return str(path)

@@ -19,14 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 from timing import finish, options
 
+from matu_jax.models import embedded
 from matu_jax.models.vit import VisionTransformer, ViTShape
-from matu_jax.trees import leaf_items
 
 PROGRAM = """
 import resource, sys
@@ -51,10 +49,8 @@ PHASES = {
 def checkpoint(folder: Path, width: int, depth: int) -> Path:
     """A random checkpoint for the embedded benchmark's tasks."""
     shape = ViTShape(width=width, depth=depth, heads=4, mlp_width=4 * width)
-    state = nnx.state(VisionTransformer(shape, rngs=nnx.Rngs(0)), nnx.Param)
-    tensors = {name: np.asarray(leaf) for name, leaf in leaf_items(nnx.to_pure_dict(state))}
-    tensors["label_vectors"] = np.asarray(jax.numpy.eye(10, width))
-    save_file(tensors, folder / "random.safetensors", {"shape": json.dumps(vars(shape))})
+    model = VisionTransformer(shape, rngs=nnx.Rngs(0))
+    embedded.write(folder / "random.safetensors", shape, model, np.eye(10, width))
     return folder / "random.safetensors"
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from matu_jax.config import ModelConfig
 from matu_jax.data import Task
@@ -74,6 +75,28 @@ def load(
         values=values,
     )
     return backbone, [label_vectors[: task.num_classes] for task in frozen_tasks]
+
+
+def write(
+    path: Path,
+    shape: ViTShape,
+    model: VisionTransformer,
+    label_vectors: np.ndarray,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes a checkpoint that `load` reads: safetensors, a tensor for each parameter's path.
+
+    Args:
+      path: the file; written over if there is one.
+      shape: what the model was built with.
+      model: without adapters.
+      label_vectors: float32 `[classes, features]`, what frozen heads take their rows from.
+      metadata: more to note in the file, by name.
+    """
+    parameters = leaf_items(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    tensors = {name: np.asarray(leaf) for name, leaf in parameters}
+    tensors["label_vectors"] = np.asarray(label_vectors, np.float32)
+    save_file(tensors, path, {"shape": json.dumps(vars(shape))} | (metadata or {}))
 
 
 def _read(checkpoint: str) -> tuple[ViTShape, dict[str, np.ndarray]]:
