@@ -5,7 +5,8 @@
 Clients send changes, and the server adds the mean of each task's to exact task vectors; nothing
 else differs between the arms but what they name. They are written densely here, slot by slot,
 rather than as options of the library, which has those that won. "folded" is what the library
-computes with transfer="none" (tests/test_ablation.py), and what the first arms are measured by;
+computes with transfer="none", "download not folded" the same with downloads="task_vectors"
+(tests/test_ablation.py); "folded" is what the first arms are measured by,
 "mean of 3" is folded with eq. 8's plain mean of three lenders.
 """
 

@@ -127,7 +127,7 @@ class LocalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MatuConfig:
-    """MaTU's choices; see `matu_jax.AggregationConfig`, whose fields these are, and precision.
+    """MaTU's choices: those of `matu_jax.AggregationConfig`, downloads and precision.
 
     (Its defences are in DefenceConfig.)
 
@@ -144,8 +144,12 @@ class MatuConfig:
       similarity: what eq. 7 compares.
       uploads: what clients fold and send: "vector" (their task vectors) or "change" (what the round
         has added to them).
-      precision: how unified vectors cross the network, up and down: "float32", "bfloat16", or
-        "int8" with a float32 scale for 256 parameters (`matu_jax.rounding`).
+      downloads: what a client receives: "unified", one vector with a mask and a scale per task, or
+        "task_vectors", those of its tasks as they are, each a unified of its own: nothing is lost
+        by folding, and k tasks take k vectors. In int8 those are less traffic than one unified
+        vector in float32 up to four tasks.
+      precision: how vectors cross the network, up and down: "float32", "bfloat16", or "int8" with a
+        float32 scale for 256 parameters (`matu_jax.rounding`).
     """
 
     magnitude: str = _field("mean", choices=("max", "mean"))
@@ -155,6 +159,7 @@ class MatuConfig:
     transfer: str = _field("shrinkage", choices=("none", "mean", "additive", "shrinkage"))
     similarity: str = _field("cross_client", choices=("cross_client", "aggregated"))
     uploads: str = _field("change", choices=("vector", "change"))
+    downloads: str = _field("unified", choices=("unified", "task_vectors"))
     precision: str = _field("float32", choices=("float32", "bfloat16", "int8"))
 
 

@@ -600,8 +600,8 @@ def _run(
                 "aggregated": bool(counted.weight.any()),
                 "uplink_bits": int(message_bits(messages[0], senders).sum()),
                 "downlink_bits": int(message_bits(messages[1], receivers).sum()),
-                "uplink_frame_bits": int(frame_bits(algorithm, senders).sum()),
-                "downlink_frame_bits": int(frame_bits(algorithm, receivers).sum()),
+                "uplink_frame_bits": int(frame_bits(algorithm, senders)[0].sum()),
+                "downlink_frame_bits": int(frame_bits(algorithm, receivers)[1].sum()),
                 "dropped": [
                     {
                         "client": int(slots.client[row]),

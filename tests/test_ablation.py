@@ -90,6 +90,7 @@ def bits(algorithm):
         "ablation_rules",
         "ablation_similarity",
         "traffic8",
+        "downloads8",
         "attacks4",
         "defence8",
     ],
@@ -106,9 +107,13 @@ def test_every_comparison_can_be_read(name, variants):
     assert all(setting.seconds for setting in comparison.settings.values())
 
 
-def test_folded_is_what_the_library_computes(variants):
-    config = Config(defence=NO_DEFENCE, matu=MatuConfig(transfer="none", agreement_threshold=0.0))
-    dense, library = variants["folded"](config), algorithms.build(config)
+@pytest.mark.parametrize(
+    ("name", "downloads"), [("folded", "unified"), ("download not folded", "task_vectors")]
+)
+def test_variants_that_the_library_has_are_what_it_computes(variants, name, downloads):
+    choices = MatuConfig(transfer="none", agreement_threshold=0.0, downloads=downloads)
+    config = Config(defence=NO_DEFENCE, matu=choices)
+    dense, library = variants[name](config), algorithms.build(config)
     for count in (1, 2):
         (state, _), (expected, _) = rounds_of(dense, count), rounds_of(library, count)
         jax.tree.map(

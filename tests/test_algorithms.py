@@ -53,6 +53,8 @@ VARIANTS = {
     "matu, as in the paper": PAPER,
     "matu, bfloat16": MatuConfig(precision="bfloat16"),
     "matu, int8": MatuConfig(precision="int8"),
+    "matu, task vectors down": MatuConfig(downloads="task_vectors"),
+    "matu, task vectors down, int8": MatuConfig(downloads="task_vectors", precision="int8"),
 }
 
 
@@ -293,6 +295,42 @@ def test_trained_heads_belong_to_tasks(name):
     np.testing.assert_array_equal(
         message_bits(up, slots_with()), message_bits(plain[0], slots_with()) + extra
     )
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("float32", 32), ("int8", 8)])
+def test_task_vectors_down_are_the_servers_own(precision, bits):
+    """To half a step of int8, and it is these that changes are of; k tasks take k vectors."""
+    folded, apart = (
+        build(dataclasses.replace(OPEN, matu=MatuConfig(downloads=d, precision=precision)))
+        for d in ("unified", "task_vectors")
+    )
+    slots, vectors = slots_with(), vectors_from(0)
+    states = [
+        one_round(algorithm, algorithm.init(BASE, slots), vectors, slots)[0]
+        for algorithm in (folded, apart)
+    ]
+    exact = jax.tree.map(lambda x: x[slots.task], states[0].server.task_vectors)
+    found = apart.download(states[1], slots)
+    half = 0 if precision == "float32" else 0.5 / 127
+    for x, y in zip(*map(jax.tree.leaves, (exact, found)), strict=True):
+        largest = np.abs(np.asarray(x)).reshape(len(x), -1).max(axis=1)
+        off = np.abs(np.asarray(x - y)).reshape(len(x), -1).max(axis=1)
+        assert (off <= (half + 1e-6) * largest).all()
+    uploads = apart.upload(vectors, slots)
+    sent = [message_bits(message, slots) for message in apart.sent(states[1], uploads)]
+    leaves = len(jax.tree.leaves(BASE))
+    scales = 32 * leaves if precision == "int8" else 0  # each leaf is less than a block
+    np.testing.assert_array_equal(sent[1], np.array([2, 1, 2, 1]) * (PARAMETERS * bits + scales))
+    before = [message_bits(message, slots) for message in folded.sent(states[0], uploads)]
+    np.testing.assert_array_equal(sent[0], before[0])
+    assert apart.kept(states[1]).task_vectors is states[1].server.task_vectors
+
+
+def test_task_vectors_down_need_a_server_that_keeps_them():
+    choices = MatuConfig(uploads="vector", transfer="none", downloads="task_vectors")
+    words = "config.matu.downloads: 'task_vectors' needs config.matu.uploads = 'change'"
+    with pytest.raises(ValueError, match=words):
+        build(dataclasses.replace(OPEN, matu=choices))
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("bfloat16", 16), ("int8", 8)])

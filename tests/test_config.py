@@ -78,7 +78,7 @@ def test_matu_block_is_the_aggregation_config():
     fields = schema.MatuConfig.__dataclass_fields__
     library = AggregationConfig.__dataclass_fields__
     fields = {**fields, **schema.DefenceConfig.__dataclass_fields__}
-    assert set(fields) == {*library, "precision"}
+    assert set(fields) == {*library, "downloads", "precision"}
     differing = {n: f.default for n, f in library.items() if f.default != fields[n].default}
     assert differing == {
         "magnitude": "max",

@@ -299,13 +299,14 @@ def test_what_rounds_to_infinity_is_not_written(precision, dtype, value):
         wire.encode(sent, [0], precision=precision)
 
 
+@pytest.mark.parametrize("downloads", ["unified", "task_vectors"])
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_bits_are_those_that_a_run_reports(federation, model, precision):  # noqa: F811
+def test_bits_are_those_that_a_run_reports(federation, model, precision, downloads):  # noqa: F811
     """A real run, one client absent in round 2: every message of every client, to the bit."""
     config = dataclasses.replace(
         TINY,
         rounds=2,
-        matu=MatuConfig(precision=precision),
+        matu=MatuConfig(precision=precision, downloads=downloads),
         evaluation=EvaluationConfig(every_rounds=9, batch_examples=16),
     )
     algorithm = algorithms.build(config)
@@ -330,17 +331,20 @@ def test_bits_are_those_that_a_run_reports(federation, model, precision):  # noq
         aggregate=aggregate,
         sent=lambda state, uploads: algorithm.sent(state[0], uploads),
     )
-    downloads = algorithm.init(model.base, held.slots).downloads
+    state = algorithm.init(model.base, held.slots)
     for result in rounds.run(config, recording, model, held, mesh=one_device()):
         there = [c for c in range(3) if not (result.round == 2 and c == 0)]
         up = encoded(result.state[1], held.slots, "upload", there, precision)
-        down = encoded(downloads, held.slots, "download", range(3), precision)
-        counted = algorithms.frame_bits(algorithm, held.slots)
+        if downloads == "unified":
+            down = encoded(state.downloads, held.slots, "download", range(3), precision)
+        else:
+            down = one_for_each_task(algorithm, state, model.base, held.slots, precision)
+        frames = algorithms.frame_bits(algorithm, held.slots)
         sent = jax.eval_shape(algorithm.sent, result.state[0], result.state[1])
-        for messages, message in ((up, sent[0]), (down, sent[1])):
+        for messages, message, frame in zip((up, down), sent, frames, strict=True):
             payload = algorithms.message_bits(message, held.slots)
             for client, data in messages.items():
-                assert 8 * len(data) == payload[client] + counted[client]
+                assert 8 * len(data) == payload[client] + frame[client]
         for name, messages in (("uplink", up), ("downlink", down)):
             reported = result.record[f"{name}_bits"] + result.record[f"{name}_frame_bits"]
             assert 8 * sum(map(len, messages.values())) == reported
@@ -353,8 +357,24 @@ def test_bits_are_those_that_a_run_reports(federation, model, precision):  # noq
                 found.vector,
                 result.state[1].vector,
             )
-        downloads = jax.tree.map(np.array, result.state[0].downloads)
+        state = jax.tree.map(np.array, result.state[0])
     assert wire.overhead_bytes(2) == 36 + 4 * 2 + 4
+
+
+def one_for_each_task(algorithm, state, base, slots, precision):
+    """All messages of a client in a row; what it reads in them is where its slots start."""
+    messages, starts = {}, algorithm.download(state, slots)
+    for row, (client, task) in enumerate(
+        zip(slots.client.tolist(), slots.task.tolist(), strict=True)
+    ):
+        vector = jax.tree.map(lambda x, task=task: x[task][None], state.server.task_vectors)
+        alone = matu.Slots(*map(jnp.array, ([0], [0], [1.0])), num_clients=1, num_tasks=1)
+        one, _ = wire.of_client(matu.unify(vector, alone), alone, 0)
+        data = wire.encode(one, [task], kind="download", client=client, precision=precision)
+        read = wire.decode(data, base).unified.vector
+        jax.tree.map(lambda x, y, row=row: np.testing.assert_array_equal(x, y[row]), read, starts)
+        messages[client] = messages.get(client, b"") + data
+    return messages
 
 
 def encoded(unified, slots, kind, clients, precision):

@@ -77,8 +77,8 @@ class Algorithm(NamedTuple):
         instead of the vectors.
       defence: the rules by which its means are defended against clients that lie; None where it has
         no defences.
-      frame_bytes: `k -> bytes`, what the message of a client with k tasks holds besides what `sent`
-        says: header, task ids, checksum; None where messages have no format.
+      frame_bytes: `k -> (uplink, downlink)`, bytes that the messages of a client with k tasks hold
+        besides what `sent` says: headers, task ids, checksums; None where they have no format.
       shared_over: makes the same algorithm with the parameters of the server's arithmetic, and of
         folding, shared out over the devices of a mesh, whose base, vectors and state have flat
         leaves (`[n]`, `[rows, n]`); None where it runs on one device, or needs the leaves' shapes.
@@ -98,7 +98,7 @@ class Algorithm(NamedTuple):
     one_shot: bool = False
     sends_change: bool = False
     defence: DefenceConfig | None = None
-    frame_bytes: Callable[[int], int] | None = None
+    frame_bytes: Callable[[int], tuple[int, int]] | None = None
     shared_over: Callable[[Mesh], "Algorithm"] | None = None
 
 
@@ -358,10 +358,13 @@ def message_bits(message: Message, slots: Slots) -> np.ndarray:
 
 
 def frame_bits(algorithm: Algorithm, slots: Slots) -> np.ndarray:
-    """Bits of headers, task ids and checksums, as `message_bits`; 0 where there is no format."""
-    if algorithm.frame_bytes is None:
-        return np.zeros(slots.num_clients, np.int64)
-    return np.array([8 * algorithm.frame_bytes(k) if k else 0 for k in _held(slots).tolist()])
+    """Bits of headers, task ids and checksums, up and down: int64 `[2, clients]`.
+
+    0 for clients that are absent, and where there is no format.
+    """
+    count = algorithm.frame_bytes or (lambda k: (0, 0))
+    held = _held(slots).tolist()
+    return np.array([[8 * size for size in (count(k) if k else (0, 0))] for k in held], np.int64).T
 
 
 def _held(slots: Slots) -> np.ndarray:

@@ -26,12 +26,13 @@ class MatuState(NamedTuple):
     """What the server hands out, and what it keeps.
 
     Attributes:
-      downloads: the clients' unifieds, made at the end of the round before.
+      downloads: the clients' unifieds, made at the end of the round before; None where they receive
+        task vectors.
       server: the server's own: the unified of all tasks, or, where uploads are changes, the exact
         task vectors and the evidence for transfer.
     """
 
-    downloads: Unified
+    downloads: Unified | None
     server: Unified | ServerState
 
 
@@ -40,25 +41,35 @@ def aggregation_config(
 ) -> AggregationConfig:
     """The aggregator's part of an experiment's choices."""
     given = dataclasses.asdict(choices) | dataclasses.asdict(defence)
-    del given["precision"]
+    del given["precision"], given["downloads"]
     return AggregationConfig(**given)
 
 
 def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
     """MaTU with the choices of `config.matu`, on one device or with parameters shared out."""
     precision, changes = config.matu.precision, config.matu.uploads == "change"
+    folds_down = config.matu.downloads == "unified"
+    if not folds_down and not changes:
+        raise ValueError(
+            "config.matu.downloads: 'task_vectors' needs config.matu.uploads = 'change', where the "
+            f"server keeps task vectors; found {config.matu.uploads!r}."
+        )
     choices = aggregation_config(config.matu, config.defence)
 
+    def arrived(vector):
+        return restored(rounded(vector, precision), vector)
+
     def received(unified):
-        vector = unified.vector
-        return unified._replace(vector=restored(rounded(vector, precision), vector))
+        return unified._replace(vector=arrived(unified.vector))
 
     def nothing(base, rows, *groups):
         masks = jax.tree.map(lambda x: jnp.zeros((rows, -(-x.size // 8)), jnp.uint8), base)
         return Unified(zeros(base, *groups), masks, jnp.zeros(rows, jnp.float32))
 
     def init(base, slots):
-        downloads = nothing(base, slots.client.shape[0], slots.num_clients)
+        downloads = None
+        if folds_down:
+            downloads = nothing(base, slots.client.shape[0], slots.num_clients)
         if changes:
             evidence = jnp.zeros((slots.num_tasks, slots.num_tasks), jnp.float32)
             return MatuState(
@@ -69,29 +80,44 @@ def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
     def server(state, uploads, slots):
         result = aggregate(uploads, slots, choices, state.server, mesh=mesh)
         keeps = result.state if changes else result.unified
-        return MatuState(received(result.downloads), keeps), {
+        return MatuState(received(result.downloads) if folds_down else None, keeps), {
             "similarity": result.similarity,
             "accepted": result.accepted,
         }
 
-    def message(unified):
+    def download(state, slots):
+        if folds_down:
+            return modulate(state.downloads, slots)
+        return jax.tree.map(lambda x: x[slots.task], arrived(state.server.task_vectors))
+
+    def folded(unified):
         return Message(
             per_client=rounded(unified.vector, precision),
             per_shared_slot=(unified.masks, unified.scales),
         )
+
+    def sent(state, uploads):
+        if folds_down:
+            return folded(uploads), folded(state.downloads)
+        rows = jnp.zeros(uploads.scales.shape[0], jnp.int32)
+        per_slot = jax.tree.map(lambda x: x[rows], state.server.task_vectors)
+        return folded(uploads), Message(per_slot=rounded(per_slot, precision))
+
+    def frame_bytes(k):
+        return overhead_bytes(k), overhead_bytes(k) if folds_down else k * overhead_bytes(1)
 
     def upload(vectors, slots):
         return received(unify(vectors, slots, magnitude=choices.magnitude, mesh=mesh))
 
     return Algorithm(
         init=init,
-        download=lambda state, slots: modulate(state.downloads, slots),
+        download=download,
         upload=upload,
         aggregate=server,
-        sent=lambda state, uploads: (message(uploads), message(state.downloads)),
+        sent=sent,
         kept=lambda state: state.server,
         sends_change=changes,
         defence=config.defence,
-        frame_bytes=overhead_bytes,
+        frame_bytes=frame_bytes,
         shared_over=functools.partial(matu, config),
     )
