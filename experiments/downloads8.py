@@ -19,6 +19,7 @@ from matu_jax.comparison.plan import read_tuned
 APART, INT8 = {"matu.downloads": "task_vectors"}, {"matu.precision": "int8"}
 OF_MATU = {
     "matu": {},
+    "matu, int8": INT8,
     "matu, task vectors down": APART,
     "matu, task vectors down, int8": APART | INT8,
 }
@@ -42,6 +43,7 @@ def get_config():
             **{label: {**chosen["matu"], **fields} for label, fields in OF_MATU.items()},
             **{label: {**shipped.arms[label], **chosen[label]} for label in RIVALS},
         },
+        ours="matu, task vectors down, int8",
         seeds=(3, 4, 5),
         search={},
         own_search={},

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -220,6 +221,7 @@ def _quiet() -> Iterator[Any]:
         absl_logging.set_verbosity(before)
 
 
+_ORBAX = re.compile(r"site-packages[/\\](orbax[/\\]|etils[/\\]epath[/\\])")
 _LATE = "Event loop is closed"  # what threads meet that report after an error has ended their loop
 
 
@@ -231,8 +233,8 @@ def _no_tracebacks_of_orbax(record: logging.LogRecord) -> bool:
     if not record.exc_info:
         return True
     _, error, trace = record.exc_info
-    files = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
-    of_orbax = any({"orbax", "etils"} & set(Path(file).parts) for file in files)
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
+    of_orbax = any(_ORBAX.search(file) for file in (record.pathname, *frames))
     return not (of_orbax or "orbax" in record.getMessage() or str(error) == _LATE)
 
 

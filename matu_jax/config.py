@@ -147,7 +147,7 @@ class MatuConfig:
       downloads: what a client receives: "unified", one vector with a mask and a scale per task, or
         "task_vectors", those of its tasks as they are, each a unified of its own: nothing is lost
         by folding, and k tasks take k vectors. In int8 those are less traffic than one unified
-        vector in float32 up to four tasks.
+        vector in float32 up to four tasks. Needs uploads = "change".
       precision: how vectors cross the network, up and down: "float32", "bfloat16", or "int8" with a
         float32 scale for 256 parameters (`matu_jax.rounding`).
     """

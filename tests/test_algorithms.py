@@ -299,7 +299,7 @@ def test_trained_heads_belong_to_tasks(name):
 
 @pytest.mark.parametrize(("precision", "bits"), [("float32", 32), ("int8", 8)])
 def test_task_vectors_down_are_the_servers_own(precision, bits):
-    """To half a step of int8, and it is these that changes are of; k tasks take k vectors."""
+    """To half a step of int8; k tasks take k vectors."""
     folded, apart = (
         build(dataclasses.replace(OPEN, matu=MatuConfig(downloads=d, precision=precision)))
         for d in ("unified", "task_vectors")
@@ -323,7 +323,28 @@ def test_task_vectors_down_are_the_servers_own(precision, bits):
     np.testing.assert_array_equal(sent[1], np.array([2, 1, 2, 1]) * (PARAMETERS * bits + scales))
     before = [message_bits(message, slots) for message in folded.sent(states[0], uploads)]
     np.testing.assert_array_equal(sent[0], before[0])
-    assert apart.kept(states[1]).task_vectors is states[1].server.task_vectors
+    kept = jax.tree.leaves(apart.kept(states[1]))
+    assert sum(x.size for x in kept) == 3 * PARAMETERS + 2 * 9  # task vectors and the evidence
+
+
+@pytest.mark.parametrize("name", ["matu", *VARIANTS])
+def test_what_has_not_changed_has_no_direction(name):
+    """Clients that leave what they received as it was report zeros, not what rounding leaves."""
+    algorithm = build(dataclasses.replace(OPEN, matu=VARIANTS.get(name, MatuConfig())))
+    if not algorithm.sends_change:
+        pytest.skip("whole vectors are sent")
+    slots, download = slots_with(), jax.jit(algorithm.download)
+
+    @jax.jit
+    def upload(state, vectors):
+        before = algorithm.download(state, slots)
+        return algorithm.upload(jax.tree.map(jnp.subtract, vectors, before), slots)
+
+    state = algorithm.init(BASE, slots)
+    for seed in range(2):
+        state, _, _ = one_round(algorithm, state, vectors_from(seed), slots)
+    uploads = upload(state, download(state, slots))
+    chex.assert_trees_all_equal(uploads, jax.tree.map(jnp.zeros_like, uploads))
 
 
 def test_task_vectors_down_need_a_server_that_keeps_them():

@@ -183,7 +183,8 @@ def test_a_server_shared_out_has_its_part_of_stacked_blocks(monkeypatch, changes
     ]
     chex.assert_trees_all_close(*vectors, atol=1e-6, rtol=1e-4)
     assert many[-1].record["accuracy"] == one[-1].record["accuracy"]
-    assert many[-1].record["uplink_bits"] == one[-1].record["uplink_bits"]
+    for key in ("uplink_bits", "downlink_bits", "uplink_frame_bits", "downlink_frame_bits"):
+        assert many[-1].record[key] == one[-1].record[key]
 
 
 def test_a_server_is_shared_out_by_devices_that_divide_the_parameters(model, monkeypatch):

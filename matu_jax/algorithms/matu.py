@@ -19,6 +19,7 @@ from matu_jax.aggregation import (
 from matu_jax.algorithms.base import Algorithm, Message, zeros
 from matu_jax.config import NO_DEFENCE, Config, DefenceConfig, MatuConfig
 from matu_jax.rounding import restored, rounded
+from matu_jax.trees import PyTree
 from matu_jax.wire import overhead_bytes
 
 
@@ -26,13 +27,13 @@ class MatuState(NamedTuple):
     """What the server hands out, and what it keeps.
 
     Attributes:
-      downloads: the clients' unifieds, made at the end of the round before; None where they receive
-        task vectors.
+      downloads: made at the end of the round before: the clients' unifieds; where they receive task
+        vectors, these as they arrive, leaves `[tasks, ...]`, or None if they arrive as they are.
       server: the server's own: the unified of all tasks, or, where uploads are changes, the exact
         task vectors and the evidence for transfer.
     """
 
-    downloads: Unified | None
+    downloads: Unified | PyTree | None
     server: Unified | ServerState
 
 
@@ -70,6 +71,8 @@ def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
         downloads = None
         if folds_down:
             downloads = nothing(base, slots.client.shape[0], slots.num_clients)
+        elif precision != "float32":
+            downloads = zeros(base, slots.num_tasks)
         if changes:
             evidence = jnp.zeros((slots.num_tasks, slots.num_tasks), jnp.float32)
             return MatuState(
@@ -80,7 +83,14 @@ def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
     def server(state, uploads, slots):
         result = aggregate(uploads, slots, choices, state.server, mesh=mesh)
         keeps = result.state if changes else result.unified
-        return MatuState(received(result.downloads) if folds_down else None, keeps), {
+        # Rounded once: programs that round for themselves may differ by an ulp, and where nothing
+        # has changed, a difference of zero has no sign.
+        downloads = None
+        if folds_down:
+            downloads = received(result.downloads)
+        elif precision != "float32":
+            downloads = arrived(result.task_vectors)
+        return MatuState(downloads, keeps), {
             "similarity": result.similarity,
             "accepted": result.accepted,
         }
@@ -88,7 +98,8 @@ def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
     def download(state, slots):
         if folds_down:
             return modulate(state.downloads, slots)
-        return jax.tree.map(lambda x: x[slots.task], arrived(state.server.task_vectors))
+        vectors = state.server.task_vectors if state.downloads is None else state.downloads
+        return jax.tree.map(lambda x: x[slots.task], vectors)
 
     def folded(unified):
         return Message(
@@ -99,7 +110,7 @@ def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
     def sent(state, uploads):
         if folds_down:
             return folded(uploads), folded(state.downloads)
-        rows = jnp.zeros(uploads.scales.shape[0], jnp.int32)
+        rows = jnp.zeros(uploads.scales.shape[0], jnp.int32)  # whose vectors does not matter here
         per_slot = jax.tree.map(lambda x: x[rows], state.server.task_vectors)
         return folded(uploads), Message(per_slot=rounded(per_slot, precision))
 

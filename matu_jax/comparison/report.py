@@ -167,15 +167,18 @@ def _in_short(setting: Mapping[str, Any], ours: str, reference: str) -> Iterator
         yield [Bold(ours), " (ours) has no result here."]
         return
     if ours != reference and mean_accuracy(their):
-        up = "uplink_bits_per_client_round"
-        sent = _share(_of(our, "communication", up), _of(their, "communication", up))
+        up, down = (
+            _share(*(_of(arm, "communication", key) for arm in (our, their)))
+            for key in ("uplink_bits_per_client_round", "downlink_bits_per_client_round")
+        )
+        sent = f"{up} of its uplink" + (f" and {down} of its downlink" if down != up else "")
         yield [
             Bold(ours),
             f" (ours) reaches {_accuracy(our)}: ",
             f"{_share(mean_accuracy(our), mean_accuracy(their))} of the accuracy of ",
             Bold(reference),
             " (reference)",
-            f" with {sent} of its uplink per client and round." if sent != _NONE else ".",
+            f" with {sent} per client and round." if _NONE not in (up, down) else ".",
         ]
     verdicts: dict[str, list[str]] = {}
     for arm in arms:

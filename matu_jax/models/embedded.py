@@ -96,7 +96,7 @@ def write(
     parameters = leaf_items(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     tensors = {name: np.asarray(leaf) for name, leaf in parameters}
     tensors["label_vectors"] = np.asarray(label_vectors, np.float32)
-    save_file(tensors, path, {"shape": json.dumps(vars(shape))} | (metadata or {}))
+    save_file(tensors, path, (metadata or {}) | {"shape": json.dumps(vars(shape))})
 
 
 def _read(checkpoint: str) -> tuple[ViTShape, dict[str, np.ndarray]]:
