@@ -4,10 +4,10 @@
 
 Folding on the way down is what MaTU loses most by (ablation_fold). A server that keeps exact task
 vectors can send each client those of its tasks instead: k vectors for k tasks, which in int8 are
-less traffic than one unified vector in float32 up to four tasks. Clients fold what they send in
-every arm of MaTU. The settings with several tasks a client of compare8 and settings8, with seeds of
-their own; all arms of MaTU have the fields that compare8's search has chosen for it, the others
-their own.
+less traffic than one unified vector in float32 up to four tasks. Arms in which tasks are handed out
+like this are called "apart"; clients fold what they send in all arms of MaTU. The settings are
+those of compare8 and settings8 in which clients have several tasks, with seeds of their own; all
+arms of MaTU have the fields that compare8's search has chosen for it, the others their own.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ APART, INT8 = {"matu.downloads": "task_vectors"}, {"matu.precision": "int8"}
 OF_MATU = {
     "matu": {},
     "matu, int8": INT8,
-    "matu, task vectors down": APART,
-    "matu, task vectors down, int8": APART | INT8,
+    "matu, apart": APART,
+    "matu, int8 apart": APART | INT8,
 }
 RIVALS = ("per_task", "matfl")
 
@@ -43,7 +43,7 @@ def get_config():
             **{label: {**chosen["matu"], **fields} for label, fields in OF_MATU.items()},
             **{label: {**shipped.arms[label], **chosen[label]} for label in RIVALS},
         },
-        ours="matu, task vectors down, int8",
+        ours="matu, int8 apart",
         seeds=(3, 4, 5),
         search={},
         own_search={},

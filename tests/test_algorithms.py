@@ -53,8 +53,8 @@ VARIANTS = {
     "matu, as in the paper": PAPER,
     "matu, bfloat16": MatuConfig(precision="bfloat16"),
     "matu, int8": MatuConfig(precision="int8"),
-    "matu, task vectors down": MatuConfig(downloads="task_vectors"),
-    "matu, task vectors down, int8": MatuConfig(downloads="task_vectors", precision="int8"),
+    "matu, apart": MatuConfig(downloads="task_vectors"),
+    "matu, int8 apart": MatuConfig(downloads="task_vectors", precision="int8"),
 }
 
 

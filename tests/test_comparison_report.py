@@ -328,6 +328,15 @@ def test_in_short_gives_the_verdicts(tmp_path, undrawn):
     ]
 
 
+def test_in_short_names_the_downlink_where_it_differs(tmp_path, undrawn):
+    comparison = make_comparison(ARMS[:7])
+    per_task = arm_of(comparison, "per_task")["communication"]["downlink_bits_per_client_round"]
+    matu = arm_of(comparison, "matu")["communication"]
+    matu["downlink_bits_per_client_round"] = per_task / 4
+    _, _, markdown, _ = written(comparison, tmp_path)
+    assert "with 53.1 % of its uplink and 25.0 % of its downlink per client and round." in markdown
+
+
 def emptied(value):
     """The value with every number and text of a measurement replaced by None."""
     if isinstance(value, dict):

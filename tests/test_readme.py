@@ -139,6 +139,57 @@ def test_the_table_of_other_federations_says_what_was_measured():
     assert f"skewed labels ({skewed[0]} points) and part-time clients ({part_time[0]})" in text
 
 
+def test_the_table_of_downloads_says_what_was_measured():
+    header = next(line for line in README.splitlines() if line.startswith("| downloads8 |"))
+    names = [cell.strip(" `*") for cell in header.split("|")[2:-1]]
+    measured, rows = arms_of("downloads8"), rows_under("| downloads8 |")
+    assert len(rows) == len(measured)
+    by_name = {}
+    for row, arms in zip(rows, measured, strict=True):
+        assert set(names) == set(arms)
+        by_name[row[0].split(":")[0]] = arms
+        for name, cell in zip(names, row[1:], strict=True):
+            assert_says((cell,), arms[name])
+    text = " ".join(README.split())
+
+    def crossed(setting, arm):
+        sent = by_name[setting][arm]["communication"]
+        return [sent[f"{link}_bits_per_client_round"] for link in ("uplink", "downlink")]
+
+    def shares(setting):
+        pair = zip(crossed(setting, "matu, int8 apart"), crossed(setting, "per_task"), strict=True)
+        return [f"{100 * ours / theirs:.0f}" for ours, theirs in pair]
+
+    kbit = [f"{bits / 1000:.0f}" for bits in crossed("pairs", "matu, int8 apart")]
+    words = (
+        'sends {} % and receives {} % of what one adapter per task does in "pairs" ({} and {} kbit)'
+    )
+    assert words.format(*shares("pairs"), *kbit) in text
+    assert '{} and {} % in "fours"'.format(*shares("fours")) in text
+
+    def against(setting, arm):
+        found = by_name[setting][arm]["against_ours"]
+        return 100 * found["difference"], found["p_value"]
+
+    won = [s for s in by_name if against(s, "per_task")[0] < 0 and against(s, "per_task")[1] < 0.05]
+    assert set(by_name) - set(won) == {"part-time"}
+    assert against("part-time", "per_task")[1] > 0.05
+    assert f'"fours" ({-against("fours", "per_task")[0]:.1f} points)' in text
+    (pairs, p_pairs), (fours, p_fours) = against("pairs", "matfl"), against("fours", "matfl")
+    assert max(p_pairs, p_fours) < 0.05
+    assert f'in "pairs" ({pairs:.1f} points, p = {p_pairs:.3f})' in text
+    assert f'and "fours" ({fours:.1f}, p = {p_fours:.3f})' in text
+    tied = [against(s, "matfl") for s in ("conflict", "distant", "skew 0.5")]
+    assert min(p for _, p in tied) > 0.05
+    behind, p_values = (
+        [f"{x:.{n}f}" for x in column] for n, column in enumerate(zip(*tied, strict=True), 1)
+    )
+    assert "({}, {} and {} behind, p = {}, {} and {})".format(*behind, *p_values) in text
+    ahead = [against(s, "matfl") for s in ("skew 0.1", "part-time")]
+    assert max(p for _, p in ahead) < 0.001
+    assert "({:.1f} and {:.1f} points)".format(*(-points for points, _ in ahead)) in text
+
+
 def test_what_is_said_of_ablations_was_measured():
     text = " ".join(README.split())
     fold, fours, related = arms_of("ablation_fold")

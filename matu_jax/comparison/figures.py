@@ -139,9 +139,14 @@ def curves(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> D
         marker = "o" if len(rounds) <= 12 else ""
         style = {"color": color, "linewidth": 2, "marker": marker, "markersize": 3, "zorder": 3}
         panel.plot(rounds, mean, **style)
-        weight = "bold" if label in (ours, reference) else "normal"
+        bold = label in (ours, reference)
         panel.set_title(
-            _name(label, 24), fontsize=8.5, loc="left", pad=3, color=color, weight=weight
+            _name(label, 20 if bold else 24),
+            fontsize=8.5,
+            loc="left",
+            pad=3,
+            color=color,
+            weight="bold" if bold else "normal",
         )
         panel.grid(color=_GRID, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
