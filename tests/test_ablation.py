@@ -91,6 +91,7 @@ def bits(algorithm):
         "ablation_similarity",
         "traffic8",
         "downloads8",
+        "downloads30",
         "attacks4",
         "defence8",
     ],
