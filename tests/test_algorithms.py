@@ -327,12 +327,11 @@ def test_task_vectors_down_are_the_servers_own(precision, bits):
     assert sum(x.size for x in kept) == 3 * PARAMETERS + 2 * 9  # task vectors and the evidence
 
 
-@pytest.mark.parametrize("name", ["matu", *VARIANTS])
+@pytest.mark.parametrize("name", ["matu", *list(VARIANTS)[1:]])
 def test_what_has_not_changed_has_no_direction(name):
     """Clients that leave what they received as it was report zeros, not what rounding leaves."""
     algorithm = build(dataclasses.replace(OPEN, matu=VARIANTS.get(name, MatuConfig())))
-    if not algorithm.sends_change:
-        pytest.skip("whole vectors are sent")
+    assert algorithm.sends_change
     slots, download = slots_with(), jax.jit(algorithm.download)
 
     @jax.jit
