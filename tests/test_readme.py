@@ -152,20 +152,20 @@ def test_the_table_of_downloads_says_what_was_measured():
             assert_says((cell,), arms[name])
     text = " ".join(README.split())
 
-    def crossed(setting, arm):
-        sent = by_name[setting][arm]["communication"]
+    def crossed(arm):
+        sent = arm["communication"]
         return [sent[f"{link}_bits_per_client_round"] for link in ("uplink", "downlink")]
 
-    def shares(setting):
-        pair = zip(crossed(setting, "matu, int8 apart"), crossed(setting, "per_task"), strict=True)
+    def shares(arms):
+        pair = zip(crossed(arms["matu, int8 apart"]), crossed(arms["per_task"]), strict=True)
         return [f"{100 * ours / theirs:.0f}" for ours, theirs in pair]
 
-    kbit = [f"{bits / 1000:.0f}" for bits in crossed("pairs", "matu, int8 apart")]
+    kbit = [f"{bits / 1000:.0f}" for bits in crossed(by_name["pairs"]["matu, int8 apart"])]
     words = (
         'sends {} % and receives {} % of what one adapter per task does in "pairs" ({} and {} kbit)'
     )
-    assert words.format(*shares("pairs"), *kbit) in text
-    assert '{} and {} % in "fours"'.format(*shares("fours")) in text
+    assert words.format(*shares(by_name["pairs"]), *kbit) in text
+    assert '{} and {} % in "fours"'.format(*shares(by_name["fours"])) in text
 
     def against(setting, arm):
         found = by_name[setting][arm]["against_ours"]
@@ -188,6 +188,20 @@ def test_the_table_of_downloads_says_what_was_measured():
     ahead = [against(s, "matfl") for s in ("skew 0.1", "part-time")]
     assert max(p for _, p in ahead) < 0.001
     assert "({:.1f} and {:.1f} points)".format(*(-points for points, _ in ahead)) in text
+
+    (thirty,) = arms_of("downloads30")
+    reached = [
+        f"{100 * thirty[name]['accuracy']['mean']:.1f} ± {100 * thirty[name]['accuracy']['std']:.1f}"
+        for name in ("matu, int8 apart", "matu", "per_task", "matfl")
+    ]
+    words = "reaches {} %, MaTU as it is {}, `per_task` {} and `matfl` {}: it **wins** against all"
+    assert words.format(*reached) in text
+    beaten = [thirty[name]["against_ours"] for name in ("matu", "per_task", "matfl")]
+    assert max(found["difference"] for found in beaten) < 0
+    assert max(found["p_value"] for found in beaten[:2]) < 0.001
+    assert f"(p < 0.001, p < 0.001 and p = {beaten[2]['p_value']:.3f})" in text
+    assert crossed(thirty["matfl"]) == crossed(thirty["per_task"])
+    assert "with {} and {} % of the traffic of the last two".format(*shares(thirty)) in text
 
 
 def test_what_is_said_of_ablations_was_measured():
