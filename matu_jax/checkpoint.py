@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import traceback
@@ -221,20 +220,21 @@ def _quiet() -> Iterator[Any]:
         absl_logging.set_verbosity(before)
 
 
-_ORBAX = re.compile(r"site-packages[/\\](orbax[/\\]|etils[/\\]epath[/\\])")
 _LATE = "Event loop is closed"  # what threads meet that report after an error has ended their loop
 
 
 def _no_tracebacks_of_orbax(record: logging.LogRecord) -> bool:
     """Leaves out what is logged, at times later, of errors in Orbax's threads.
 
-    It raises them as well, or where several writes fail, one of them. Files are etils' in it.
+    It raises them as well, or where several writes fail, one of them. Its files are etils'.
     """
     if not record.exc_info:
         return True
+    modules = (sys.modules.get(name) for name in ("orbax.checkpoint", "etils.epath"))
+    folders = tuple(str(Path(m.__file__).parent) for m in modules if m and m.__file__)
     _, error, trace = record.exc_info
     frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
-    of_orbax = any(_ORBAX.search(file) for file in (record.pathname, *frames))
+    of_orbax = any(file.startswith(folders) for file in (record.pathname, *frames))
     return not (of_orbax or "orbax" in record.getMessage() or str(error) == _LATE)
 
 

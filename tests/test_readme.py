@@ -101,11 +101,13 @@ def test_the_tables_of_rivals_say_what_was_measured():
     assert not thirty, "arms that the table leaves out"
 
 
-def test_the_table_of_other_federations_says_what_was_measured():
-    header = next(line for line in README.splitlines() if line.startswith("| settings8 |"))
+def federations_of(comparison):
+    """The arms measured, by the settings' names in a table of accuracies, which is checked."""
+    start = f"| {comparison} |"
+    header = next(line for line in README.splitlines() if line.startswith(start))
     names = [cell.strip(" `*") for cell in header.split("|")[2:-1]]
-    measured = arms_of("settings8")
-    rows = rows_under("| settings8 |")
+    measured = arms_of(comparison)
+    rows = rows_under(start)
     assert len(rows) == len(measured)
     by_name = {}
     for row, arms in zip(rows, measured, strict=True):
@@ -113,6 +115,11 @@ def test_the_table_of_other_federations_says_what_was_measured():
         by_name[row[0].split(":")[0]] = arms
         for name, cell in zip(names, row[1:], strict=True):
             assert_says((cell,), arms[name])
+    return by_name
+
+
+def test_the_table_of_other_federations_says_what_was_measured():
+    by_name = federations_of("settings8")
 
     def found(setting, arm):
         against = by_name[setting][arm]["against_ours"]
@@ -140,16 +147,7 @@ def test_the_table_of_other_federations_says_what_was_measured():
 
 
 def test_the_table_of_downloads_says_what_was_measured():
-    header = next(line for line in README.splitlines() if line.startswith("| downloads8 |"))
-    names = [cell.strip(" `*") for cell in header.split("|")[2:-1]]
-    measured, rows = arms_of("downloads8"), rows_under("| downloads8 |")
-    assert len(rows) == len(measured)
-    by_name = {}
-    for row, arms in zip(rows, measured, strict=True):
-        assert set(names) == set(arms)
-        by_name[row[0].split(":")[0]] = arms
-        for name, cell in zip(names, row[1:], strict=True):
-            assert_says((cell,), arms[name])
+    by_name = federations_of("downloads8")
     text = " ".join(README.split())
 
     def crossed(arm):

@@ -67,30 +67,26 @@ def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
         masks = jax.tree.map(lambda x: jnp.zeros((rows, -(-x.size // 8)), jnp.uint8), base)
         return Unified(zeros(base, *groups), masks, jnp.zeros(rows, jnp.float32))
 
-    def init(base, slots):
-        downloads = None
+    def handed_out(unifieds, task_vectors):
+        # Rounded once: programs that round for themselves may differ by an ulp, and where nothing
+        # has changed, a difference of zero has no sign.
         if folds_down:
-            downloads = nothing(base, slots.client.shape[0], slots.num_clients)
-        elif precision != "float32":
-            downloads = zeros(base, slots.num_tasks)
+            return received(unifieds)
+        return None if precision == "float32" else arrived(task_vectors)
+
+    def init(base, slots):
+        unifieds = nothing(base, slots.client.shape[0], slots.num_clients)
+        vectors = zeros(base, slots.num_tasks)
+        downloads = handed_out(unifieds, vectors)
         if changes:
             evidence = jnp.zeros((slots.num_tasks, slots.num_tasks), jnp.float32)
-            return MatuState(
-                downloads, ServerState(zeros(base, slots.num_tasks), evidence, evidence)
-            )
+            return MatuState(downloads, ServerState(vectors, evidence, evidence))
         return MatuState(downloads, nothing(base, slots.num_tasks))
 
     def server(state, uploads, slots):
         result = aggregate(uploads, slots, choices, state.server, mesh=mesh)
         keeps = result.state if changes else result.unified
-        # Rounded once: programs that round for themselves may differ by an ulp, and where nothing
-        # has changed, a difference of zero has no sign.
-        downloads = None
-        if folds_down:
-            downloads = received(result.downloads)
-        elif precision != "float32":
-            downloads = arrived(result.task_vectors)
-        return MatuState(downloads, keeps), {
+        return MatuState(handed_out(result.downloads, result.task_vectors), keeps), {
             "similarity": result.similarity,
             "accepted": result.accepted,
         }

@@ -171,14 +171,15 @@ def _in_short(setting: Mapping[str, Any], ours: str, reference: str) -> Iterator
             _share(*(_of(arm, "communication", key) for arm in (our, their)))
             for key in ("uplink_bits_per_client_round", "downlink_bits_per_client_round")
         )
-        sent = f"{up} of its uplink" + (f" and {down} of its downlink" if down != up else "")
+        differs = down not in (up, _NONE)
+        sent = f"{up} of its uplink" + (f" and {down} of its downlink" if differs else "")
         yield [
             Bold(ours),
             f" (ours) reaches {_accuracy(our)}: ",
             f"{_share(mean_accuracy(our), mean_accuracy(their))} of the accuracy of ",
             Bold(reference),
             " (reference)",
-            f" with {sent} per client and round." if _NONE not in (up, down) else ".",
+            f" with {sent} per client and round." if up != _NONE else ".",
         ]
     verdicts: dict[str, list[str]] = {}
     for arm in arms:
