@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from matu_jax.json_files import checked, read_json
 from matu_jax.trees import PyTree, leaf_items
 
 _CHECKSUMS = "checksums.json"
@@ -302,7 +303,7 @@ def _write_checksums(folder: Path) -> None:
 def _damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
-        sums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        sums = checked(dict[str, str], read_json(folder / _CHECKSUMS), _CHECKSUMS)
         for name, checksum in sums.items():
             if _checksum(folder / name) != checksum:
                 return f"{name} has changed since it was written"
@@ -310,6 +311,6 @@ def _damage(folder: Path) -> str | None:
         return f"{Path(error.filename).relative_to(folder)} is missing"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    except (ValueError, AttributeError):
+    except ValueError:
         return f"{_CHECKSUMS} is not readable"
     return None

@@ -195,7 +195,7 @@ def test_wrong_architectures_are_named_field_by_field(folder):
     edit_json(folder / "config.json", vision_config__hidden_act="swish")
     assert "hidden_act is 'swish'" in refusal(folder)
     (folder / "config.json").write_text("{")
-    assert "config.json cannot be read as JSON" in refusal(folder)
+    assert "config.json: not JSON" in refusal(folder)
 
 
 def test_sizes_that_config_json_leaves_out_are_transformers_defaults(folder):

@@ -9,6 +9,7 @@ import matu_jax
 
 PACKAGE = Path(matu_jax.__file__).parent
 LAYER = {
+    "json_files": -1,
     "trees": 0,
     "config": 0,
     "data": 0,

@@ -1,6 +1,5 @@
 """From the results of runs to comparison.json."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 from matu_jax.comparison.plan import Comparison, Run, arms_of, runs
+from matu_jax.json_files import read_json
 from matu_jax.metrics import MetricsLog
 
 _NEAR = 0.95  # of the reference's accuracy
@@ -113,7 +113,7 @@ def _setting(
 def _result(folder: Path) -> dict[str, Any] | None:
     if not (folder / "summary.json").exists():
         return None
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(folder / "summary.json")
     return {"summary": summary, "records": MetricsLog(folder / "metrics.jsonl").records()}
 
 

@@ -1,7 +1,6 @@
 """What is compared: arms in settings, over seeds; and which runs that makes."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from matu_jax.config import Config, did_you_mean, freeze, set_field
+from matu_jax.json_files import read_json
 
 Fields = Mapping[str, Any]
 """Fields of an experiment and their values, such as {"algorithm": "fedavg", "local.steps": 10}."""
@@ -229,7 +229,7 @@ def read_tuned(path: Path) -> dict[str, Any]:
       ValueError: if it is damaged.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         damaged = not all(isinstance(arm["chosen"], dict) for arm in found["arms"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         damaged = True

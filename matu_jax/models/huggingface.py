@@ -4,7 +4,6 @@ Nothing here needs torch. huggingface_hub and transformers are imported where th
 experiments with local folders, or without prompts, do without them.
 """
 
-import json
 import logging
 import re
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from matu_jax import json_files
 from matu_jax.config import did_you_mean
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.tensor_names import full_names
@@ -201,12 +201,15 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: if the file cannot be read or holds something else.
     """
+    advice = "It is damaged, or another file; fetch the checkpoint again."
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+        value = json_files.read_json(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ValueError(f"{error}. {advice}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: found {type(value).__name__}, expected a JSON object.")
+        raise ValueError(f"{path}: found {type(value).__name__}, expected a JSON object. {advice}")
     return value
 
 

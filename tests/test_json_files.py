@@ -1,0 +1,74 @@
+"""JSON of others ends in a value or in one message, whatever it holds."""
+
+import os
+from typing import Annotated
+
+import pytest
+from pydantic import BaseModel, Field
+
+from matu_jax.json_files import checked, parse_json, read_json
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"\xff\xfe{}", "not UTF-8 at byte 0"),
+        (b"{", "not JSON"),
+        (b"", "not JSON"),
+        (b"[" * 200_000, "nested more than 100 deep"),
+        (b"[" * 102 + b"]" * 102, "nested more than 100 deep"),
+        (b'{"a":' * 500 + b"1" + b"}" * 500, "nested more than 100 deep"),
+        (b'{"a": "\\ud800"}', "surrogate"),
+        (b'{"\\udc00": 1}', "surrogate"),
+        (b"1" * 5000, "not JSON"),
+    ],
+)
+def test_what_is_no_json_says_why(tmp_path, text, words):
+    file = tmp_path / "some.json"
+    file.write_bytes(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_json(file)
+    assert str(file) in str(caught.value)
+    assert len(str(caught.value)) < 300 + len(str(file))
+
+
+def test_what_is_json_is_read(tmp_path):
+    file = tmp_path / "some.json"
+    file.write_bytes(b'\xef\xbb\xbf{"a": [1, "\xc3\xa4"]}')  # with a byte order mark
+    assert read_json(file) == {"a": [1, "ä"]}
+    assert parse_json("[" * 100 + "]" * 100) is not None
+    assert parse_json('"\\ud83d\\ude00"') == "\N{GRINNING FACE}"
+
+
+def test_what_cannot_be_read_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "nothing.json")
+    with pytest.raises(IsADirectoryError):
+        read_json(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_json(tmp_path / "pipe")
+
+
+class _Schema(BaseModel):
+    size: Annotated[int, Field(ge=1)]
+    rate: float
+    names: list[str]
+
+
+def test_a_schema_names_every_field_that_is_wrong():
+    good = {"size": 3, "rate": 1, "names": ["a"]}
+    assert checked(_Schema, good | {"more": None}, "it").model_dump() == good
+    with pytest.raises(ValueError, match=r"^some\.json:") as caught:
+        checked(_Schema, {"size": 0, "names": ["a", 5]}, "some.json")
+    text = str(caught.value)
+    assert "size: found 0" in text
+    assert "rate: missing" in text
+    assert "names.1: found 5" in text
+    for value in (None, 5, [], "x" * 10_000):
+        with pytest.raises(ValueError, match="found") as caught:
+            checked(_Schema, value, "some.json")
+        assert len(str(caught.value)) < 200
+    for wrong in (True, "3", 3.0, None):
+        with pytest.raises(ValueError, match="size"):
+            checked(_Schema, good | {"size": wrong}, "some.json")
