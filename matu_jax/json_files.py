@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
     try:
         return parse_json(path.read_bytes())
     except ValueError as error:  # of the text, or of the path itself, such as a NUL in it
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: damaged: {error}") from None
 
 
 def checked(schema: type[T], value: Any, where: str) -> T:

@@ -4,18 +4,23 @@ The safetensors library checks a file and names its mistakes; bytes are then rea
 their places in the file, since the library itself writes only what is in memory at once.
 """
 
+import collections
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from pydantic import AfterValidator, BaseModel, Field
 from safetensors import SafetensorError, safe_open
+
+from matu_jax.json_files import checked, parse_json, read_json
 
 FLOATING = {  # what has task vectors, by its name in the file
     "F32": np.dtype(np.float32),
@@ -25,6 +30,7 @@ FLOATING = {  # what has task vectors, by its name in the file
 READABLE = FLOATING | {"U8": np.dtype(np.uint8)}
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PIECE_BYTES = 1 << 22
+_MOST_OPEN = 16  # files at once, of all checkpoints: systems allow 256 or 1024, and some 64
 
 
 class CheckpointError(ValueError):
@@ -76,25 +82,26 @@ class Checkpoint:
         self.path = Path(path)
         self.tensors: dict[str, Tensor] = {}
         self.metadata: dict[str, str] = {}
-        self._places: dict[str, tuple[Any, int]] = {}
-        self._files: list[Any] = []
+        self._places: dict[str, tuple[_File, int]] = {}
+        self._files: list[_File] = []
         try:
-            shards = _shards(self.path)
-            for file, expected in shards.items():
+            for file, expected in _shards(self.path).items():
                 self._open(file, expected)
         except OSError as error:
             self.close()
-            raise CheckpointError(f"{error.filename or path}: {error.strerror}.") from None
+            raise CheckpointError(f"{error.filename or path}: {_reason(error)}") from None
         except CheckpointError:
             self.close()
             raise
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
-        file = path.open("rb")
+        file = _File(path)
         self._files.append(file)
+        with path.open("rb"):  # says why it cannot be opened; safe_open always says it is missing
+            pass
         try:
-            with safe_open(path, "np") as checked:  # checks offsets, shapes and the length
-                names = set(checked.keys())
+            with safe_open(path, "np") as whole:  # checks offsets, shapes and the length
+                names = set(whole.keys())
         except SafetensorError as error:
             raise CheckpointError(
                 f"{path}: not a safetensors file, or cut short ({error}). Download or save it "
@@ -106,8 +113,9 @@ class Checkpoint:
                 f"{some_of(names - expected)} not in the index. Shards of two checkpoints may be "
                 "mixed; download or save the folder again."
             )
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        stream = file.stream()
+        length = int.from_bytes(stream.read(8), "little")
+        header = parse_json(stream.read(length))
         self.metadata |= header.pop("__metadata__", None) or {}
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
@@ -132,11 +140,15 @@ class Checkpoint:
           CheckpointError: if the file ends before, for it has changed since it was opened.
         """
         file, offset = self._places[name]
-        file.seek(offset + start)
-        data = file.read(count)
+        try:
+            stream = file.stream()
+            stream.seek(offset + start)
+            data = stream.read(count)
+        except OSError as error:
+            raise CheckpointError(f"{file.path}: tensor {name}: {_reason(error)}") from None
         if len(data) != count:
             raise CheckpointError(
-                f"{file.name}: tensor {name}: the file ended while it was read. Let nothing write "
+                f"{file.path}: tensor {name}: the file ended while it was read. Let nothing write "
                 "to it, and start again."
             )
         return data
@@ -161,6 +173,54 @@ class Checkpoint:
         total = self.tensors[name].nbytes
         for start in range(0, total, _PIECE_BYTES):
             yield start, self.read_bytes(name, start, min(_PIECE_BYTES, total - start))
+
+
+class _File:
+    """A file that is open while it is among the `_MOST_OPEN` that were read last.
+
+    Attributes:
+      path: of the file.
+    """
+
+    _open: ClassVar[collections.OrderedDict["_File", BinaryIO]] = collections.OrderedDict()
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._found: tuple[int, ...] | None = None
+
+    def stream(self) -> BinaryIO:
+        """The open file, wherever it was left.
+
+        Raises:
+          OSError: if it cannot be opened.
+          CheckpointError: if it is another file than the one that was opened first.
+        """
+        if self not in self._open:
+            while len(self._open) >= _MOST_OPEN:
+                self._open.popitem(last=False)[1].close()
+            self._open[self] = stream = self.path.open("rb")
+            state = os.fstat(stream.fileno())
+            found = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+            if self._found not in (None, found):
+                raise CheckpointError(
+                    f"{self.path}: the file has changed since it was opened. Let nothing write to "
+                    "it, and start again."
+                )
+            self._found = found
+        self._open.move_to_end(self)
+        return self._open[self]
+
+    def close(self) -> None:
+        if self in self._open:
+            self._open.pop(self).close()
+
+
+def _reason(error: OSError) -> str:
+    """Why the system refuses, and for too many open files what to do."""
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        return f"{reason}."
+    return f"{reason}. Allow more and start again: ulimit -n 1024"
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -195,17 +255,40 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             f"{path}: found neither {WHOLE} nor {INDEX}, but {some_of(found)}. {hint}"
         )
-    try:
-        places = json.loads((path / INDEX).read_text())["weight_map"]
-        by_file: dict[Path, set[str] | None] = {}
-        for file in sorted(set(places.values())):
-            by_file[path / file] = {name for name, place in places.items() if place == file}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path / INDEX}: damaged ({type(error).__name__}: {error}); expected JSON with a "
-            "weight_map from tensor names to files. Download or save the folder again."
-        ) from None
+    by_file: dict[Path, set[str] | None] = {}
+    places = shard_names(path / INDEX)
+    for file in sorted(set(places.values())):
+        by_file[path / file] = {name for name, place in places.items() if place == file}
     return by_file
+
+
+def _inside(name: str) -> str:
+    """A file's name as an index may give it; links, as in Hugging Face's cache, may lead out."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or not name.isprintable():
+        raise ValueError("expected the name of a file in the same folder")
+    return name
+
+
+class _Index(BaseModel):
+    """The index of a checkpoint in shards."""
+
+    weight_map: Annotated[dict[str, Annotated[str, AfterValidator(_inside)]], Field(min_length=1)]
+
+
+def shard_names(index: Path) -> dict[str, str]:
+    """The file of each tensor, from the index of a checkpoint in shards.
+
+    Raises:
+      CheckpointError: if it cannot be read, is damaged, or names files outside its folder.
+    """
+    advice = "Download or save the folder again."
+    try:
+        return checked(_Index, read_json(index), f"{index}: damaged").weight_map
+    except OSError as error:
+        raise CheckpointError(f"{index}: {_reason(error)} {advice}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{error}\n{advice}") from None
 
 
 def some_of(names: Iterable[str]) -> str:
@@ -312,5 +395,5 @@ class Writer:
 
     def _failed(self, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"{self.path} cannot be written: {error.strerror}. Make room, or write elsewhere."
+            f"{self.path} cannot be written: {_reason(error)} Make room, or write elsewhere."
         )

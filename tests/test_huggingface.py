@@ -141,7 +141,7 @@ def test_sharded_files(whole, tmp_path):
     shards[1].unlink()
     assert f"lacks {shards[1].name}" in refusal(folder)
     edit_json(folder / "model.safetensors.index.json", weight_map=None)
-    assert "no weight_map" in refusal(folder)
+    assert "weight_map: found None" in refusal(folder)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -195,7 +195,45 @@ def test_wrong_architectures_are_named_field_by_field(folder):
     edit_json(folder / "config.json", vision_config__hidden_act="swish")
     assert "hidden_act is 'swish'" in refusal(folder)
     (folder / "config.json").write_text("{")
-    assert "config.json: not JSON" in refusal(folder)
+    assert "config.json: damaged: not JSON" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("config.json", {"vision_config": [1]}, "vision_config: found [1]"),
+        ("config.json", {"vision_config__hidden_size": "32"}, "hidden_size: found '32'"),
+        ("config.json", {"vision_config__num_hidden_layers": 0}, "num_hidden_layers: found 0"),
+        ("config.json", {"vision_config__patch_size": True}, "patch_size: found True"),
+        ("config.json", {"vision_config__image_size": 10**30}, "image_size: found 1000"),
+        ("config.json", {"vision_config__layer_norm_eps": "x"}, "layer_norm_eps: found 'x'"),
+        ("config.json", {"vision_config__layer_norm_eps": float("nan")}, "layer_norm_eps: found"),
+        ("config.json", {"vision_config__hidden_act": ["gelu"]}, "hidden_act: found"),
+        ("config.json", {"text_config__eos_token_id": None}, "eos_token_id: found None"),
+        ("config.json", {"text_config__vocab_size": -1}, "vocab_size: found -1"),
+        ("config.json", {"model_type": ["clip"]}, "model_type: found"),
+        ("config.json", {"projection_dim": {}}, "projection_dim: found"),
+        ("preprocessor_config.json", {"image_mean": ["a", "b", "c"]}, "image_mean.0: found 'a'"),
+        ("preprocessor_config.json", {"image_std": [[0.1], 0.2]}, "image_std.0: found"),
+        ("preprocessor_config.json", {"resample": [3]}, "resample.int: found"),
+        ("preprocessor_config.json", {"size": {"height": "a"}}, "found 'a'"),
+    ],
+)
+def test_hostile_fields_are_named(folder, file, changes, words):
+    edit_json(folder / file, **changes)
+    message = refusal(folder)
+    assert words in message
+    assert str(folder / file) in message
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a\0b", "", ".", "a/../b"])
+def test_shards_outside_the_folder_are_refused(folder, name):
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    edit_json(index, weight_map={"logit_scale": name})
+    message = refusal(folder)
+    assert f"{index}: damaged" in message
+    assert "expected the name of a file in the same folder" in message
 
 
 def test_sizes_that_config_json_leaves_out_are_transformers_defaults(folder):

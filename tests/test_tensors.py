@@ -1,6 +1,9 @@
 """Safetensors in pieces, held against the safetensors library."""
 
+import contextlib
 import json
+import os
+import resource
 import struct
 
 import ml_dtypes
@@ -280,8 +283,91 @@ def test_an_index_that_does_not_fit_is_named(tmp_path):
     assert f"{file}: No such file" in message
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        "[" * 200_000,
+        '{"weight_map": 3}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": null}}',
+        '{"weight_map": {"a": "../b.safetensors"}}',
+        '{"weight_map": {"a": "/b.safetensors"}}',
+        '{"weight_map": {"a": "x\\u0000y"}}',
+        '{"weight_map": {"a": "\\ud800"}}',
+    ],
+)
 def test_a_damaged_index_is_named(tmp_path, text):
     (tmp_path / tensors.INDEX).write_text(text)
     message = _message(CheckpointError, _open, tmp_path)
     assert f"{tensors.INDEX}: damaged" in message
+
+
+def test_links_to_blobs_are_followed_as_in_hugging_faces_cache(tmp_path):
+    arrays = _arrays()
+    blobs = _shards(tmp_path / "blobs", arrays)
+    (tmp_path / "snapshot").mkdir()
+    for file in blobs.iterdir():
+        file.rename(blobs / f"blob-{file.name}")
+        (tmp_path / "snapshot" / file.name).symlink_to(f"../blobs/blob-{file.name}")
+    with Checkpoint(tmp_path / "snapshot") as checkpoint:
+        assert set(checkpoint.tensors) == set(arrays)
+
+
+# ------------------------------------------------------------------ open files
+
+
+@contextlib.contextmanager
+def _few_files(more):
+    """Lets the process open only `more` files besides those that are open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as first:  # the lowest number that is free
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first.fileno() + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    arrays = {f"t{i}": np.full(3, i, np.float32) for i in range(60)}
+    folder = tmp_path / "many"
+    folder.mkdir()
+    places = {name: f"{name}.safetensors" for name in arrays}
+    for name, array in arrays.items():
+        save_file({name: array}, folder / places[name])
+    (folder / tensors.INDEX).write_text(json.dumps({"weight_map": places}))
+    before = len(os.listdir("/proc/self/fd"))
+    with contextlib.ExitStack() as stack, _few_files(20):
+        opened = [stack.enter_context(Checkpoint(folder)) for _ in range(3)]
+        for _ in range(2):
+            for name, array in arrays.items():
+                for checkpoint in opened:
+                    np.testing.assert_array_equal(checkpoint.read(name, 0, 3), array)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_where_no_file_may_be_opened_the_reason_is_said(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(_arrays(), path)
+    with Checkpoint(path) as checkpoint:
+        tensors._File._open.popitem()[1].close()
+        with _few_files(0):
+            message = _message(CheckpointError, _open, path)
+            assert f"{path}: Too many open files" in message
+            assert "ulimit -n 1024" in message
+            message = _message(CheckpointError, checkpoint.read, "f32.weight", 0, 1)
+            assert "f32.weight: Too many open files" in message
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_named(tmp_path):
+    path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    save_file(_arrays(), path)
+    save_file(_arrays(), other)
+    with Checkpoint(path) as checkpoint:
+        tensors._File._open.popitem()[1].close()
+        other.replace(path)
+        message = _message(CheckpointError, checkpoint.read, "f32.weight", 0, 1)
+    assert f"{path}: the file has changed" in message

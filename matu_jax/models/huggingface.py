@@ -18,8 +18,10 @@ from matu_jax import json_files
 from matu_jax.config import did_you_mean
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.tensor_names import full_names
+from matu_jax.tensors import INDEX, WHOLE, shard_names
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = WHOLE
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -170,9 +172,8 @@ def _missing_files(folder: Path) -> list[str]:
     if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         missing.append(WEIGHTS)
     elif not (folder / WEIGHTS).is_file():
-        shards = read_json(folder / INDEX).get("weight_map")
-        shards = sorted(set(shards.values())) if isinstance(shards, dict) else []
-        missing += [str(name) for name in shards if not (folder / str(name)).is_file()]
+        shards = sorted(set(shard_names(folder / INDEX).values()))
+        missing += [name for name in shards if not (folder / name).is_file()]
     return missing
 
 
@@ -201,7 +202,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: if the file cannot be read or holds something else.
     """
-    advice = "It is damaged, or another file; fetch the checkpoint again."
+    advice = "Fetch the checkpoint again."
     try:
         value = json_files.read_json(path)
     except OSError as error:
@@ -224,10 +225,7 @@ def tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
     """
     paths = [folder / WEIGHTS]
     if not paths[0].is_file():
-        index = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
-            raise ValueError(f"{folder / INDEX}: found no weight_map of tensors to files.")
-        paths = [folder / name for name in sorted(set(index.values()))]
+        paths = [folder / name for name in sorted(set(shard_names(folder / INDEX).values()))]
     found: dict[str, Path] = {}
     for path in paths:
         try:
