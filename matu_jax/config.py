@@ -26,12 +26,15 @@ class DataConfig:
     Attributes:
       tasks: a set ("embedded8" or "embedded30", the benchmark that comes with the package;
         "vision8", "tfds30" or "emr30", real datasets), or names separated by commas: all of tasks
-        of the embedded benchmark, or all of datasets of `matu_jax.data.datasets`.
+        of the embedded benchmark, or all of datasets of `matu_jax.data.datasets` and of folders in
+        `folders`. "" = all folders in `folders` where that is given, else "embedded8".
       source: where the images of real datasets come from: "prepared" (what `python -m
         matu_jax.prepare` has put into the cache) or "synthetic" (generated stand-ins with the same
         names, classes and sizes, to try an experiment without its data).
-      folders: directory with one image folder per dataset, for those that are not in TFDS or shall
-        not come from there; "" = `$MATU_JAX_FOLDERS`, or `folders` in the cache directory.
+      folders: directory with one image folder per task, each `<task>/train/<class>/<image>` and
+        `<task>/test/<class>/<image>`: of images of one's own, which need nothing else, and of
+        datasets that are not in TFDS or shall not come from there; "" = `$MATU_JAX_FOLDERS`, or
+        `folders` in the cache directory.
       validation_fraction: part of the training split that is held out for validation.
       clients: number of clients.
       tasks_per_client: how many different tasks each client holds.
@@ -41,7 +44,7 @@ class DataConfig:
       seed: what the assignment and the partition are drawn from.
     """
 
-    tasks: str = "embedded8"
+    tasks: str = ""
     source: str = _field("prepared", choices=("prepared", "synthetic"))
     folders: str = ""
     validation_fraction: float = _field(0.1, above=0, at_most=0.5)

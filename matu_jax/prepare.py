@@ -9,7 +9,8 @@ Every image goes once through the model's transform into the cache ($MATU_JAX_CA
 ~/.cache/matu_jax). A dataset is taken from the image folder <folders>/<name> if there is one
 (config.data.folders, or $MATU_JAX_FOLDERS, or `folders` in the cache), and else from TensorFlow
 Datasets. Folders are laid out as <name>/train/<class>/<image> and <name>/test/<class>/<image>, or,
-for datasets without an official test split, as <name>/<class>/<image>. What is prepared already is
+where there is no test split, as <name>/<class>/<image>. Folders of your own need nothing else; all
+in config.data.folders are prepared where config.data.tasks names none. What is prepared already is
 left alone, unless its image folder has changed; what was interrupted is gone on with.
 
 Exit codes: 0 all datasets are prepared (with --dry-run: are, or can be as far as can be told
@@ -31,10 +32,9 @@ from rich.text import Text
 
 from matu_jax.commandline import UserError, read_config, read_words, run_file, run_program
 from matu_jax.comparison import plan
-from matu_jax.config import Config, did_you_mean, override
-from matu_jax.data import Transform, datasets, preparation, prepared
-from matu_jax.data.datasets import DATASETS
-from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.config import Config, override
+from matu_jax.data import Transform, preparation, prepared, selection
+from matu_jax.models.architectures import transform_of
 from matu_jax.report import human_bytes
 
 
@@ -66,19 +66,15 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
     Raises:
       UserError: for an unknown dataset or architecture, or a directory that is not there.
     """
-    generated = config.data.tasks in ("embedded8", "embedded30") or "/" in config.data.tasks
-    if config.model.architecture == "embedded" or generated:
+    data = config.data
+    try:
+        names = selection.resolve(data.tasks, data.folders)
+        transform = transform_of(config.model)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if selection.is_generated(data.tasks, data.folders):
         console.print("The embedded benchmark is generated as it is needed; nothing to prepare.")
         return True
-    if config.model.architecture not in ARCHITECTURES:
-        hint = did_you_mean(config.model.architecture, ARCHITECTURES)
-        raise UserError(
-            f"config.model.architecture: found {config.model.architecture!r}, an unknown one.{hint}"
-        )
-    try:
-        names = datasets.resolve(config.data.tasks)
-    except ValueError as error:
-        raise UserError(f"config.data.tasks: {error}") from None
     if config.data.source == "synthetic":
         console.print(
             "config.data.source is 'synthetic': stand-ins are generated as they are needed; "
@@ -87,10 +83,9 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
         return True
     if config.data.folders and not Path(config.data.folders).is_dir():
         raise UserError(f"config.data.folders: {config.data.folders}: there is no such directory.")
-    transform = ARCHITECTURES[config.model.architecture].transform
     console.print(
         f"Images of {transform.size} pixels ({transform.resize}, {transform.resample}), into "
-        f"{prepared.location(names[0], transform=transform).parent}.",
+        f"{selection.cache() / 'prepared'}.",
         markup=False,
         highlight=False,
     )
@@ -118,8 +113,9 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
 
 def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_run: bool) -> None:
     """Prepares one dataset where that is needed, and fills its row."""
-    images = prepared.image_folder(row.name, folders)
-    row.source = "folder" if images else f"TFDS {DATASETS[row.name].tfds}"
+    dataset = selection.find(row.name, folders)
+    images = selection.image_folder(row.name, folders)
+    row.source = "folder" if images else f"TFDS {dataset.tfds}"
     target = prepared.location(row.name, transform=transform, folders=folders)
     anew = ""
     if target.is_dir():
@@ -136,7 +132,7 @@ def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_ru
         if images is None:
             row.state += ", downloaded if need be"
             return
-        source = preparation.open_source(DATASETS[row.name], image_folders=folders)
+        source = preparation.open_source(dataset, image_folders=folders)
         count = len(source.train) + len(source.test or ())
         row.size = count * transform.size**2 * 3
         fifth = max(1, round(preparation.TEST_FRACTION * count))
@@ -224,11 +220,13 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], bool]:
         for name, text in fields.items():
             override(comparison.experiment, name, text)
         plan.check(comparison)
-        runs = {run.setting: plan.run_config(comparison, run) for run in plan.runs(comparison)}
+        configs = [plan.run_config(comparison, run) for run in plan.runs(comparison)]
+        # Runs that ask for the same data ask for it once.
+        asked = {
+            (c.data.tasks, c.data.folders, c.data.source, transform_of(c.model)): c for c in configs
+        }
     except ValueError as error:
         raise UserError(f"--config {file}: {error}") from None
-    # Settings that ask for the same data ask for it once.
-    asked = {(c.data.tasks, c.data.folders, c.model.architecture): c for c in runs.values()}
     return list(asked.values()), "dry-run" in options
 
 

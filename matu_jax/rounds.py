@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from matu_jax import attacks, failures, privacy
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm, frame_bits, message_bits
-from matu_jax.config import Config, did_you_mean
-from matu_jax.data import Task, datasets, embedded, prepared, synthetic
+from matu_jax.config import Config
+from matu_jax.data import Task, embedded, prepared, selection, synthetic
 from matu_jax.data.batching import gather, round_indices
 from matu_jax.data.feed import Grid, grid, prefetched
 from matu_jax.data.partition import assign, partition
@@ -26,7 +26,7 @@ from matu_jax.hosts import agreed, gathered, highest
 from matu_jax.local import Trained, local_training
 from matu_jax.metrics import relatedness_auc
 from matu_jax.models import Model, linearised
-from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.models.architectures import transform_of
 from matu_jax.models.backbone import recomputed_bytes
 from matu_jax.parallel import (
     ROWS,
@@ -104,35 +104,19 @@ def task_names(config: Config) -> tuple[str, ...]:
     """Names of the tasks that `config.data.tasks` stands for.
 
     Raises:
-      ValueError: for real datasets and the embedded model, or the other way round, or an unknown
-        architecture or dataset.
+      ValueError: for tasks of the embedded benchmark and a model that takes other images, or an
+        unknown architecture or dataset.
     """
-    if config.model.architecture not in ("embedded", *ARCHITECTURES):
-        raise ValueError(
-            f"config.model.architecture: found {config.model.architecture!r}, no such architecture."
-            + did_you_mean(config.model.architecture, ["embedded", *ARCHITECTURES])
-        )
-    sets = {"embedded8": embedded.EIGHT, "embedded30": tuple(embedded.TASKS)}
-    words = [name.strip() for name in config.data.tasks.split(",") if name.strip()]
-    names = sets.get(config.data.tasks) or tuple(words)
-    generated = config.data.tasks in sets or any("/" in name for name in names)
-    small = config.model.architecture == "embedded"
-    if generated and not small:
+    transform_of(config.model)  # refuses an unknown architecture
+    data = config.data
+    generated = selection.is_generated(data.tasks, data.folders)
+    if generated and config.model.architecture != "embedded":
         raise ValueError(
             f"config.model.architecture: found {config.model.architecture!r}; the tasks "
-            f"{config.data.tasks!r} have images of 32 pixels, which only 'embedded' takes. Give "
-            "config.data.tasks = 'vision8', or another architecture."
+            f"{data.tasks or 'embedded8'!r} have images of 32 pixels, which only 'embedded' takes. "
+            "Give config.data.tasks = 'vision8', or another architecture."
         )
-    if not generated and small:
-        raise ValueError(
-            f"config.model.architecture: found 'embedded', which takes images of 32 pixels; the "
-            f"tasks {config.data.tasks!r} are none of the embedded benchmark. Choices for real "
-            f"datasets: {', '.join(ARCHITECTURES)}; or give config.data.tasks = 'embedded8'."
-        )
-    try:
-        return names if generated else datasets.resolve(config.data.tasks)
-    except ValueError as error:
-        raise ValueError(f"config.data.tasks: {error}") from None
+    return selection.resolve(data.tasks, data.folders)
 
 
 def load_tasks(config: Config) -> tuple[Task, ...]:
@@ -142,11 +126,13 @@ def load_tasks(config: Config) -> tuple[Task, ...]:
       ValueError: for an unknown name, or a dataset that is not prepared.
     """
     names, data = task_names(config), config.data
-    if config.model.architecture == "embedded":
+    if selection.is_generated(data.tasks, data.folders):
         return embedded.load(names)
-    transform = ARCHITECTURES[config.model.architecture].transform
+    transform = transform_of(config.model)
     if data.source == "synthetic":
-        return synthetic.load(names, transform=transform, seed=data.seed)
+        return synthetic.load(
+            names, transform=transform, image_folders=data.folders, seed=data.seed
+        )
     return prepared.load(
         names,
         transform=transform,

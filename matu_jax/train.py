@@ -47,10 +47,10 @@ from matu_jax import algorithms, attacks, hosts, models, privacy, report, rounds
 from matu_jax.checkpoint import Checkpoints
 from matu_jax.commandline import UserError, read_config, run_program
 from matu_jax.config import Config
-from matu_jax.data import embedded, prepared
+from matu_jax.data import embedded, prepared, selection
 from matu_jax.interruption import Stopped, StopRequest
 from matu_jax.metrics import MetricsLog, relatedness_auc, write_json
-from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.models.architectures import transform_of
 from matu_jax.models.huggingface import checkpoint_folder
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
 from matu_jax.provenance import commit, machine, versions
@@ -109,9 +109,11 @@ def check_inputs(config: Config, file: Path) -> None:
         )
     try:
         names = rounds.task_names(config)
-        if config.model.architecture != "embedded" and config.data.source == "prepared":
-            transform = ARCHITECTURES[config.model.architecture].transform
-            absent = prepared.missing(names, transform=transform, folders=config.data.folders)
+        data = config.data
+        generated = selection.is_generated(data.tasks, data.folders)
+        if not generated and data.source == "prepared":
+            transform = transform_of(config.model)
+            absent = prepared.missing(names, transform=transform, folders=data.folders)
             if absent:
                 problems.append(
                     f"data: {len(absent)} of {len(names)} datasets are not prepared "

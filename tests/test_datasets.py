@@ -7,7 +7,7 @@ import pytest
 
 from matu_jax.data import Transform, synthetic
 from matu_jax.data.class_names import CLASS_NAMES, readable
-from matu_jax.data.datasets import DATASETS, SETS, Dataset, resolve
+from matu_jax.data.datasets import DATASETS, SETS, Dataset
 
 # Of Imagenette's classes, from the tench to the parachute, in WordNet.
 SYNSETS = "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 "
@@ -173,25 +173,15 @@ def test_readable(label, name):
     assert readable(label) == name
 
 
-def test_resolve():
-    assert resolve("vision8") == SETS["vision8"]
-    assert resolve(" dtd, mnist ,") == ("dtd", "mnist")
-
-
-@pytest.mark.parametrize(
-    ("tasks", "message"),
-    [
-        ("mnits", "unknown dataset 'mnits'; did you mean 'mnist'"),
-        ("visoin8", "did you mean 'vision8'"),
-        ("qqqqqqq", "the sets are vision8, tfds30, emr30, the datasets mnist, "),
-        ("mnist,mnist", "'mnist' is named more than once"),
-        ("mnist,vision8", "'vision8' is a set of datasets, which stands alone"),
-        (" , ", "found no dataset in ' , '"),
-    ],
-)
-def test_resolve_names_what_is_wrong(tasks, message):
-    with pytest.raises(ValueError, match=message):
-        resolve(tasks)
+def test_stand_ins_of_an_own_folder_have_its_classes(tmp_path):
+    for name in ("left", "right", "up"):
+        (tmp_path / "arrows/train" / name).mkdir(parents=True)
+        (tmp_path / "arrows/train" / name / "1.png").touch()
+    (task,) = synthetic.load(["arrows"], transform=Transform(8), image_folders=tmp_path)
+    assert task.class_names == ("left", "right", "up")
+    assert task.train.images.shape[1:] == (8, 8, 3)
+    with pytest.raises(ValueError, match="unknown dataset 'arrow'; did you mean 'arrows'"):
+        synthetic.load(["arrow"], transform=Transform(8), image_folders=tmp_path)
 
 
 def test_stand_ins_look_like_their_dataset():

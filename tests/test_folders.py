@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import shutil
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
@@ -107,6 +109,47 @@ def test_names_of_classes(tmp_path):
     (tmp_path / "n/10").rename(tmp_path / "n/12")
     with pytest.raises(ValueError, match=r"found class folders 0 to 12 .*expected 0 to 10"):
         folders.source(toys(11, words, ""), tmp_path / "n")
+
+
+def test_a_folder_of_ones_own_brings_its_classes(tmp_path):
+    own = Dataset("ward", "", "train", "", 0, ("a photo of a {}.",))
+    tree(tmp_path / "ward", "TRAIN/Grüner Apfel/1.png", "TRAIN/眼/1.png", "Test/眼/2.png")
+    source = folders.source(own, tmp_path / "ward")
+    assert source.class_names == ("Grüner Apfel", "眼")
+    assert source.test is not None
+    assert [label for _, label in labelled(source.test)] == [1]
+    (tmp_path / "ward/Test").rename(tmp_path / "test")
+    assert folders.source(own, tmp_path / "ward").test is None
+    shutil.rmtree(tmp_path / "ward/TRAIN/眼")
+    with pytest.raises(
+        ValueError, match=r"'ward': found 1 classes in .*\(Grüner Apfel\), expected 2"
+    ):
+        folders.source(own, tmp_path / "ward")
+
+
+def test_classes_that_are_called_the_same(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    tree(tmp_path, f"train/{composed}/1.png", "train/b/1.png", f"test/{decomposed}/1.png")
+    source = folders.source(toys(), tmp_path)
+    assert source.class_names == ("b", composed)
+    assert source.test is not None
+    assert [label for _, label in labelled(source.test)] == [1], "one class, spelled in two ways"
+    tree(tmp_path, f"train/{decomposed}/1.png")
+    with pytest.raises(
+        ValueError, match=r"train: the classes 'e\\u0301' and '\\xe9' are called the"
+    ):
+        folders.source(toys(), tmp_path)
+    shutil.rmtree(tmp_path / "train" / decomposed)
+    (tmp_path / "train/b").rename(tmp_path / "train" / "É")
+    with pytest.raises(
+        ValueError, match=r"the class folders 'É', 'é' in .* all read as 'é'; rename"
+    ):
+        folders.source(toys(), tmp_path)
+    shutil.rmtree(tmp_path / "train" / composed)
+    with pytest.raises(
+        ValueError, match=r"class 'é', which .*train lacks, where it is 'É': rename"
+    ):
+        folders.source(toys(), tmp_path)
 
 
 @pytest.mark.parametrize(

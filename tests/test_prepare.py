@@ -12,7 +12,7 @@ from PIL import Image
 
 import matu_jax
 from matu_jax import compare, prepare
-from matu_jax.data import prepared
+from matu_jax.data import Transform, prepared
 from matu_jax.models.architectures import ARCHITECTURES
 
 EXPERIMENT = str(Path(matu_jax.__file__).parents[1] / "experiments" / "vitb32.py")
@@ -243,7 +243,10 @@ def test_a_comparison_is_prepared_and_asked_for(images, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.model.architecture=embedded"], "The embedded benchmark is generated"),
+        (
+            ["--config.model.architecture=embedded", "--config.data.tasks="],
+            "The embedded benchmark is generated",
+        ),
         (["--config.data.tasks=hue/noise"], "The embedded benchmark is generated"),
         (["--config.data=synthetic"], "stand-ins are generated"),
     ],
@@ -252,6 +255,24 @@ def test_nothing_to_prepare(images, tmp_path, capsys, arguments, message):
     assert run(*arguments) == 0
     assert message in capsys.readouterr().out
     assert not (tmp_path / "cache").exists()
+
+
+def test_folders_of_ones_own_need_no_entry_anywhere(images, tmp_path, capsys):
+    own = tmp_path / "own"
+    dataset(own, "my ward [a]", 2)
+    dataset(own, "眼科", 3)
+    (own / "眼科/test").rename(tmp_path / "test")
+    words = ["--config.data.tasks=", f"--config.data.folders={own}"]
+    assert run(*words, "--config.model.architecture=embedded") == 0
+    out = capsys.readouterr().out
+    assert row(out, "my ward [a]")[1:4] == ["folder", "11", "4"]
+    assert row(out, "眼科")[1:4] == ["folder", "14", "4"]
+    assert "test: seeded, no official test split" in " ".join(row(out, "眼科"))
+    names = ("my ward [a]", "眼科")
+    (task, _) = prepared.load(names, transform=Transform(32), folders=own)
+    assert task.train.images.shape[1:] == (32, 32, 3)
+    assert run("--config.data.tasks=my ward", f"--config.data.folders={own}") == 2
+    assert "did you mean 'my ward [a]'" in capsys.readouterr().err
 
 
 def test_without_a_folder_it_is_tfds(images, capsys):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matu_jax.data import Transform, preparation, prepared
+from matu_jax.data import Transform, preparation, prepared, selection
 
 SMALL = Transform(8, "squash", "bilinear")
 OFFICIAL, SEEDED = "intel_images", "garbage"  # 6 classes each; the latter without a test split
@@ -274,6 +274,27 @@ def test_a_begun_preparation_of_other_data_is_not_gone_on_with(places, monkeypat
     assert 99 in shown(load(OFFICIAL, places).train) + shown(load(OFFICIAL, places).validation)
 
 
+def test_folders_of_ones_own_are_told_apart_by_their_place(places, tmp_path):
+    other = {**places, "folders": tmp_path / "elsewhere"}
+    official(places["folders"], name="ward")
+    official(other["folders"], name="ward", train=7)
+    prepare("ward", places)
+    assert prepared.missing(["ward"], transform=SMALL, **other) == ["ward"]
+    prepare("ward", other)
+    counts = [len(load("ward", place).train.labels) for place in (places, other)]
+    assert counts == [27, 38], "one does not take the other's place"
+    shutil.rmtree(places["folders"])
+    assert len(load("ward", places).train.labels) == 27
+    assert load("ward", places).templates
+
+
+def test_a_very_long_name_fits_into_the_cache(places):
+    name = "ü" * 120
+    official(places["folders"], name=name)
+    prepare(name, places)
+    assert load(name, places).name == name
+
+
 def test_what_is_prepared_is_left_alone(places, monkeypatch):
     official(places["folders"])
     first = prepare(OFFICIAL, places)
@@ -414,20 +435,20 @@ def test_defaults_follow_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MATU_JAX_CACHE", str(tmp_path))
     monkeypatch.delenv("MATU_JAX_FOLDERS", raising=False)
     assert prepared.location("mnist", transform=SMALL).parent == tmp_path / "prepared"
-    assert prepared.image_folder("mnist") is None
-    assert prepared.image_folder("gtsrb") == tmp_path / "folders" / "gtsrb"
+    assert selection.image_folder("mnist") is None
+    assert selection.image_folder("gtsrb") == tmp_path / "folders" / "gtsrb"
     monkeypatch.setenv("MATU_JAX_FOLDERS", str(tmp_path / "mine"))
     (tmp_path / "mine/mnist").mkdir(parents=True)
-    assert prepared.image_folder("mnist") == tmp_path / "mine/mnist", "a folder goes before TFDS"
-    assert prepared.image_folder("mnist", tmp_path / "other") is None
+    assert selection.image_folder("mnist") == tmp_path / "mine/mnist", "a folder goes before TFDS"
+    assert selection.image_folder("mnist", tmp_path / "other") is None
 
 
 def test_missing_loads_nothing_heavy_and_is_quick(tmp_path):
     code = textwrap.dedent(f"""
         import sys, time
-        from matu_jax.data import Transform, prepared
+        from matu_jax.data import Transform, prepared, selection
         start = time.perf_counter()
-        names = prepared.resolve("vision8")
+        names = selection.resolve("vision8")
         assert prepared.missing(names, transform=Transform(), cache_dir={str(tmp_path)!r}) == [
             *names]
         assert time.perf_counter() - start < 1

@@ -1,6 +1,7 @@
 """The table of real datasets: where each comes from, and what its splits and classes are.
 
-A dataset is one line of `DATASETS`; a new one is one more line. Where `tfds` is empty, or where the
+A dataset is one line of `DATASETS`; a new one is one more line. Image folders of one's own need
+none (`matu_jax.data.selection`). Where `tfds` is empty, or where the
 folder `<folders>/<name>` exists, the images are read from that folder (`matu_jax.data.folders`),
 otherwise from TensorFlow Datasets (`matu_jax.data.tfds`). A dataset whose `test` is empty was
 published without a test split: a seeded fifth of its training images is used, the same always.
@@ -8,7 +9,6 @@ published without a test split: a seeded fifth of its training images is used, t
 # ruff: noqa: E501 (a dataset is one line)
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +18,7 @@ from matu_jax.data.class_names import CLASS_NAMES
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["DATASETS", "SETS", "Dataset", "Example", "Source", "check_names", "resolve"]
+__all__ = ["DATASETS", "GENERAL_TEMPLATES", "SETS", "Dataset", "Example", "Source"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Dataset:
             has labels for an official test split.
         train: Splits of the builder that may be trained on, joined by "+". Validation is taken from
             them by `validation_fraction`.
-        test: The split that is reported; "" where none is published.
-        num_classes: Number of classes.
+        test: The split that is reported; "" where none is published. Where an image folder has one
+            all the same, it is taken.
+        num_classes: Number of classes; 0 = as many as its image folder has.
         templates: Prompts with one `{}` for the class name.
         manual: Whether TFDS asks its user to download files by hand.
         url: Where to get a dataset that is not downloaded automatically.
@@ -115,6 +116,9 @@ _FRUIT = ("a photo of {}, a fruit or vegetable.", "{} on a white background.")
 _WASTE = ("a photo of {} waste.", "a piece of garbage made of {}.")
 _KANA = ('a photo of the handwritten hiragana "{}".', 'the Japanese character "{}".')
 
+GENERAL_TEMPLATES = ("a photo of a {}.", "an image of a {}.", "a picture of {}.")
+"""Prompts for classes of which nothing is known but their names."""
+
 _KAGGLE = "https://www.kaggle.com/datasets/"
 
 # fmt: off
@@ -196,45 +200,3 @@ SETS: dict[str, tuple[str, ...]] = {
 - `emr30`: the thirty of EMR-Merging (Huang et al. 2024, arXiv 2405.17461). Of EMNIST the balanced
   split is taken; there, and where no test split is published, the paper may have done otherwise.
 """
-
-
-def resolve(tasks: str) -> tuple[str, ...]:
-    """Turns the text of `config.data.tasks` into names of datasets.
-
-    Args:
-        tasks: A key of `SETS`, or keys of `DATASETS` separated by commas.
-
-    Returns:
-        Keys of `DATASETS`, in the order given.
-
-    Raises:
-        ValueError: If a name is unknown (with "did you mean") or given twice, or there is none.
-    """
-    if tasks.strip() in SETS:
-        return SETS[tasks.strip()]
-    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    if not names:
-        raise ValueError(
-            f"found no dataset in {tasks!r}; give a set ({', '.join(SETS)}) or names separated by "
-            f"commas, of {', '.join(DATASETS)}"
-        )
-    check_names(names)
-    return names
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Checks that these are keys of `DATASETS`, each once.
-
-    Raises:
-        ValueError: Otherwise, with "did you mean".
-    """
-    for name in names:
-        if name in SETS:
-            raise ValueError(f"{name!r} is a set of datasets, which stands alone; found {names}")
-        if name not in DATASETS:
-            close = difflib.get_close_matches(name, [*DATASETS, *SETS], n=1, cutoff=0.5)
-            hint = f"the sets are {', '.join(SETS)}, the datasets {', '.join(DATASETS)}"
-            hint = f"did you mean {close[0]!r}?" if close else hint
-            raise ValueError(f"unknown dataset {name!r}; {hint}")
-        if names.count(name) > 1:
-            raise ValueError(f"dataset {name!r} is named more than once")

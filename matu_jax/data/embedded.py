@@ -56,6 +56,7 @@ from matu_jax.data.sprites import (
 __all__ = [
     "DOMAINS",
     "EIGHT",
+    "SETS",
     "TASKS",
     "PretrainingImages",
     "TaskSpec",
@@ -161,6 +162,8 @@ EIGHT: tuple[str, ...] = tuple(
     for space in ("hue", "position", "tilt", "flow")
 )
 """Four attributes of two domains: 4 pairs share a label space, 12 a domain, 12 neither."""
+SETS: dict[str, tuple[str, ...]] = {"embedded8": EIGHT, "embedded30": tuple(TASKS)}
+"""Named sets of tasks."""
 
 
 def relatedness(a: str, b: str) -> Literal["both", "label_space", "domain", "neither"]:

@@ -6,7 +6,9 @@ images may be trained on, since validation is divided off anew:
     root/<split>/<class>/<image>      with the splits train, test and val
     root/<class>/<image>              without an official test split
 
-Classes are numbered in the alphabetical order of their folders (by value, if all are numbers).
+Upper and lower case make no difference to a split's name. Classes are numbered in the alphabetical
+order of their folders (by value, if all are numbers); names that differ only in their Unicode
+normalisation (NFC or NFD) are one class in different splits.
 Hidden files are passed over. Files that are no images by their name are passed over and reported;
 the content of an image decides its format, not its name.
 """
@@ -15,6 +17,7 @@ import hashlib
 import io
 import os
 import struct
+import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +29,7 @@ from PIL import Image, ImageOps
 from matu_jax.data import Transform
 from matu_jax.data.class_names import readable
 from matu_jax.data.datasets import Dataset, Example, Source
+from matu_jax.data.selection import SPLITS, check_utf8, is_hidden
 
 __all__ = ["EXTENSIONS", "Listing", "apply", "decode", "list_folder", "source"]
 
@@ -36,9 +40,6 @@ EXTENSIONS = frozenset((
 ))
 # fmt: on
 """Of files that are taken for images, in lower case."""
-SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
-    ("val", "valid", "validation"), "validation"
-)
 _MAX_PIXELS = 2**27
 """Of an image after its shortest side was resized; 400 MB of RGB."""
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -196,15 +197,21 @@ def list_folder(root: Path) -> Listing:
         classes = _directories(folder, ignored)
         if not classes:
             raise ValueError(f"{folder}: found no folder in it, expected one per class")
-        found[split] = {name: _images(folder / name, root, ignored) for name in classes}
+        found[split] = {}
+        for name in classes:
+            label = _label(name, folder, classes)
+            found[split][label] = _images(folder / name, root, ignored)
     names = list(found["train"])
     names.sort(key=lambda name: (int(name), name) if name.isdecimal() else (0, name))
     if not all(name.isdecimal() for name in names):
         names.sort()
     for split, classes in found.items():
         if strange := [name for name in classes if name not in found["train"]]:
+            near = [name for name in names if name.casefold() == strange[0].casefold()]
+            has = f", where it is {near[0]!r}: rename one" if near else ""
             raise ValueError(
-                f"{splits[split]}: found the class {strange[0]!r}, which {splits['train']} lacks"
+                f"{splits[split]}: found the class {strange[0]!r}, which {splits['train']} "
+                f"lacks{has}"
             )
     digest, listed = hashlib.sha256(), {}
     for split, classes in sorted(found.items()):
@@ -220,7 +227,7 @@ def list_folder(root: Path) -> Listing:
 def _entries(folder: Path) -> Iterator[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
-            yield from (e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX")
+            yield from (entry for entry in entries if not is_hidden(entry.name))
     except OSError as error:
         raise ValueError(f"{folder} cannot be listed: {error.strerror}") from None
 
@@ -233,6 +240,20 @@ def _directories(folder: Path, ignored: list[str]) -> list[str]:
         else:
             ignored.append(entry.path)
     return sorted(directories)
+
+
+def _label(name: str, folder: Path, classes: Sequence[str]) -> str:
+    """The name of a class's folder, normalised (NFC)."""
+    check_utf8(name, folder)
+    label = unicodedata.normalize("NFC", name)
+    same = [other for other in classes if unicodedata.normalize("NFC", other) == label]
+    if len(same) > 1:
+        spelled = " and ".join(ascii(other) for other in same)
+        raise ValueError(
+            f"{folder}: the classes {spelled} are called the same, spelled with different Unicode "
+            "characters; rename one, or put their images together"
+        )
+    return label
 
 
 def _images(folder: Path, root: Path, ignored: list[str]) -> list[tuple[str, int]]:
@@ -274,21 +295,26 @@ class _Images(Sequence):
 
 
 def source(dataset: Dataset, root: Path) -> Source:
-    """Reads a dataset from its folder.
+    """Reads a dataset from its folder; opens no image.
 
     Folders that are called by numbers, from 0 or from 1 on, take the table's class names in order;
     other folders' names are the class names.
 
     Raises:
-        ValueError: If the layout, the number of classes or the splits are not those of the table.
+        ValueError: If the layout, the number of classes or the splits are not those of the table,
+            or two classes are called the same.
     """
     listing = list_folder(root)
     if len(listing.folders) != dataset.num_classes:
-        some = ", ".join(listing.folders[:5])
-        raise ValueError(
-            f"dataset {dataset.name!r}: found {len(listing.folders)} classes in {root} ({some}, "
-            f"...), expected {dataset.num_classes}"
-        )
+        some = ", ".join(listing.folders[:5]) + ", ..." * (len(listing.folders) > 5)
+        where = f"dataset {dataset.name!r}: found {len(listing.folders)} classes in {root} ({some})"
+        if dataset.num_classes:
+            raise ValueError(
+                f"{where}, expected {dataset.num_classes}, as the dataset of this name has; a "
+                "folder of your own takes another name"
+            )
+        if len(listing.folders) < 2:
+            raise ValueError(f"{where}, expected 2 or more")
     if dataset.test and "test" not in listing.splits:
         raise ValueError(
             f"dataset {dataset.name!r}: found no {root}/test, expected the official test split "
@@ -303,6 +329,13 @@ def source(dataset: Dataset, root: Path) -> Source:
                 f"{root}, expected 0 to {len(numbers) - 1}, or 1 to {len(numbers)}"
             )
         names = dataset.class_names
+    for name in names:
+        if names.count(name) > 1:
+            same = [f for f, other in zip(listing.folders, names, strict=True) if other == name]
+            raise ValueError(
+                f"dataset {dataset.name!r}: the class folders {', '.join(map(repr, same))} in "
+                f"{root} all read as {name!r}; rename all but one"
+            )
     train = listing.splits["train"] + listing.splits.get("validation", ())
     notes = ()
     if listing.ignored:

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from matu_jax.data import Transform, folders, prepared, tfds
-from matu_jax.data.datasets import DATASETS, Dataset, Source, check_names
+from matu_jax.data import Transform, folders, prepared, selection, tfds
+from matu_jax.data.datasets import Dataset, Source
 from matu_jax.data.prepared import FORMAT, PARTS
 
 __all__ = ["TEST_FRACTION", "open_source", "prepare"]
@@ -51,14 +51,14 @@ def open_source(
     Raises:
         ValueError: If they are neither there nor can be downloaded; the message says what to do.
     """
-    folder = prepared.image_folder(dataset.name, image_folders, cache_dir)
+    folder = selection.image_folder(dataset.name, image_folders, cache_dir)
     if folder is None:
         return tfds.source(dataset)
     if not folder.is_dir():
         layout = "train/<class>/<image> and test/<class>/<image>" if dataset.test else "<class>/*"
+        get = f"get it from {dataset.url} and lay it" if dataset.url else "lay the images"
         raise ValueError(
-            f"dataset {dataset.name!r}: found no {folder}; get it from {dataset.url} and lay it "
-            f"out there as {layout}"
+            f"dataset {dataset.name!r}: found no {folder}; {get} out there as {layout}"
         )
     return folders.source(dataset, folder)
 
@@ -74,7 +74,7 @@ def prepare(
     """Prepares a dataset, unless it is, going on where an earlier call was stopped.
 
     Args:
-        name: A key of `DATASETS`.
+        name: As `matu_jax.data.selection.find` takes it.
         transform: As the model demands.
         cache_dir: See `prepared.load`.
         image_folders: The `folders` of `prepared.load`.
@@ -87,18 +87,14 @@ def prepare(
         ValueError: If the dataset cannot be had, images cannot be read (all are listed, up to 20),
             the disk is too small, or another process prepares it at this moment.
     """
-    check_names([name])
-    dataset = DATASETS[name]
+    dataset = selection.find(name, image_folders, cache_dir)
     final = prepared.location(name, transform=transform, cache_dir=cache_dir, folders=image_folders)
-    images = prepared.image_folder(name, image_folders, cache_dir)
+    images = selection.image_folder(name, image_folders, cache_dir)
     with _lock(final, name):
         if final.is_dir() and not _unusable(name, final, images):
             _tidy(final)
             return prepared.check(name, final)
         source = open_source(dataset, image_folders=image_folders, cache_dir=cache_dir)
-        if len(set(source.class_names)) < len(source.class_names):
-            twice = [n for n in source.class_names if source.class_names.count(n) > 1]
-            raise ValueError(f"dataset {name!r}: two classes are called {twice[0]!r}")
         partial = final.with_name(final.name + ".partial")
         places = _places(source)
         _write(dataset, source, places, transform, partial, progress)
@@ -174,7 +170,7 @@ def _write(
     progress: Callable[[int, int], None],
 ) -> None:
     """Fills the partial folder, from where it was left."""
-    total, size = len(places.part), transform.size
+    total, size, classes = len(places.part), transform.size, len(source.class_names)
     plan = {
         "format": FORMAT,
         "version": source.version,
@@ -220,8 +216,8 @@ def _write(
         except ValueError as error:
             return error
         try:
-            if not 0 <= label < dataset.num_classes:
-                raise ValueError(f"its label is {label}, expected 0 to {dataset.num_classes - 1}")
+            if not 0 <= label < classes:
+                raise ValueError(f"its label is {label}, expected 0 to {classes - 1}")
             pixels = folders.apply(image, transform)
         except ValueError as error:
             return ValueError(f"{name}: {error}")

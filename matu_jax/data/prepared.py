@@ -8,9 +8,10 @@
         test_images.npy, test_labels.npy
         metadata.json       counts, sizes, hashes, class names, where it all came from
 
-The key is a hash of the dataset's name, its version in TFDS (or that it is a folder), the transform
-and the version of this format. Training images lie in a fixed, shuffled order, so that training and
-validation are two slices of one file: `load` copies no image.
+The key is a hash of the dataset's name, its version in TFDS (or that it is a folder; its path too,
+of one that is not in the table), the transform and the version of this format. Training images lie
+in a fixed, shuffled order, so that training and validation are two slices of one file: `load`
+copies no image.
 """
 
 import dataclasses
@@ -22,29 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from matu_jax.data import Split, Task, Transform
-from matu_jax.data.datasets import DATASETS, check_names, resolve
+from matu_jax.data import Split, Task, Transform, selection
 
-__all__ = ["check", "image_folder", "load", "location", "missing", "outdated", "resolve"]
+__all__ = ["check", "load", "location", "missing", "outdated"]
 
 FORMAT = 1
 """Of the cache; part of the key, to be raised by any change to what is written."""
 PARTS = ("train", "test")
-
-
-def image_folder(
-    name: str, folders: str | os.PathLike[str] = "", cache_dir: str | os.PathLike[str] | None = None
-) -> Path | None:
-    """Returns the image folder that a dataset is read from; None if it is read from TFDS.
-
-    Args:
-        name: A key of `DATASETS`.
-        folders: Where the image folders are; "" = `$MATU_JAX_FOLDERS`, or `folders` in the cache.
-        cache_dir: See `load`.
-    """
-    root = folders or os.environ.get("MATU_JAX_FOLDERS") or _cache(cache_dir) / "folders"
-    folder = Path(root) / name
-    return folder if folder.is_dir() or not DATASETS[name].tfds else None
 
 
 def location(
@@ -55,10 +40,11 @@ def location(
     folders: str | os.PathLike[str] = "",
 ) -> Path:
     """Returns where a dataset lies once it is prepared."""
-    version = "folder" if image_folder(name, folders, cache_dir) else DATASETS[name].tfds
-    parts = [FORMAT, name, version, dataclasses.astuple(transform)]
+    name = selection.find(name, folders, cache_dir).name
+    place = selection.place_of(name, folders, cache_dir)
+    parts = [FORMAT, name, place, dataclasses.astuple(transform)]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    return _cache(cache_dir) / "prepared" / f"{name}-{key}"
+    return selection.cache(cache_dir) / "prepared" / f"{selection.short_name(name)}-{key}"
 
 
 def missing(
@@ -76,11 +62,12 @@ def missing(
     Raises:
         ValueError: If a name is unknown or given twice.
     """
-    check_names(names)
+    selection.check_once(names)
     absent = []
     for name in names:
         folder = location(name, transform=transform, cache_dir=cache_dir, folders=folders)
-        if not folder.is_dir() or outdated(name, folder, image_folder(name, folders, cache_dir)):
+        images = selection.image_folder(name, folders, cache_dir)
+        if not folder.is_dir() or outdated(name, folder, images):
             absent.append(name)
     return absent
 
@@ -109,7 +96,7 @@ def load(
     fraction validates on the same images.
 
     Args:
-        names: Keys of `matu_jax.data.datasets.DATASETS`, each at most once.
+        names: Names that `matu_jax.data.selection.find` knows, each at most once.
         transform: As the model demands.
         cache_dir: By default the environment's `MATU_JAX_CACHE`, else `~/.cache/matu_jax`.
         folders: Where image folders are; "" = `$MATU_JAX_FOLDERS`, or `folders` in the cache.
@@ -155,7 +142,7 @@ def load(
                 train=Split(images[:-held_out], labels[:-held_out]),
                 validation=Split(images[-held_out:], labels[-held_out:]),
                 test=Split(*_arrays(folder, "test")),
-                templates=DATASETS[name].templates,
+                templates=selection.find(name, folders, cache_dir).templates,
                 fingerprint=metadata["sha256"],
             )
         )
@@ -213,10 +200,6 @@ def checksum(metadata: dict) -> str:
     """SHA-256 of all of a dataset's metadata but the field `checksum`."""
     rest = {key: value for key, value in metadata.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _cache(cache_dir: str | os.PathLike[str] | None) -> Path:
-    return Path(cache_dir or os.environ.get("MATU_JAX_CACHE") or Path.home() / ".cache/matu_jax")
 
 
 def _arrays(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,14 +6,16 @@ coloured ground, whose direction, width and colours tell the class; accuracies s
 the real dataset.
 """
 
+import dataclasses
 import hashlib
+import os
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from matu_jax.data import Split, Task, Transform
-from matu_jax.data.datasets import DATASETS
+from matu_jax.data import Split, Task, Transform, folders, selection
+from matu_jax.data.datasets import Dataset
 
 __all__ = ["load"]
 
@@ -22,6 +24,8 @@ def load(
     names: Sequence[str],
     *,
     transform: Transform,
+    image_folders: str | os.PathLike[str] = "",
+    cache_dir: str | os.PathLike[str] | None = None,
     train_examples: int = 256,
     validation_examples: int = 64,
     test_examples: int = 128,
@@ -30,8 +34,11 @@ def load(
     """Generates stand-ins; the same for the same arguments.
 
     Args:
-        names: Names of datasets of `matu_jax.data.datasets`.
+        names: Names that `matu_jax.data.selection.find` knows. Classes of an image folder that is
+            not in the table are read from the folder.
         transform: Its size is that of the images.
+        image_folders: Where image folders are, see `selection.resolve`.
+        cache_dir: See `selection.cache`.
         train_examples: Of each task; a task with more classes gets one per class.
         validation_examples: Of each task.
         test_examples: Of each task.
@@ -39,14 +46,25 @@ def load(
 
     Returns:
         One task per name.
+
+    Raises:
+        ValueError: If a name is unknown, or an image folder that is needed cannot be listed.
     """
     counts = {"train": train_examples, "validation": validation_examples, "test": test_examples}
-    return tuple(_task(name, transform.size, counts, seed) for name in names)
+    tasks = []
+    for name in names:
+        dataset = selection.find(name, image_folders, cache_dir)
+        if not dataset.num_classes:
+            root = selection.image_folder(name, image_folders, cache_dir)
+            assert root is not None, "only datasets of TFDS have none"
+            found = folders.source(dataset, root).class_names
+            dataset = dataclasses.replace(dataset, num_classes=len(found), class_names=found)
+        tasks.append(_task(dataset, transform.size, counts, seed))
+    return tuple(tasks)
 
 
-def _task(name: str, size: int, counts: dict[str, int], seed: int) -> Task:
-    dataset = DATASETS[name]
-    classes = dataset.num_classes
+def _task(dataset: Dataset, size: int, counts: dict[str, int], seed: int) -> Task:
+    name, classes = dataset.name, dataset.num_classes
     looks = np.random.default_rng((seed, zlib.crc32(name.encode())))
     angle, frequency = looks.uniform(0, np.pi, classes), looks.uniform(2, 12, classes)
     colours = looks.uniform(0, 255, (classes, 2, 3)).astype(np.float32)

@@ -5,6 +5,7 @@ Importing this file loads neither JAX nor Flax, so that data preparation can rea
 
 from dataclasses import dataclass
 
+from matu_jax.config import ModelConfig, did_you_mean
 from matu_jax.data import Transform
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -124,3 +125,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     )
 }
+
+EMBEDDED_TRANSFORM = Transform(32, "shortest_side", "bicubic")
+"""How image files become what the embedded benchmark's backbone takes."""
+
+
+def transform_of(model: ModelConfig) -> Transform:
+    """How an image file becomes the image that a model takes.
+
+    Raises:
+      ValueError: for an unknown architecture (with "did you mean").
+    """
+    if model.architecture == "embedded":
+        return EMBEDDED_TRANSFORM
+    if model.architecture in ARCHITECTURES:
+        return ARCHITECTURES[model.architecture].transform
+    raise ValueError(
+        f"config.model.architecture: found {model.architecture!r}, no such architecture."
+        + did_you_mean(model.architecture, ["embedded", *ARCHITECTURES])
+    )

@@ -1,0 +1,125 @@
+"""What config.data.tasks and config.data.folders stand for."""
+
+import os
+import unicodedata
+
+import pytest
+
+from matu_jax.data import embedded
+from matu_jax.data.datasets import DATASETS, GENERAL_TEMPLATES, SETS
+from matu_jax.data.selection import find, image_folder, is_generated, resolve
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "Käse") for form in ("NFC", "NFD"))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A directory of image folders; nothing in the environment or the cache."""
+    monkeypatch.setenv("MATU_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MATU_JAX_FOLDERS", raising=False)
+    (tmp_path / "folders").mkdir()
+    return tmp_path / "folders"
+
+
+def make(root, *names):
+    for name in names:
+        (root / name).mkdir()
+
+
+def test_sets_and_names(root):
+    assert resolve("vision8") == SETS["vision8"]
+    assert resolve(" dtd, mnist ,") == ("dtd", "mnist")
+    assert resolve("embedded30") == tuple(embedded.TASKS)
+    assert resolve("hue/noise, tilt/noise") == ("hue/noise", "tilt/noise")
+    assert resolve("") == embedded.EIGHT, "without folders, the benchmark that comes with the code"
+    assert [is_generated(tasks) for tasks in ("", "embedded8", "hue/noise", "mnist")] == [
+        True, True, True, False,
+    ]  # fmt: skip
+
+
+def test_folders_alone_are_enough(root):
+    make(root, "ward", "Ziegel und Stein", "眼科", "mnist", ".hidden", "__MACOSX")
+    (root / "notes.txt").write_text("no folder")
+    assert not is_generated("", root)
+    assert resolve("", root) == ("Ziegel und Stein", "mnist", "ward", "眼科")
+    assert resolve("眼科, Ziegel und Stein", root) == ("眼科", "Ziegel und Stein")
+    assert find("mnist", root) == DATASETS["mnist"], "the table knows more of it"
+    assert image_folder("mnist", root) == root / "mnist"
+    own = find("ward", root)
+    assert (own.name, own.tfds, own.test, own.num_classes) == ("ward", "", "", 0)
+    assert own.templates == GENERAL_TEMPLATES
+    assert image_folder("ward", root) == root / "ward"
+
+
+def test_folders_of_the_environment_and_the_cache_are_known_by_name(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("MATU_JAX_FOLDERS", str(root))
+    make(root, "ward")
+    assert resolve("ward") == ("ward",)
+    assert resolve("") == embedded.EIGHT, "what a run is about does not hang on the environment"
+    monkeypatch.delenv("MATU_JAX_FOLDERS")
+    with pytest.raises(ValueError, match="unknown dataset 'ward'"):
+        resolve("ward")
+    (tmp_path / "cache/folders/ward").mkdir(parents=True)
+    assert resolve("ward") == ("ward",)
+
+
+def test_what_was_prepared_is_known_without_its_folder(root, tmp_path):
+    (tmp_path / "cache/prepared/ward [a]-0123456789abcdef").mkdir(parents=True)
+    assert find("ward [a]", root).name == "ward [a]"
+    with pytest.raises(ValueError, match="unknown dataset 'ward'"):
+        find("ward", root)
+
+
+def test_one_name_in_two_spellings(root):
+    make(root, DECOMPOSED)
+    assert resolve(COMPOSED, root) == (DECOMPOSED,), "as macOS may have written it"
+    make(root, COMPOSED)
+    assert find(DECOMPOSED, root).name == DECOMPOSED
+    with pytest.raises(ValueError, match=r"Ka\\u0308se.* and .*K\\xe4se.* are called the same"):
+        resolve("", root)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ("mnits", "unknown dataset 'mnits'; did you mean 'mnist'"),
+        (
+            "radiologie",
+            r"did you mean 'radiology'\? There is no folder .*folders/radiologie either",
+        ),
+        ("visoin8", "did you mean 'vision8'"),
+        (
+            "qqqqqqq",
+            "folders in .*/folders: radiology, x,y; sets: embedded8, .*; datasets: mnist, ",
+        ),
+        ("..", "unknown dataset '..'"),
+        ("mnist,mnist", "'mnist' is named more than once"),
+        ("mnist,vision8", "'vision8' is a set of tasks, which stands alone"),
+        ("x,y", "the folder '.*/x,y' has a comma in its name.* rename it, or set"),
+        (" , ", "found no name in ','"),
+        ("embedded8", "found 'embedded8', the embedded benchmark, .* beside config.data.folders"),
+    ],
+)
+def test_what_is_wrong_is_named(root, tasks, message):
+    make(root, "radiology", "x,y")
+    with pytest.raises(ValueError, match=rf"config\.data\.tasks: .*{message}"):
+        resolve(tasks, root)
+
+
+def test_directories_that_are_no_place_of_tasks(root):
+    with pytest.raises(ValueError, match=r"config\.data\.folders: .*found no folder in it, expec"):
+        resolve("", root)
+    with pytest.raises(ValueError, match=r"config\.data\.folders: .*nowhere: there is no such dir"):
+        resolve("", root / "nowhere")
+    make(root, "Train", "test")
+    with pytest.raises(ValueError, match=r"found Train, test in it, .* config.data.tasks = 'fold"):
+        resolve("", root)
+    make(root, "vision8")
+    with pytest.raises(ValueError, match="'vision8' is the name of a set"):
+        resolve("", root)
+
+
+def test_names_that_are_not_utf_8_are_refused(root):
+    os.mkdir(os.fsencode(root) + b"/\xff")
+    with pytest.raises(ValueError, match="is not UTF-8; rename it"):
+        resolve("", root)
