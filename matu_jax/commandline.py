@@ -5,9 +5,11 @@
                           --config.data=VALUE is short for --config.data.source=VALUE
 """
 
+import io
 import logging
 import os
 import runpy
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +24,19 @@ from matu_jax.interruption import end_on_sigterm
 
 class UserError(Exception):
     """A mistake of the user's, to be shown without a traceback."""
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that prints text as it is, tables' and bars' included, on lines of any length.
+
+    To rich's own, square brackets are styles and `:fire:` is a picture, which names and paths may
+    hold. Bars' text columns and panels' titles do not ask the console: give them `markup=False`,
+    or a `rich.text.Text`.
+
+    Args:
+      **options: of `rich.console.Console`.
+    """
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
 
 def run_program(
@@ -41,22 +56,25 @@ def run_program(
       The exit code: 2 after a mistake, 130 after Ctrl-C, 143 after SIGTERM, else what the work
       returned.
     """
-    errors = Console(stderr=True, soft_wrap=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # characters that a terminal or a log cannot hold
+            stream.reconfigure(errors="backslashreplace")
+    errors = plain_console(stderr=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     end_on_sigterm()
     try:
-        return work(Console(soft_wrap=True)) or 0
+        return work(plain_console()) or 0
     except mistakes as error:
-        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        errors.print(f"error: {error}", style="bold red")
         return 2
     except KeyboardInterrupt as error:
-        errors.print(str(error) or interrupted, markup=False, highlight=False)
+        errors.print(str(error) or interrupted)
         return getattr(error, "exit_code", 130)
     except Exception as error:
         text = without_devices(error)
         if text is None:
             raise
-        errors.print(f"error: {text}", style="bold red", markup=False, highlight=False)
+        errors.print(f"error: {text}", style="bold red")
         return 2
 
 

@@ -8,6 +8,8 @@
     --tune                    searches every arm's own fields, with the same number of trials each,
                               on validation accuracy, and writes what it found beside FILE
 
+How far it is goes to standard error: a bar on a terminal, elsewhere a line a round.
+
 Writes comparison.json, report.html, report.md and pictures into the workdir. A run that was
 interrupted goes on from its last checkpoint.
 
@@ -16,7 +18,6 @@ Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said 
 """
 
 import dataclasses
-import io
 import sys
 import time
 from collections.abc import Sequence
@@ -28,13 +29,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from matu_jax import algorithms, train
-from matu_jax.commandline import UserError, read_words, run_file, run_program
+from matu_jax.commandline import UserError, plain_console, read_words, run_file, run_program
 from matu_jax.comparison import plan, report
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tuning import search
 from matu_jax.config import Config, override
 from matu_jax.metrics import write_json
 from matu_jax.parallel import keep_programs, use_cores
+from matu_jax.progress import Rounds, draws_bars
 from matu_jax.provenance import machine, versions
 from matu_jax.rounds import StoppedError
 from matu_jax.workdir import opened
@@ -73,16 +75,17 @@ class Runner:
 
     Args:
       total: how many runs there are.
-      console: where to say it.
     """
 
-    def __init__(self, total: int, console: Console):
+    def __init__(self, total: int):
+        console = plain_console(stderr=True)
         self._bar = Progress(
             TextColumn("run"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=console,
+            disable=not draws_bars(console),
         )
         self._job = self._bar.add_task("", total=total)
 
@@ -100,12 +103,12 @@ class Runner:
           UserError: for what the user has to mend.
         """
         self._bar.update(self._job, description=name)
-        quiet = Console(file=io.StringIO(), soft_wrap=True)
+        quiet, progress = Console(quiet=True), Rounds(self._bar.console, label=name, bar=False)
         started = time.perf_counter()
         with opened(folder, config):
             fresh = not (folder / "summary.json").exists()
             try:
-                summary = train.train(config, name, folder, quiet)
+                summary = train.train(config, name, folder, quiet, progress=progress)
             except StoppedError as error:
                 raise UserError(f"{name}: {error}") from None
         seconds = time.perf_counter() - started
@@ -140,7 +143,7 @@ def tune(comparison: plan.Comparison, file: Path, workdir: Path, console: Consol
             found["arms"] |= plan.read_tuned(target)["arms"]
         except ValueError as error:
             raise UserError(f"--tune: {error} Remove it, and all arms are searched anew.") from None
-    with Runner(len(comparison.arms) * comparison.trials, console) as runner:
+    with Runner(len(comparison.arms) * comparison.trials) as runner:
         for label in comparison.arms:
             run = plan.Run(setting, label, comparison.tuning_seed)
 
@@ -190,7 +193,7 @@ def compare(
     _check_inputs(comparison, runs, file)
     _print_plan(comparison, runs, workdir, console)
     news = False
-    with Runner(len(runs), console) as runner:
+    with Runner(len(runs)) as runner:
         for run in runs:
             config, folder = plan.run_config(comparison, run), run.folder(workdir)
             news = news or not (folder / "summary.json").exists()

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from matu_jax.commandline import UserError, run_program
+from matu_jax.commandline import UserError, plain_console, run_program
 from matu_jax.config import did_you_mean
 from matu_jax.merging import (
     PASSES,
@@ -221,7 +221,7 @@ def rebuild(given: argparse.Namespace, console: Console) -> None:
 @contextlib.contextmanager
 def _progress(parameters: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("merging"), BarColumn(bar_width=30))
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     with Progress(
         *columns,
         TaskProgressColumn(),

@@ -147,10 +147,10 @@ def _run(name: str, transform: Transform, folders: str, console: Console) -> dic
     """Prepares a dataset behind a progress bar."""
     image_bytes = transform.size**2 * 3
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(),
         console=console,
         transient=True,

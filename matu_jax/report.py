@@ -151,8 +151,10 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     seconds = _number(summary["seconds"]["total"])
     share = _percent(summary.get("overhead", {}).get("share"))  # runs of older versions lack it
     table = Table(
-        title=f"{summary['algorithm']}, seed {summary['seed']}: "
-        f"round {summary['selected_round']} of {summary['rounds']}",
+        title=_text(
+            f"{summary['algorithm']}, seed {summary['seed']}: "
+            f"round {summary['selected_round']} of {summary['rounds']}"
+        ),
         caption="per client and round:\n"
         f"{human_bits(communication['uplink_bits_per_client_round'])} up, "
         f"{human_bits(communication['downlink_bits_per_client_round'])} down\n"

@@ -13,6 +13,8 @@
     --profile                 traces one round, the second if there is one, into WORKDIR/profile,
                               for TensorBoard and https://ui.perfetto.dev
 
+How far the run is goes to standard error: a bar on a terminal, elsewhere a line a round.
+
 Compiled programs are kept in ~/.cache/matu_jax/compiled, and found there by the next run;
 JAX_ENABLE_COMPILATION_CACHE=false turns that off.
 
@@ -41,11 +43,10 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from matu_jax import algorithms, attacks, hosts, models, privacy, report, rounds
 from matu_jax.checkpoint import Checkpoints
-from matu_jax.commandline import UserError, read_config, run_program
+from matu_jax.commandline import UserError, plain_console, read_config, run_program
 from matu_jax.config import Config
 from matu_jax.data import embedded, prepared, selection
 from matu_jax.interruption import Stopped, StopRequest
@@ -53,6 +54,7 @@ from matu_jax.metrics import MetricsLog, relatedness_auc, write_json
 from matu_jax.models.architectures import transform_of
 from matu_jax.models.huggingface import checkpoint_folder
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
+from matu_jax.progress import Rounds
 from matu_jax.provenance import commit, machine, versions
 from matu_jax.workdir import check_origin, opened
 
@@ -130,7 +132,13 @@ def check_inputs(config: Config, file: Path) -> None:
 
 
 def train(
-    config: Config, name: str, workdir: Path, console: Console, *, profile: bool = False
+    config: Config,
+    name: str,
+    workdir: Path,
+    console: Console,
+    *,
+    progress: Rounds | None = None,
+    profile: bool = False,
 ) -> dict:
     """Runs or resumes an experiment and writes everything about it into the workdir.
 
@@ -140,7 +148,8 @@ def train(
       config: the experiment.
       name: what it is called in titles.
       workdir: where everything goes.
-      console: what is printed on.
+      console: what the plan and the results are printed on.
+      progress: what is told how far the run is; None = nothing is.
       profile: whether a round is traced into `workdir / "profile"`.
 
     Returns:
@@ -149,6 +158,7 @@ def train(
     Raises:
       UserError: for what the user has to mend.
     """
+    progress = progress or Rounds(Console(quiet=True))
     commit()  # of what is running, whatever is committed while it runs
     first = hosts.is_first()
     if _is_finished(workdir):
@@ -181,15 +191,17 @@ def train(
         start, similarity_sum = _restored(checkpoints, log, config, target, zero)
         if start:
             console.print(f"Going on after round {start[0]} of {config.rounds}.")
-        with _progress(console) as bar, StopRequest(lambda: bar.console.print(_FINISHING)) as stop:
-            job = bar.add_task("", total=config.rounds, completed=start[0] if start else 0)
+        done = start[0] if start else 0
+        with (
+            progress.begin(config.rounds, done),
+            StopRequest(lambda: progress.say(_FINISHING)) as stop,
+        ):
             try:
                 results = rounds.run(fitted, algorithm, model, federation, mesh=mesh, start=start)
             except ValueError as error:
                 raise UserError(str(error)) from None
             if profile and first:
-                left = config.rounds - (start[0] if start else 0)
-                results = _profiled(results, min(2, left), workdir / "profile")
+                results = _profiled(results, min(2, config.rounds - done), workdir / "profile")
             for last in results:
                 if last.similarity is not None:
                     similarity_sum = similarity_sum + last.similarity
@@ -210,9 +222,9 @@ def train(
                             )
                         saving = time.perf_counter() - clock
                 del state  # it may be a copy
-                bar.update(job, completed=last.round, description=_status(last.record))
+                progress.advance(last.record)
                 for line in _left_out(last.record["dropped"]):
-                    bar.console.print(f"round {last.round}: left out: {line}", markup=False)
+                    progress.say(f"round {last.round}: left out: {line}")
                 if signal and last.round < config.rounds:
                     raise Stopped(
                         f"Stopped after round {last.round} of {config.rounds}, which is saved."
@@ -325,24 +337,6 @@ def _profiled(
         yield result
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("round"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=20),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _status(record: dict) -> str:
-    loss = "no loss" if record["loss"] is None else f"loss {record['loss']:.3f}"
-    if record["accuracy"] is None:
-        return loss
-    return f"{loss}, accuracy {100 * record['accuracy']['test_mean']:.1f} %"
-
-
 def _print_plan(config, algorithm, model, federation, mesh, workdir, console) -> None:
     slots = federation.slots
     state = jax.eval_shape(algorithm.init, model.base, slots)
@@ -377,8 +371,7 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
             f"warning: about {report.human_bytes(needed)} of memory are needed per device, and "
             f"{report.human_bytes(there)} are there. Most go into "
             f"{max(memory, key=lambda part: memory[part])}. Lower config.local.parallel_slots, or "
-            "set config.model.remat=True or config.model.compute_dtype=bfloat16.",
-            markup=False,
+            "set config.model.remat=True or config.model.compute_dtype=bfloat16."
         )
 
 
@@ -509,7 +502,9 @@ def main(argv: Sequence[str]) -> int:
             with hosts.together():
                 if hosts.is_first():
                     stack.enter_context(opened(workdir, config))
-            train(config, file.stem, workdir, console, profile="profile" in options)
+            progress = Rounds(plain_console(stderr=True)) if hosts.is_first() else None
+            profile = "profile" in options
+            train(config, file.stem, workdir, console, progress=progress, profile=profile)
 
     mistakes = (UserError, rounds.StoppedError)
     return run_program(work, interrupted=INTERRUPTED, mistakes=mistakes)

@@ -15,6 +15,7 @@ LAYER = {
     "data": 0,
     "tensors": 0,
     "provenance": 0,
+    "progress": 0,
     "rounding": 1,
     "commandline": 1,
     "aggregation": 1,

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from matu_jax.commandline import plain_console
 from matu_jax.report import human_bytes
 
 _COLUMNS = {  # what merge.json calls it: what the table calls it, and how it is written
@@ -85,4 +86,4 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
 def _print(console: Console, table: Table) -> None:
     """Prints a table at its full width, also where lines are cut at 80 columns, as in pipes."""
     width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-    Console(file=console.file, width=max(width, console.width)).print(table)
+    plain_console(file=console.file, width=max(width, console.width)).print(table)
