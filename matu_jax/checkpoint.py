@@ -94,12 +94,12 @@ class Checkpoints:
                 items["state"] = ocp.args.StandardSave(arrays)
             self._manager.save(round_index, args=ocp.args.Composite(**items), force=True)
         _write_checksums(self._folder(round_index))
-        kept = self._complete()[-self.keep :]
+        kept = self.complete()[-self.keep :]
         self._remove([other for other in self._folders() if other < kept[0]])
 
     def latest(self) -> int | None:
         """The newest round with a complete checkpoint (its files are not checked), or None."""
-        return max(self._complete(), default=None)
+        return max(self.complete(), default=None)
 
     def whole(self) -> tuple[int | None, dict[int, str]]:
         """The newest checkpoint whose files are as they were written.
@@ -109,7 +109,7 @@ class Checkpoints:
           the newest first.
         """
         damaged: dict[int, str] = {}
-        for round_index in reversed(self._complete()):
+        for round_index in reversed(self.complete()):
             damage = _damage(self._folder(round_index))
             if damage is None:
                 return round_index, damaged
@@ -176,7 +176,8 @@ class Checkpoints:
         names = [path.name for path in self.directory.iterdir()]
         return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
-    def _complete(self) -> list[int]:
+    def complete(self) -> list[int]:
+        """The rounds that have a complete checkpoint, in order; their files are not checked."""
         return [n for n in self._folders() if (self._folder(n) / _CHECKSUMS).exists()]
 
     def _remove(self, rounds: list[int]) -> None:

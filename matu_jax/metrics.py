@@ -1,13 +1,22 @@
 """What a run writes for people and programs: metrics.jsonl, summary.json, and the AUC in them."""
 
+import hashlib
 import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, Field
+
+from matu_jax.json_files import checked, parse_json
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Fraction = Annotated[_Finite, Field(ge=0, le=1)]
+_Count = Annotated[int, Field(ge=0)]
 
 
 def relatedness_auc(similarity: Any, related: Any) -> float | None:
@@ -94,12 +103,12 @@ def plain(value: Any, where: str = "value") -> Any:
     )
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, contents: bytes) -> None:
     """Writes a file such that a reader, or a run after a crash, finds the old one or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(contents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -115,7 +124,30 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """
     path = Path(path)
     text = json.dumps(plain(value, path.name), indent=2, allow_nan=False, ensure_ascii=False)
-    _replace(path, text + "\n")
+    _replace(path, (text + "\n").encode())
+
+
+class _Accuracy(BaseModel):
+    validation_mean: _Fraction | None
+    test_mean: _Fraction | None
+    test_per_task: dict[str, _Fraction | None]
+    test_per_slot: list[_Fraction | None]
+
+
+class _Record(BaseModel):
+    """What a summary, a picture or a comparison needs of a round."""
+
+    round: int
+    loss: _Finite | None
+    accuracy: _Accuracy | None
+    similarity_auc: _Fraction | None
+    clients: list[_Count]
+    aggregated: bool
+    uplink_bits: _Count
+    downlink_bits: _Count
+    uplink_frame_bits: _Count = 0  # older versions lack them
+    downlink_frame_bits: _Count = 0
+    seconds: dict[str, Annotated[_Finite, Field(ge=0)]]
 
 
 class MetricsLog:
@@ -130,6 +162,12 @@ class MetricsLog:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        self._written = hashlib.sha256()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what `truncate_after` has kept and `append` has added since."""
+        return self._written.hexdigest()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a record, converted by `plain`.
@@ -143,11 +181,12 @@ class MetricsLog:
                 f'{self.path.name}: found {values.get("round")!r} under "round"; expected the '
                 "number of the round, from 1."
             )
-        line = json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n"
-        with self.path.open("a", encoding="utf-8") as file:
+        line = (json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        with self.path.open("ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        self._written.update(line)
 
     def records(self) -> list[dict[str, Any]]:
         """All complete records, in order; none if the file does not exist.
@@ -155,34 +194,80 @@ class MetricsLog:
         Raises:
           ValueError: names a complete line that is not a record.
         """
-        return [json.loads(line) for line in self._lines()]
+        return [self._record(number, line) for number, line in enumerate(self._lines(), start=1)]
 
-    def truncate_after(self, round_index: int) -> None:
-        """Drops the records of later rounds and a half-written last line, atomically.
-
-        To be called before a run is resumed from the checkpoint of `round_index`, or with 0 where
-        it starts afresh.
+    def rounds(self, count: int) -> list[dict[str, Any]]:
+        """The records of rounds 1 to `count`, each there once, in order and with every field.
 
         Raises:
-          ValueError: names a complete line that is not a record; the file stays as it was.
+          ValueError: says which round or which field is missing, damaged or there twice, and how
+            many rounds the file has up to there.
         """
-        if self.path.exists():
-            kept = [line for line in self._lines() if json.loads(line)["round"] <= round_index]
-            _replace(self.path, "".join(kept))
+        lines = self._lines()
+        records = []
+        for number in range(1, count + 1):
+            if number > len(lines):
+                raise ValueError(
+                    f"{self.path}: found {_rounds(number - 1)}, expected {_rounds(count)}"
+                )
+            record = self._record(number, lines[number - 1])
+            if record["round"] != number:
+                raise ValueError(
+                    f"{self.path}, line {number}: found round {record['round']}, expected round "
+                    f"{number}: each round from 1 to {count} once, in order"
+                )
+            checked(_Record, record, f"{self.path}, line {number}")
+            records.append(record)
+        return records
 
-    def _lines(self) -> list[str]:
-        """The file's complete lines, each one found to be a record."""
+    def check(self, count: int, fingerprint: str | None) -> None:
+        """Checks that the file begins with rounds 1 to `count`, as they were written.
+
+        Args:
+          count: how many rounds.
+          fingerprint: what it was after these rounds; None = not known, as in older versions.
+
+        Raises:
+          ValueError: as `rounds`, or if a line has changed since.
+        """
+        self.rounds(count)
+        found = hashlib.sha256(b"".join(self._lines()[:count])).hexdigest()
+        if fingerprint not in (None, found):
+            raise ValueError(f"{self.path}: a line of rounds 1 to {count} was changed later")
+
+    def truncate_after(self, count: int, fingerprint: str | None = None) -> None:
+        """Keeps the records of rounds 1 to `count`, and drops what follows, atomically.
+
+        To be called before a run is resumed from the checkpoint of that round, or with 0 where it
+        starts afresh.
+
+        Raises:
+          ValueError: as `check`; the file stays as it was.
+        """
+        self.check(count, fingerprint)
+        kept = b"".join(self._lines()[:count])
+        if self.path.exists():
+            _replace(self.path, kept)
+        self._written = hashlib.sha256(kept)
+
+    def _lines(self) -> list[bytes]:
+        """The file's complete lines, each with its newline."""
         if not self.path.exists():
             return []
-        lines = self.path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
-        for number, line in enumerate(lines, start=1):
-            try:
-                valid = isinstance(json.loads(line)["round"], int)
-            except (ValueError, KeyError, TypeError):
-                valid = False
-            if not valid:
-                raise ValueError(
-                    f"{self.path}, line {number}: found {line[:60]!r}, which is no JSON object "
-                    'with a "round". Remove that line, or move the file away.'
-                )
-        return [line + "\n" for line in lines]
+        return [line + b"\n" for line in self.path.read_bytes().split(b"\n")[:-1]]
+
+    def _record(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            record = parse_json(line)
+            if type(record["round"]) is int:
+                return record
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ValueError(
+            f"{self.path}, line {number}: found {reprlib.repr(line)}, which is no JSON object with "
+            'a "round"'
+        )
+
+
+def _rounds(count: int) -> str:
+    return f"rounds 1 to {count}" if count else "no round"

@@ -217,9 +217,9 @@ def train(
                         last.record["seconds"]["checkpoint"] = saving
                         log.append(last.record)
                         if due:
-                            checkpoints.save(
-                                last.round, {"state": state, "similarity_sum": similarity_sum}, meta
-                            )
+                            kept = {"state": state, "similarity_sum": similarity_sum}
+                            notes = meta | {"metrics": log.fingerprint}
+                            checkpoints.save(last.round, kept, notes)
                         saving = time.perf_counter() - clock
                 del state  # it may be a copy
                 progress.advance(last.record)
@@ -258,7 +258,10 @@ def train(
 
 def _results(config, algorithm, federation, target, log, similarity_sum) -> tuple[dict, np.ndarray]:
     """The summary of a run, and the mean of its similarities."""
-    records = log.records()
+    try:
+        records = log.rounds(config.rounds)
+    except ValueError as error:  # of another program, while this one ran
+        raise UserError(f"{error}. The same command says how to go on.") from None
     similarity = similarity_sum / max(sum(r["aggregated"] for r in records), 1)
     summary = _summary(config, federation, records, similarity)
     summary["config"] = dataclasses.asdict(config)
@@ -309,7 +312,7 @@ def _restored(
                 found = checkpoints.restore(target)
                 if found:
                     check_origin(checkpoints.directory, found[2], config)
-                log.truncate_after(found[0] if found else 0)
+                _keep_records(log, checkpoints, found)
         except ValueError as error:
             raise UserError(str(error)) from None
     done = hosts.highest(found[0] if found else 0)
@@ -318,6 +321,34 @@ def _restored(
     state = found[1] if found else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target)
     state = hosts.agreed(state)
     return (done, state["state"]), np.asarray(state["similarity_sum"])
+
+
+def _keep_records(log: MetricsLog, checkpoints: Checkpoints, found: tuple | None) -> None:
+    """Drops records of rounds after the checkpoint's; those up to it have to be there as written.
+
+    Everything that is summed up over rounds, such as epsilon, comes from them.
+
+    Raises:
+      ValueError: says what is wrong with them, and where the run can go on.
+    """
+    done, meta = (found[0], found[2]) if found else (0, {})
+    try:
+        log.truncate_after(done, meta.get("metrics"))
+    except ValueError as error:
+        ways = ["Bring the file back from a copy"]
+        for number in reversed(checkpoints.complete()):
+            with contextlib.suppress(ValueError):
+                if number < done:
+                    log.check(number, checkpoints.meta(number).get("metrics"))
+                    ways.append(
+                        f"or, to go on after round {number}, remove the newer ones in "
+                        f"{checkpoints.directory}"
+                    )
+                    break
+        raise ValueError(
+            f"{error}, as the checkpoint of round {done} has it. {'; '.join(ways)}; or, to start "
+            f"from round 0, remove {checkpoints.directory}, or give another --workdir."
+        ) from None
 
 
 def _profiled(
@@ -415,7 +446,7 @@ def _left_out(dropped: list[dict]) -> list[str]:
 
 def _summary(config, federation, records, similarity) -> dict:
     measured = [r for r in records if r["accuracy"] is not None]
-    best = max(measured, key=lambda r: r["accuracy"]["validation_mean"])
+    best = max(measured, key=lambda r: r["accuracy"]["validation_mean"] or 0.0)
     accuracy = best["accuracy"]
     clients = sum(len(r["clients"]) for r in records)
     phases = sorted({phase for r in records for phase in r["seconds"]})

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import os
@@ -122,12 +123,34 @@ def test_a_line_is_on_disk_when_the_process_dies_right_after(tmp_path):
     assert MetricsLog(path).records() == [{"round": 1}]
 
 
-@pytest.mark.parametrize("half", ["", '{"round": 3, "lo', '{"round": 1}', "\ufffd\x00"])
-@pytest.mark.parametrize("keep", [0, 2, 7])
-def test_truncate_drops_later_rounds_and_a_half_written_line(tmp_path, keep, half):
+def a_round(number, **fields):
+    """A record with every field that is needed later."""
+    accuracy = {"validation_mean": 0.5, "test_mean": 0.5, "test_per_task": {"é": 0.5, "b": None}}
+    return {
+        "round": number,
+        "loss": number / 10,
+        "accuracy": accuracy | {"test_per_slot": [0.5, 0.5]},
+        "similarity_auc": None,
+        "clients": [0, 2],
+        "aggregated": True,
+        "uplink_bits": 100,
+        "downlink_bits": 0,
+        "seconds": {"compile": 0, "local_training": 0.5},
+        **fields,
+    }
+
+
+def written(tmp_path, rounds=3):
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    for number in (1, 2, 3):
-        log.append({"round": number, "loss": number / 10})
+    for number in range(1, rounds + 1):
+        log.append(a_round(number))
+    return log
+
+
+@pytest.mark.parametrize("half", ["", '{"round": 3, "lo', '{"round": 1}', "\ufffd\x00"])
+@pytest.mark.parametrize("keep", [0, 2, 3])
+def test_truncate_drops_later_rounds_and_a_half_written_line(tmp_path, keep, half):
+    log = written(tmp_path)
     before = log.path.read_text("utf-8")
     with log.path.open("a", encoding="utf-8") as file:
         file.write(half)
@@ -135,36 +158,104 @@ def test_truncate_drops_later_rounds_and_a_half_written_line(tmp_path, keep, hal
     log.truncate_after(keep)
     kept = before.splitlines(keepends=True)[:keep]
     assert log.path.read_text("utf-8") == "".join(kept)  # byte for byte
-    log.append({"round": keep + 1})
-    assert [record["round"] for record in log.records()] == [
-        *range(1, min(keep, 3) + 1),
-        keep + 1,
-    ]
+    log.append(a_round(keep + 1))
+    assert [record["round"] for record in log.rounds(keep + 1)] == [*range(1, keep + 2)]
+    assert log.fingerprint == hashlib.sha256(log.path.read_bytes()).hexdigest()
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
 def test_truncate_survives_a_half_written_character(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.append({"round": 1, "name": "é"})
+    log.append(a_round(1))
     log.path.write_bytes(log.path.read_bytes() + '{"name": "é'.encode()[:-1])
     log.truncate_after(1)
-    assert log.records() == [{"round": 1, "name": "é"}]
+    assert log.records() == [a_round(1)]
 
 
 def test_truncate_of_nothing_makes_nothing(tmp_path):
-    MetricsLog(tmp_path / "metrics.jsonl").truncate_after(3)
+    MetricsLog(tmp_path / "metrics.jsonl").truncate_after(0)
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}', "", '{"round": null}'])
-def test_a_broken_line_in_the_middle_is_named_and_left(tmp_path, line):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    text = f'{{"round": 1}}\n{line}\n{{"round": 3}}\n'
-    log.path.write_text(text, "utf-8")
-    for act in (log.records, lambda: log.truncate_after(1)):
+BROKEN = [b"{broken", b"[1]", b'{"loss": 1}', b"", b'{"round": null}', b"\xff", b"[" * 10**5]
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_broken_line_is_named_and_left_unless_it_would_go_anyway(tmp_path, line):
+    log = written(tmp_path)
+    first, _, third = log.path.read_bytes().splitlines(keepends=True)
+    text = first + line + b"\n" + third
+    log.path.write_bytes(text)
+    for act in (log.records, lambda: log.truncate_after(2)):
         with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
             act()
-    assert log.path.read_text("utf-8") == text
+    assert log.path.read_bytes() == text
+    log.truncate_after(1)
+    assert log.path.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([2, 3], "line 1: found round 2, expected round 1: each round from 1 to 3 once"),
+        ([1, 2], "found rounds 1 to 2, expected rounds 1 to 3"),
+        ([], "found no round, expected rounds 1 to 3"),
+        ([1, 2, 2, 3], "line 3: found round 2, expected round 3"),
+        ([1, 3, 2], "line 2: found round 3, expected round 2"),
+    ],
+)
+def test_rounds_that_are_missing_doubled_or_mixed_up_are_named(tmp_path, lines, words):
+    log = written(tmp_path)
+    text = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(b"".join(text[number - 1] for number in lines))
+    for act in (log.rounds, log.truncate_after, lambda count: log.check(count, None)):
+        with pytest.raises(ValueError, match=words):
+            act(3)
+
+
+FIELDS = {
+    "uplink_bits": -1,
+    "downlink_bits": 0.5,
+    "clients": [0, "1"],
+    "aggregated": 1,
+    "similarity_auc": 1.5,
+    "seconds": {"compile": -1.0},
+    "loss": "0.5",
+    "accuracy": {"test_mean": 0.5},
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_that_is_missing_or_wrong_is_named(tmp_path, field):
+    log = written(tmp_path, rounds=1)
+    lines = log.path.read_bytes()
+    log.append(a_round(2, **{field: FIELDS[field]}))
+    with pytest.raises(ValueError, match=rf"line 2:\n  {field}"):
+        log.rounds(2)
+    lacking = {key: value for key, value in a_round(2).items() if key != field}
+    log.path.write_bytes(lines + json.dumps(lacking).encode() + b"\n")
+    with pytest.raises(ValueError, match=rf"line 2:\n  {field}: missing"):
+        log.rounds(2)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_numbers_that_are_not_finite_are_no_results(tmp_path, number):
+    log = written(tmp_path, rounds=1)
+    log.path.write_text(log.path.read_text("utf-8").replace('"loss": 0.1', f'"loss": {number}'))
+    with pytest.raises(ValueError, match="line 1:\n  loss: found"):
+        log.rounds(1)
+
+
+def test_a_number_that_was_changed_is_noticed_where_the_fingerprint_is_known(tmp_path):
+    log = written(tmp_path)
+    known = log.fingerprint
+    log.check(3, known)
+    log.append(a_round(4))
+    log.check(3, known)  # what follows is no part of it
+    log.path.write_text(log.path.read_text("utf-8").replace('bits": 100', 'bits": 1', 1))
+    log.check(3, None)
+    with pytest.raises(ValueError, match="rounds 1 to 3 was changed later"):
+        log.truncate_after(3, known)
 
 
 @pytest.mark.parametrize("record", [{}, {"round": None}, {"round": 1.5}, {"round": True}])
