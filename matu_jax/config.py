@@ -61,8 +61,10 @@ class ModelConfig:
     """What is fine-tuned.
 
     Attributes:
-      architecture: "embedded" (the small transformer of the embedded benchmark), or one of
-        `matu_jax.models.architectures.ARCHITECTURES`, such as "clip_vit_b32".
+      architecture: "embedded" (the small transformer of the embedded benchmark); "clip" or "vit"
+        (a CLIP or plain vision transformer of any size, which is read from the checkpoint's
+        config.json); or one of `matu_jax.models.architectures.ARCHITECTURES`, such as
+        "clip_vit_b32", which the checkpoint must then agree with.
       checkpoint: "embedded" (the backbone that comes with the package), "random", or, for
         architecture "embedded", the path of a safetensors file that
         experiments/pretrain_backbone.py wrote; for the others a Hugging Face hub name, such as
@@ -76,7 +78,8 @@ class ModelConfig:
       lora_dropout: probability with which an adapter's inputs are zeroed in training.
       head: "frozen" (label vectors compared by cosine: the backbone's own in the embedded
         benchmark, class names and prompts through CLIP's text tower otherwise) or "trained" (a
-        linear head per task, averaged among its holders).
+        linear head per task, averaged among its holders), which images of one's own need where
+        there is no text tower.
       task_heads: exceptions to `head`, as pairs such as (("svhn", "trained"),).
       logit_scale: what the cosines of a frozen head are multiplied by; 0 = the checkpoint's own.
       compute_dtype: of activations and matrix products; "float32" or "bfloat16". What trains

@@ -35,8 +35,7 @@ from matu_jax.config import Config, did_you_mean, freeze
 from matu_jax.data import Task
 from matu_jax.metrics import MetricsLog
 from matu_jax.models import exporting, huggingface
-from matu_jax.models.architectures import ARCHITECTURES
-from matu_jax.models.checkpoint_config import checked_architecture
+from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.provenance import versions
 from matu_jax.trees import PyTree, leaf_items
 from matu_jax.workdir import check_origin
@@ -225,10 +224,7 @@ def _write_model(exported: Exported, kind: str, folder: Path) -> str:
         }
         save_file(tensors, folder / "task_vector.safetensors", about)
         return ""
-    architecture, source = ARCHITECTURES[model.architecture], None
-    if model.checkpoint != "random":
-        source = huggingface.checkpoint_folder(model.checkpoint, model.architecture)
-        architecture = checked_architecture(source, architecture)
+    architecture, source = architecture_of(model), huggingface.folder_of(model)
     if kind == "peft":
         return exporting.write_adapter(folder, exported.params, model, architecture)
     tower = exporting.merged_tower(exported.params, exported.frozen, model)

@@ -69,12 +69,14 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
     data = config.data
     try:
         names = selection.resolve(data.tasks, data.folders)
+        if selection.is_generated(data.tasks, data.folders):
+            console.print(
+                "The embedded benchmark is generated as it is needed; nothing to prepare."
+            )
+            return True
         transform = transform_of(config.model)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if selection.is_generated(data.tasks, data.folders):
-        console.print("The embedded benchmark is generated as it is needed; nothing to prepare.")
-        return True
     if config.data.source == "synthetic":
         console.print(
             "config.data.source is 'synthetic': stand-ins are generated as they are needed; "

@@ -21,12 +21,13 @@ from matu_jax.data import Task, embedded, prepared, selection, synthetic
 from matu_jax.data.batching import gather, round_indices
 from matu_jax.data.feed import Grid, grid, prefetched
 from matu_jax.data.partition import assign, partition
+from matu_jax.data.rendering import SIZE
 from matu_jax.evaluate import EvaluationSet, evaluation, per_task
 from matu_jax.hosts import agreed, gathered, highest
 from matu_jax.local import Trained, local_training
 from matu_jax.metrics import relatedness_auc
 from matu_jax.models import Model, linearised
-from matu_jax.models.architectures import transform_of
+from matu_jax.models.architectures import check_architecture, transform_of
 from matu_jax.models.backbone import recomputed_bytes
 from matu_jax.parallel import (
     ROWS,
@@ -107,14 +108,15 @@ def task_names(config: Config) -> tuple[str, ...]:
       ValueError: for tasks of the embedded benchmark and a model that takes other images, or an
         unknown architecture or dataset.
     """
-    transform_of(config.model)  # refuses an unknown architecture
+    check_architecture(config.model.architecture)
     data = config.data
     generated = selection.is_generated(data.tasks, data.folders)
-    if generated and config.model.architecture != "embedded":
+    if generated and transform_of(config.model).size != SIZE:
         raise ValueError(
             f"config.model.architecture: found {config.model.architecture!r}; the tasks "
-            f"{data.tasks or 'embedded8'!r} have images of 32 pixels, which only 'embedded' takes. "
-            "Give config.data.tasks = 'vision8', or another architecture."
+            f"{data.tasks or 'embedded8'!r} have images of {SIZE} pixels, and it "
+            "takes others. Give config.data.tasks = 'vision8', or config.model.architecture = "
+            "'embedded'."
         )
     return selection.resolve(data.tasks, data.folders)
 

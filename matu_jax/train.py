@@ -52,7 +52,7 @@ from matu_jax.data import embedded, prepared, selection
 from matu_jax.interruption import Stopped, StopRequest
 from matu_jax.metrics import MetricsLog, relatedness_auc, write_json
 from matu_jax.models.architectures import transform_of
-from matu_jax.models.huggingface import checkpoint_folder
+from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
 from matu_jax.progress import Rounds
 from matu_jax.provenance import commit, machine, versions
@@ -124,7 +124,7 @@ def check_inputs(config: Config, file: Path) -> None:
                     "  or try the experiment with stand-ins: --config.data=synthetic"
                 )
         if config.model.architecture != "embedded" and config.model.checkpoint != "random":
-            checkpoint_folder(config.model.checkpoint, config.model.architecture)
+            architecture_of(config.model)
     except ValueError as error:
         problems.append(str(error))
     if problems:

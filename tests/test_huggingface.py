@@ -1,10 +1,14 @@
 """Checkpoint folders that are whole, old, in pieces, or wrong in one way each."""
 
+import contextlib
 import dataclasses
+import http.server
 import json
 import shutil
+import threading
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import ml_dtypes
@@ -192,8 +196,8 @@ def test_wrong_architectures_are_named_field_by_field(folder):
         assert line in message
     assert "model_type is 'clip'" in refusal(folder, architecture="vit_b16", head="trained")
     assert 'Did you mean "clip_vit_b32"' in refusal(folder, architecture="clip_vit_b23")
-    edit_json(folder / "config.json", vision_config__hidden_act="swish")
-    assert "hidden_act is 'swish'" in refusal(folder)
+    edit_json(folder / "config.json", vision_config__hidden_act="mish")
+    assert "hidden_act: found 'mish': expected one of gelu, " in refusal(folder)
     (folder / "config.json").write_text("{")
     assert "config.json: damaged: not JSON" in refusal(folder)
 
@@ -211,11 +215,11 @@ def test_wrong_architectures_are_named_field_by_field(folder):
         ("config.json", {"vision_config__hidden_act": ["gelu"]}, "hidden_act: found"),
         ("config.json", {"text_config__eos_token_id": None}, "eos_token_id: found None"),
         ("config.json", {"text_config__vocab_size": -1}, "vocab_size: found -1"),
-        ("config.json", {"model_type": ["clip"]}, "model_type: found"),
+        ("config.json", {"model_type": ["clip"]}, "model_type is ['clip']"),
         ("config.json", {"projection_dim": {}}, "projection_dim: found"),
         ("preprocessor_config.json", {"image_mean": ["a", "b", "c"]}, "image_mean.0: found 'a'"),
         ("preprocessor_config.json", {"image_std": [[0.1], 0.2]}, "image_std.0: found"),
-        ("preprocessor_config.json", {"resample": [3]}, "resample.int: found"),
+        ("preprocessor_config.json", {"resample": [3]}, "resample: found"),
         ("preprocessor_config.json", {"size": {"height": "a"}}, "found 'a'"),
     ],
 )
@@ -253,8 +257,11 @@ def test_other_images_than_the_architectures_are_refused(whole, folder):
     read(folder)
     edit_json(file, image_mean=[0.5, 0.5, 0.5], size={"height": 32, "width": 32}, resample=2)
     message = refusal(folder)
-    assert "image_mean: tiny_clip has [0.48" in message
-    assert "size: tiny_clip has 16, the checkpoint 32" in message
+    assert "size is {'height': 32, 'width': 32}, but config.json's image_size 16" in message
+    edit_json(file, size={"height": 16, "width": 16})
+    message = refusal(folder)
+    assert "image_mean: tiny_clip has (0.48" in message
+    assert "resize: tiny_clip has shortest_side, the checkpoint squash" in message
     assert "resample: tiny_clip has bicubic, the checkpoint bilinear" in message
     assert "image_std" not in message
 
@@ -306,25 +313,89 @@ def test_folders_that_are_no_checkpoints(tmp_path):
     assert "save_pretrained" in message
 
 
-def unreachable(monkeypatch, cache):
+def unreachable(monkeypatch, cache, endpoint="http://127.0.0.1:1"):
+    """Has the hub elsewhere: by default at a port where nobody listens."""
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://192.0.2.1")
+    constants = huggingface_hub.constants
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     return huggingface_hub
 
 
-def test_without_a_network_a_hub_name_is_answered_quickly(monkeypatch, tmp_path):
+@pytest.mark.parametrize("revision", ["", "@" + "a" * 40])
+def test_without_a_network_a_hub_name_is_answered_quickly(monkeypatch, tmp_path, revision):
     hub = unreachable(monkeypatch, tmp_path)
     start = time.monotonic()
-    message = refusal(HUB_NAME, architecture="clip_vit_b32")
-    assert time.monotonic() - start < 2
-    assert "http://192.0.2.1 cannot be reached" in message
+    message = refusal(HUB_NAME + revision, architecture="clip_vit_b32")
+    assert time.monotonic() - start < 5
+    assert "cannot be downloaded from http://127.0.0.1:1: ConnectError" in message
     assert f"hf download {HUB_NAME}" in message
     assert "--config.model.checkpoint=FOLDER" in message
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE forbids it" in refusal(HUB_NAME, architecture="clip_vit_b32")
+    assert "HF_HUB_OFFLINE" in refusal(HUB_NAME + revision, architecture="clip_vit_b32")
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "http://", "http://[", "ftp://127.0.0.1"])
+def test_an_endpoint_that_is_none_is_one_message(monkeypatch, tmp_path, endpoint):
+    unreachable(monkeypatch, tmp_path, endpoint)
+    message = refusal(HUB_NAME, architecture="clip_vit_b32")
+    assert f"cannot be downloaded from {endpoint}: " in message
+
+
+class SlowHub(http.server.BaseHTTPRequestHandler):
+    """A hub with one tiny repository, whose answers take half a second each."""
+
+    files: ClassVar = {"config.json": b"{}", "model.safetensors": b"\x02\0\0\0\0\0\0\0{}"}
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        time.sleep(0.5)
+        name, status, headers = self.path.rsplit("/", 1)[-1], 200, {}
+        if "/tree/" in self.path:
+            rows = [
+                {"type": "file", "oid": "b" * 40, "size": len(body), "path": path}
+                for path, body in self.files.items()
+            ]
+            body = json.dumps(rows).encode()
+        elif self.path.startswith("/api/models/"):
+            body = json.dumps({"id": "me/tiny", "sha": "a" * 40}).encode()
+        elif "/resolve/" in self.path and name in self.files:
+            body, headers = self.files[name], {"ETag": f'"{name}"', "X-Repo-Commit": "a" * 40}
+        else:
+            body, status = b"", 404
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        with contextlib.suppress(BrokenPipeError):
+            self.wfile.write(body if self.command == "GET" else b"")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_how_long_to_wait_for_a_slow_hub_is_the_environments_to_say(monkeypatch, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = unreachable(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
+    try:
+        monkeypatch.setattr(hub.constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+        assert "Timeout" in refusal("me/tiny", architecture="clip")
+        assert "HF_HUB_ETAG_TIMEOUT" in refusal("me/tiny", architecture="clip")
+        monkeypatch.setattr(hub.constants, "HF_HUB_ETAG_TIMEOUT", 30)
+        folder = checkpoint_folder("me/tiny", "clip")
+        assert sorted(file.name for file in folder.iterdir()) == sorted(SlowHub.files)
+        assert checkpoint_folder("me/tiny", "clip") == folder  # from the cache
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_the_cache_is_used_without_a_network(monkeypatch, tmp_path, whole):
@@ -349,13 +420,13 @@ def test_with_a_network_only_the_needed_files_are_fetched(monkeypatch, tmp_path,
         return str(whole)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface, "_obstacle", lambda hub: "")
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: None)
     assert checkpoint_folder("someone/tiny@refs/pr/3", "tiny_clip") == whole
     ((repository, revision, patterns),) = asked
     assert (repository, revision) == ("someone/tiny", "refs/pr/3")
     assert "model.safetensors" in patterns
     assert not any(pattern.endswith(".bin") for pattern in patterns)
-    assert "refuses or breaks off: 404" in refusal("someone/gone")
+    assert "OSError: 404" in refusal("someone/gone")
 
 
 def test_an_older_checkpoint_is_taken_from_the_hubs_own_conversion(
@@ -380,6 +451,9 @@ def test_an_older_checkpoint_is_taken_from_the_hubs_own_conversion(
         def get_repo_discussions(self, repository, **_):
             return iter(proposals)
 
+        def model_info(self, repository, **_):
+            return None
+
     def download(repository, *, revision, local_files_only=False, **_):
         if local_files_only:
             raise FileNotFoundError(repository)
@@ -388,7 +462,6 @@ def test_an_older_checkpoint_is_taken_from_the_hubs_own_conversion(
 
     monkeypatch.setattr(hub, "HfApi", Hub)
     monkeypatch.setattr(hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface, "_obstacle", lambda hub: "")
     assert huggingface.checkpoint_folder("some/model", "tiny_clip") == whole
     assert asked == [None, "refs/pr/5"]
     assert "some/model@refs/pr/5 is taken" in caplog.text

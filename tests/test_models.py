@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -254,12 +256,46 @@ def test_mistakes_are_named(tmp_path):
     with safe_open(embedded.CHECKPOINT, framework="numpy") as file:
         metadata = file.metadata()
     save_file(tensors, tmp_path / "bare")
-    assert "no model shape" in refusal(checkpoint=str(tmp_path / "bare"))
+    assert "the model's shape is not noted" in refusal(checkpoint=str(tmp_path / "bare"))
     gone = {k: v for k, v in tensors.items() if k != "norm/scale"}
     save_file(gone, tmp_path / "gone", metadata)
     assert "norm/scale: found none" in refusal(checkpoint=str(tmp_path / "gone"))
     save_file({**tensors, "extra": tensors["norm/scale"]}, tmp_path / "more", metadata)
     assert "unknown tensors extra" in refusal(checkpoint=str(tmp_path / "more"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "words"),
+    [
+        ("{", {}, "shape cannot be read: not JSON"),
+        ("[" * 5000, {}, "nested more than"),
+        ("[]", {}, "shape cannot be read: fields"),
+        ('{"depth": 100000000}', {}, "depth: found 100000000"),
+        ('{"patch_size": 0}', {}, "patch_size: found 0"),
+        ('{"width": "96"}', {}, "width: found '96'"),
+        ('{"stem_widths": 3}', {}, "stem_widths: found 3"),
+        (None, {"label_vectors": np.eye(10, 17, dtype=np.float32)}, "found [10, 17], expected [cl"),
+        (None, {"norm/bias": np.full(16, np.nan, np.float32)}, "not all of it is finite"),
+        (None, {"norm/bias": np.zeros(16, np.int32)}, "tensor norm/bias is int32"),
+    ],
+)
+def test_damaged_checkpoints_are_one_message(tiny_file, tmp_path, shape, change, words):
+    with safe_open(tiny_file, framework="numpy") as file:
+        metadata = file.metadata()
+    file = str(tmp_path / "damaged")
+    save_file(load_file(tiny_file) | change, file, metadata if shape is None else {"shape": shape})
+    message = refusal(checkpoint=file)
+    assert words in message
+    assert file in message
+
+
+def test_frozen_heads_of_tasks_with_prompts_need_a_text_tower(tiny_file):
+    """The label vectors mean nothing to classes of one's own; no head is made of them silently."""
+    own = dataclasses.replace(task("ward", 3), templates=("a photo of a {}.",))
+    message = refusal(own, checkpoint=tiny_file)
+    assert "task 'ward' has a frozen head" in message
+    assert "config.model.head = 'trained'" in message
+    build(own, checkpoint=tiny_file, head="trained")
 
 
 def test_mistakes_in_heads_and_tasks_are_named(tiny_file):

@@ -4,6 +4,7 @@ Relative errors are the largest absolute difference over the largest absolute va
 shows them.
 """
 
+import dataclasses
 import warnings
 
 import jax
@@ -130,6 +131,53 @@ def test_vit(kind, tmp_path, caplog):
     left_out = "classifier.bias" if kind == "ViTForImageClassification" else "pooler.dense.bias"
     assert left_out in caplog.text
     assert relative(jax.jit(ours.features)(ours.base, ours.frozen, IMAGES), expected) < 1e-4
+
+
+def images_of(size, count=3):
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3)).astype(np.uint8)
+
+
+def test_a_clip_of_any_shape_is_read_from_its_config_json(tmp_path):
+    """Patches that leave a margin, odd widths, another activation and epsilon in each tower."""
+    sizes = tiny_clip.vision_sizes(
+        hidden_size=24, num_attention_heads=3, num_hidden_layers=1, intermediate_size=40
+    )
+    sizes |= {"image_size": 30, "patch_size": 7, "hidden_act": "gelu_new", "layer_norm_eps": 1e-2}
+    text = tiny_clip.text_sizes(hidden_act="relu", num_hidden_layers=1, layer_norm_eps=1e-3)
+    config = transformers.CLIPConfig(vision_config=sizes, text_config=text, projection_dim=11)
+    theirs = tiny_clip.randomised(transformers.CLIPModel(config))
+    tiny_clip.save(theirs, tmp_path)
+    tiny_clip.write_tokenizer(tmp_path)
+    pictures = images_of(30)
+    split = tiny_clip.Split(pictures, np.zeros(3, np.int32))
+    task = dataclasses.replace(
+        tiny_clip.task(templates=("{}",)), train=split, validation=split, test=split
+    )
+    ours = build(tmp_path, [task], architecture="clip")
+    with torch.no_grad():
+        pixels = tiny_clip.pixel_values(pictures, tiny_clip.TINY_CLIP)
+        expected = theirs(input_ids=prompt_ids(tmp_path, "{}"), pixel_values=pixels)
+    logits = jax.jit(ours.logits)(ours.base, ours.frozen, pictures, jnp.int32(0))
+    assert ours.frozen["heads"].shape == (1, 3, 11)
+    assert relative(logits, expected.logits_per_image) < 1e-4
+
+
+def test_a_vit_of_any_shape_is_read_from_its_config_json(tmp_path):
+    sizes = tiny_clip.vision_sizes(
+        hidden_size=20, num_attention_heads=5, num_hidden_layers=2, intermediate_size=12
+    )
+    sizes |= {"image_size": 18, "patch_size": 4, "hidden_act": "silu", "layer_norm_eps": 1e-3}
+    config = transformers.ViTConfig(**sizes)
+    theirs = tiny_clip.randomised(transformers.ViTForMaskedImageModeling(config))
+    tiny_clip.save(theirs, tmp_path)
+    pictures = images_of(18)
+    split = tiny_clip.Split(pictures, np.zeros(3, np.int32))
+    task = dataclasses.replace(tiny_clip.task(), train=split, validation=split, test=split)
+    ours = build(tmp_path, [task], architecture="vit", head="trained")
+    with torch.no_grad():
+        pixels = tiny_clip.pixel_values(pictures, tiny_clip.TINY_VIT)
+        expected = theirs.vit(pixels).last_hidden_state[:, 0]
+    assert relative(jax.jit(ours.features)(ours.base, ours.frozen, pictures), expected) < 1e-4
 
 
 def test_bfloat16(clip):

@@ -263,7 +263,8 @@ def test_folders_of_ones_own_need_no_entry_anywhere(images, tmp_path, capsys):
     dataset(own, "眼科", 3)
     (own / "眼科/test").rename(tmp_path / "test")
     words = ["--config.data.tasks=", f"--config.data.folders={own}"]
-    assert run(*words, "--config.model.architecture=embedded") == 0
+    words += ["--config.model.architecture=embedded", "--config.model.checkpoint=embedded"]
+    assert run(*words) == 0
     out = capsys.readouterr().out
     assert row(out, "my ward [a]")[1:4] == ["folder", "11", "4"]
     assert row(out, "眼科")[1:4] == ["folder", "14", "4"]

@@ -227,6 +227,16 @@ def test_no_network_is_told_at_once(data_dir, monkeypatch):
     ):
         tfds.source(DATASETS["cifar10"])
 
+    # What was downloaded already needs no network: whether it is enough is TFDS's to say.
+    def prepared(self):
+        raise RuntimeError("TFDS was asked")
+
+    monkeypatch.setattr(tensorflow_datasets.core.DatasetBuilder, "download_and_prepare", prepared)
+    (data_dir / "downloads").mkdir()
+    (data_dir / "downloads" / "cifar.tgz.INFO").write_text("{}")
+    with pytest.raises(ValueError, match="TFDS was asked"):
+        tfds.source(DATASETS["cifar10"])
+
 
 def test_a_failing_download_is_one_line(data_dir, monkeypatch):
     def fail(self):

@@ -78,10 +78,11 @@ def close(first, second, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), first, second)
 
 
-def test_architectures_are_read_without_flax_or_transformers():
+@pytest.mark.parametrize("module", ["architectures", "checkpoint_config"])
+def test_architectures_are_read_without_flax_or_transformers(module):
     code = (
-        "import sys, matu_jax.models.architectures\n"
-        "print([m for m in ('flax', 'transformers', 'torch', 'safetensors') if m in sys.modules])"
+        f"import sys, matu_jax.models.{module}\n"
+        "print([m for m in ('flax', 'transformers', 'torch') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

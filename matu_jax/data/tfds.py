@@ -146,7 +146,10 @@ def _prepare(dataset: Dataset, builder: Any) -> None:
         )
     if importlib.util.find_spec("tensorflow") is None:
         raise ValueError(f"{where}, and converting it needs TensorFlow; {_INSTALL}")
-    if not dataset.manual:
+    # What was downloaded before, here or on another machine, TFDS takes from there.
+    downloads = root / "downloads"
+    there = downloads.is_dir() and any(path.is_file() for path in downloads.iterdir())
+    if not dataset.manual and not there:
         _check_network(where, builder.url_infos or {})
     try:
         builder.download_and_prepare()
@@ -159,7 +162,11 @@ def _prepare(dataset: Dataset, builder: Any) -> None:
 
 
 def _check_network(where: str, urls: Iterable[str]) -> None:
-    """Refuses at once what TFDS would try for ten minutes: hosts that cannot be found."""
+    """Refuses at once what TFDS would try for ten minutes: hosts that cannot be found.
+
+    How long to look for them is the system's resolver's to say. A host that is found is left to
+    TFDS, however slow it is.
+    """
     hosts = sorted({urllib.parse.urlparse(url).hostname or "" for url in urls} - {""})
     if urllib.request.getproxies() or not hosts:
         return

@@ -18,7 +18,7 @@ import numpy as np
 
 from matu_jax.config import ModelConfig, did_you_mean
 from matu_jax.data import Task
-from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.models.architectures import check_architecture
 from matu_jax.trees import PyTree
 
 
@@ -68,6 +68,7 @@ def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model
 
     if not tasks:
         raise ValueError("tasks: found none, expected at least one.")
+    check_architecture(config.architecture)
     trained = _trained_heads(config, tasks)
     frozen_tasks = [task for task, is_trained in zip(tasks, trained, strict=True) if not is_trained]
     if config.architecture == "embedded":
@@ -78,14 +79,9 @@ def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model
             )
         backbone, rows = embedded.load(config, frozen_tasks, seed=seed)
         logit_scale = config.logit_scale
-    elif config.architecture in ARCHITECTURES:
+    else:
         backbone, rows, own_scale = pretrained.load(config, frozen_tasks, seed=seed)
         logit_scale = config.logit_scale or own_scale
-    else:
-        raise ValueError(
-            f"config.model.architecture: found {config.architecture!r}, no such architecture."
-            + did_you_mean(config.architecture, ["embedded", *ARCHITECTURES])
-        )
 
     for task in tasks:
         if task.train.images.shape[1:] != backbone.image_shape:

@@ -1,12 +1,17 @@
 """The real architectures, as numbers: what a checkpoint must have, and what images it takes.
 
-Importing this file loads neither JAX nor Flax, so that data preparation can read it.
+Importing this file loads neither Flax nor a checkpoint library, so that data preparation can read
+it.
 """
 
 from dataclasses import dataclass
 
 from matu_jax.config import ModelConfig, did_you_mean
 from matu_jax.data import Transform
+
+FAMILIES = {"clip": "openai/clip-vit-base-patch32", "vit": "google/vit-base-patch16-224"}
+"""The families whose checkpoints are read whatever their sizes, and an example of each on the hub:
+`config.model.architecture` may be a family instead of one of `ARCHITECTURES`."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -21,7 +26,7 @@ class TowerShape:
       depth: number of blocks.
       heads: attention heads of `width / heads` features each.
       mlp_width: of the hidden layer of each MLP.
-      activation: of the MLPs: "quick_gelu", "gelu" (exact) or "gelu_pytorch_tanh".
+      activation: of the MLPs, a key of `matu_jax.models.transformer.ACTIVATIONS`.
       epsilon: added to the variance in every layer norm.
     """
 
@@ -38,12 +43,13 @@ class Architecture:
     """A vision tower, its text tower if it has one, and the images it takes.
 
     Attributes:
-      name: the key in `ARCHITECTURES`.
+      name: the key in `ARCHITECTURES`; the family where all was read from a checkpoint.
       family: "clip" (Radford et al. 2021, arXiv 2103.00020) or "vit" (Dosovitskiy et al. 2021,
         arXiv 2010.11929).
       hub_name: a checkpoint on the Hugging Face hub.
       image_size: height and width in pixels.
-      patch_size: height and width of a patch in pixels.
+      patch_size: height and width of a patch in pixels. Where patches do not fill the image, what
+        is left over at the bottom and on the right is not looked at.
       vision: shape of the image tower.
       text: shape of the text tower; None where there is none.
       projection: features of the space that images and texts share; None = features are the vision
@@ -96,6 +102,19 @@ def _clip(name: str, hub_name: str, patch_size: int, vision: TowerShape, text: T
     )
 
 
+def check_architecture(name: str) -> None:
+    """Checks what stands in `config.model.architecture`.
+
+    Raises:
+      ValueError: if it is neither "embedded", nor in `ARCHITECTURES`, nor one of `FAMILIES`.
+    """
+    if name != "embedded" and name not in ARCHITECTURES and name not in FAMILIES:
+        raise ValueError(
+            f"config.model.architecture: found {name!r}, no such architecture."
+            + did_you_mean(name, ["embedded", *ARCHITECTURES, *FAMILIES])
+        )
+
+
 _BASE, _TEXT = TowerShape(768, 12, 12, 3072), TowerShape(512, 12, 8, 2048)
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -126,21 +145,29 @@ ARCHITECTURES: dict[str, Architecture] = {
     )
 }
 
-EMBEDDED_TRANSFORM = Transform(32, "shortest_side", "bicubic")
-"""How image files become what the embedded benchmark's backbone takes."""
 
+def transform_of(config: ModelConfig) -> Transform:
+    """How image files become the images that a model takes.
 
-def transform_of(model: ModelConfig) -> Transform:
-    """How an image file becomes the image that a model takes.
+    Args:
+      config: architecture, and checkpoint, which is read where the architecture is "embedded" or
+        a family, and else need not be there.
+
+    Returns:
+      For the embedded backbone, the shortest side resized to its image size (32 pixels for the one
+      that comes with the package), bicubically, and cropped at the centre.
 
     Raises:
-      ValueError: for an unknown architecture (with "did you mean").
+      ValueError: for an unknown architecture, or a checkpoint that cannot be found or read.
     """
-    if model.architecture == "embedded":
-        return EMBEDDED_TRANSFORM
-    if model.architecture in ARCHITECTURES:
-        return ARCHITECTURES[model.architecture].transform
-    raise ValueError(
-        f"config.model.architecture: found {model.architecture!r}, no such architecture."
-        + did_you_mean(model.architecture, ["embedded", *ARCHITECTURES])
-    )
+    # Both here, since they load what reads checkpoints, and the first one Flax.
+    if config.architecture == "embedded":
+        from matu_jax.models import embedded
+
+        return Transform(embedded.image_size(config.checkpoint))
+    check_architecture(config.architecture)
+    if config.architecture in ARCHITECTURES:
+        return ARCHITECTURES[config.architecture].transform
+    from matu_jax.models.checkpoint_config import architecture_of
+
+    return architecture_of(config).transform

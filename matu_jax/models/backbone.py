@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from matu_jax.config import ModelConfig, did_you_mean
-from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.models.transformer import PROJECTIONS, Block, Computing, LoRAParam, LoRASpec
 from matu_jax.trees import PyTree, leaf_items
 
@@ -77,7 +77,7 @@ def recomputed_bytes(config: ModelConfig, examples: int) -> int:
     """
     if not config.remat or config.architecture == "embedded":
         return 0
-    architecture = ARCHITECTURES[config.architecture]
+    architecture = architecture_of(config)
     shape, dtype = architecture.vision, jnp.dtype(config.compute_dtype)
     tokens = (architecture.image_size // architecture.patch_size) ** 2 + 1
 

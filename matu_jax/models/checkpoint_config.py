@@ -1,95 +1,265 @@
-"""What a Hugging Face checkpoint says of itself, compared with the architecture asked for."""
+"""What a Hugging Face checkpoint says of itself: its sizes, and the images it takes.
+
+Importing this file does not load Flax, so that data preparation can read it.
+"""
 
 import dataclasses
+import math
+import reprlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
 
+from matu_jax.config import ModelConfig
+from matu_jax.data import Transform
 from matu_jax.json_files import checked
-from matu_jax.models.architectures import Architecture, TowerShape
-from matu_jax.models.huggingface import read_json
-from matu_jax.models.transformer import ACTIVATIONS
+from matu_jax.models.architectures import (
+    ARCHITECTURES,
+    CLIP_MEAN,
+    CLIP_STD,
+    FAMILIES,
+    Architecture,
+    TowerShape,
+    check_architecture,
+)
+from matu_jax.models.huggingface import IMAGE_FILES, folder_of, read_json
 
-_RESAMPLE: dict[Any, str] = {2: "bilinear", 3: "bicubic"}
-
-# What transformers takes a field to be where config.json leaves it out.
-_VISION_DEFAULTS = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "image_size": 224,
-}
-_DEFAULTS = {
-    "clip_vision": {**_VISION_DEFAULTS, "patch_size": 32, "hidden_act": "quick_gelu"},
-    "vit": {**_VISION_DEFAULTS, "patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
-    "clip_text": {
-        "hidden_size": 512,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 8,
-        "intermediate_size": 2048,
-        "hidden_act": "quick_gelu",
-        "vocab_size": 49408,
-        "max_position_embeddings": 77,
-        "eos_token_id": 49407,
-    },
+# transformers' numbers of resampling filters, and its names of activations.
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_accurate": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
 }
 
-# The largest numbers are far beyond any model, and keep a damaged file from asking for all memory.
-_Width = Annotated[int, Field(ge=1, le=1 << 20)]
-_Depth = Annotated[int, Field(ge=1, le=10_000)]
-_Numbers = list[Annotated[float, Field(allow_inf_nan=False)]]
+
+def _square(value: Any) -> Any:
+    """One number for height and width, which some files give as two."""
+    if isinstance(value, list) and len(value) == 2:
+        if value[0] != value[1]:
+            raise ValueError("only square images and patches are supported")
+        return value[0]
+    return value
+
+
+def _known_activation(value: Any) -> Any:
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
+        raise ValueError(f"expected one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[value]
+
+
+# Sizes beyond every checkpoint's are refused before anything is made of them.
+_Size = Annotated[int, Field(ge=1, le=10_000_000)]
+_Depth = Annotated[int, Field(ge=1, le=1000)]
+_Pixels = Annotated[int, BeforeValidator(_square), Field(ge=1, le=10_000)]
+_Epsilon = Annotated[float, Field(gt=0, lt=1)]
+_Activation = Annotated[str, BeforeValidator(_known_activation)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Mean = Annotated[list[_Finite], Field(min_length=3, max_length=3)]
+_Std = Annotated[
+    list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=3, max_length=3)
+]
 
 
 class _Tower(BaseModel):
-    """What both towers have."""
+    """A tower in config.json. Here and below, defaults are transformers'."""
 
-    hidden_size: _Width
-    num_hidden_layers: _Depth
-    num_attention_heads: _Depth
-    intermediate_size: _Width
-    hidden_act: str
-    layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    hidden_size: _Size
+    num_attention_heads: _Size
+    num_hidden_layers: _Depth = 12
+    intermediate_size: _Size
+    hidden_act: _Activation
+    layer_norm_eps: _Epsilon = 1e-5
+    head_dim: int | None = None
+
+    @field_validator("num_attention_heads", "head_dim")
+    @classmethod
+    def _divides(cls, value: int | None, info: ValidationInfo) -> int | None:
+        width, heads = info.data.get("hidden_size"), info.data.get("num_attention_heads", value)
+        if width is None or not heads or value is None:
+            return value
+        if width % heads:
+            raise ValueError(f"hidden_size, {width}, is no multiple of it")
+        if info.field_name == "head_dim" and value * heads != width:
+            raise ValueError(f"only hidden_size / heads, {width // heads}, is supported")
+        return value
+
+    @property
+    def shape(self) -> TowerShape:
+        """The tower's shape."""
+        return TowerShape(
+            self.hidden_size,
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.intermediate_size,
+            self.hidden_act,
+            self.layer_norm_eps,
+        )
 
 
 class _Vision(_Tower):
-    """A plain vision transformer, or the vision_config of a CLIP."""
+    """An image tower."""
 
-    image_size: _Depth
-    patch_size: _Depth
+    hidden_size: _Size = 768
+    num_attention_heads: _Size = 12
+    intermediate_size: _Size = 3072
+    image_size: _Pixels = 224
+    patch_size: _Pixels
+    num_channels: Literal[3] = 3
 
-
-class _Text(_Tower):
-    """The text_config of a CLIP."""
-
-    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
-    max_position_embeddings: _Width
-    eos_token_id: Annotated[int, Field(ge=0)]
-
-
-class _Whole(BaseModel):
-    """What config.json says outside its towers."""
-
-    model_type: str | None = None
-    architectures: list[str] | None = None
-    projection_dim: _Width = 512
-    vision_config: dict[str, Any] | None = None
-    text_config: dict[str, Any] | None = None
+    @field_validator("patch_size")
+    @classmethod
+    def _fits(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.data.get("image_size", value):
+            raise ValueError(f"image_size is only {info.data['image_size']}")
+        return value
 
 
-class _Preprocessor(BaseModel):
+class _ViT(_Vision):
+    patch_size: _Pixels = 16
+    hidden_act: _Activation = "gelu"
+    layer_norm_eps: _Epsilon = 1e-12
+    qkv_bias: Literal[True] = True
+
+
+class _CLIPVision(_Vision):
+    patch_size: _Pixels = 32
+    hidden_act: _Activation = "quick_gelu"
+    projection_dim: _Size = 512
+
+
+class _CLIPText(_Tower):
+    hidden_size: _Size = 512
+    num_attention_heads: _Size = 8
+    intermediate_size: _Size = 2048
+    hidden_act: _Activation = "quick_gelu"
+    vocab_size: _Size = 49408
+    max_position_embeddings: _Size = 77
+    eos_token_id: Annotated[int, Field(ge=0)] = 49407
+
+
+class _CLIP(BaseModel):
+    vision_config: Annotated[_CLIPVision, BeforeValidator(lambda x: x or {})] = _CLIPVision()
+    text_config: Annotated[_CLIPText, BeforeValidator(lambda x: x or {})] = _CLIPText()
+    projection_dim: _Size = 512
+
+
+class _Images(BaseModel):
     """preprocessor_config.json."""
 
-    size: int | dict[str, int | float | None] | None = None
-    resample: int | str | None = None
-    image_mean: _Numbers | None = None
-    image_std: _Numbers | None = None
+    size: int | dict[str, int | None]
+    crop_size: int | dict[str, int | None]
+    image_mean: _Mean
+    image_std: _Std
+    resample: Literal[2, 3]
+    do_resize: Literal[True] = True
+    do_center_crop: Literal[True] = True
+    do_rescale: Literal[True] = True
+    do_normalize: Literal[True] = True
+    rescale_factor: float = 1 / 255
+
+
+def architecture_of(config: ModelConfig) -> Architecture:
+    """The architecture of an experiment, as its checkpoint has it.
+
+    Args:
+      config: architecture, one of `ARCHITECTURES` (which the checkpoint must agree with) or of
+        `FAMILIES` (all is taken from the checkpoint), and checkpoint, which is fetched if need be.
+
+    Raises:
+      ValueError: for an unknown architecture, a checkpoint that cannot be found or read or is of
+        another architecture, or a family without a checkpoint.
+    """
+    name = config.architecture
+    check_architecture(name)
+    if name == "embedded":
+        raise ValueError("config.model.architecture: 'embedded' is no Hugging Face checkpoint.")
+    folder = folder_of(config)
+    if folder is not None:
+        if name in ARCHITECTURES:
+            return checked_architecture(folder, ARCHITECTURES[name])
+        return read_architecture(folder, name)
+    if name in FAMILIES:
+        raise ValueError(
+            f"config.model.checkpoint: found 'random', but config.model.architecture = {name!r} "
+            f"takes its sizes from a checkpoint. Give one, such as {FAMILIES[name]!r}, or an "
+            f"architecture with sizes: {', '.join(ARCHITECTURES)}."
+        )
+    return ARCHITECTURES[name]
+
+
+def read_architecture(folder: Path, family: str, name: str = "") -> Architecture:
+    """Reads a checkpoint's config.json and what it says of its images.
+
+    What config.json leaves out is what transformers takes it to be. What preprocessor_config.json
+    (or processor_config.json) leaves out, or where there is none, is the family's own: for CLIP
+    the shortest side resized bicubically and OpenAI's mean and standard deviation, for ViT both
+    sides resized bilinearly and pixels from -1 to 1.
+
+    Args:
+      folder: of the checkpoint.
+      family: one of `FAMILIES`.
+      name: what messages call the architecture that was asked for; "" = the family.
+
+    Returns:
+      The architecture; without a text tower where the checkpoint has none, and without a
+      projection where it is a CLIPVisionModel.
+
+    Raises:
+      ValueError: for another family, or lists every field that is not supported.
+    """
+    file, name = folder / "config.json", name or family
+    config = read_json(file)
+    kinds = {"clip": ("clip", "clip_vision_model"), "vit": ("vit",)}[family]
+    kind = config.get("model_type")
+    if kind not in kinds:
+        raise ValueError(
+            f"{file}: model_type is {reprlib.repr(kind)}, but config.model.architecture {name} "
+            f"needs {' or '.join(map(repr, kinds))}. Choose the architecture that fits the "
+            f"checkpoint; there are: {', '.join([*ARCHITECTURES, *FAMILIES])}."
+        )
+    where = f"{file}: this checkpoint cannot be used"
+    text = projection = None
+    if kind == "clip":
+        whole = checked(_CLIP, config, where)
+        vision, text, projection = whole.vision_config, whole.text_config, whole.projection_dim
+    elif kind == "clip_vision_model":
+        vision = checked(_CLIPVision, config, where)
+        if config.get("architectures") != ["CLIPVisionModel"]:
+            projection = vision.projection_dim
+    else:
+        vision = checked(_ViT, config, where)
+    transform, mean, std = _images(folder, family, vision.image_size)
+    return Architecture(
+        name=family,
+        family=family,
+        hub_name=FAMILIES[family],
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        vision=vision.shape,
+        text=text.shape if text else None,
+        projection=projection,
+        image_mean=mean,
+        image_std=std,
+        transform=transform,
+        vocabulary=text.vocab_size if text else 0,
+        context=text.max_position_embeddings if text else 0,
+        end_token=text.eos_token_id if text else 2,
+    )
 
 
 def checked_architecture(folder: Path, architecture: Architecture) -> Architecture:
-    """Compares a checkpoint's config.json and preprocessor_config.json with an architecture.
+    """Compares what a checkpoint says of itself with an architecture.
 
     Args:
       folder: of the checkpoint.
@@ -100,105 +270,101 @@ def checked_architecture(folder: Path, architecture: Architecture) -> Architectu
       tower where the checkpoint has none, and without a projection where it is a CLIPVisionModel.
 
     Raises:
-      ValueError: lists every field that differs.
+      ValueError: lists every field that differs, or as `read_architecture`.
     """
-    file = folder / "config.json"
-    config, name = read_json(file), architecture.name
-    known = checked(_Whole, config, f"{file} is damaged, or of another kind")
-    kinds = {"clip": ("clip", "clip_vision_model"), "vit": ("vit",)}[architecture.family]
-    kind = known.model_type
-    if kind not in kinds:
-        raise ValueError(
-            f"{file}: model_type is {kind!r}, but config.model.architecture {name} needs "
-            f"{' or '.join(map(repr, kinds))}. Choose the architecture that fits the checkpoint."
-        )
-    whole = kind == "clip"
-    inner = (known.vision_config or {}) if whole else config
-    defaults = _DEFAULTS["vit" if kind == "vit" else "clip_vision"]
-    vision = checked(_Vision, defaults | inner, f"{file}, {'vision_config' if whole else 'vision'}")
+    name, expected = architecture.name, architecture
+    found = read_architecture(folder, expected.family, name)
     pairs = [
-        ("image_size", architecture.image_size, vision.image_size),
-        ("patch_size", architecture.patch_size, vision.patch_size),
-        *_sizes("vision", architecture.vision, vision),
+        ("image_size", expected.image_size, found.image_size),
+        ("patch_size", expected.patch_size, found.patch_size),
+        *_sizes("vision", expected.vision, found.vision),
     ]
-    found = dataclasses.replace(architecture, vision=_tower(file, architecture.vision, vision))
-    if architecture.family == "clip":
-        if known.architectures == ["CLIPVisionModel"]:
-            found = dataclasses.replace(found, projection=None)
-        else:
-            pairs.append(("projection", architecture.projection, known.projection_dim))
-    if whole and architecture.text is not None:
-        text = _DEFAULTS["clip_text"] | (known.text_config or {})
-        text = checked(_Text, text, f"{file}, text_config")
-        pairs += _sizes("text", architecture.text, text)
-        pairs.append(("vocabulary", architecture.vocabulary, text.vocab_size))
-        pairs.append(("context", architecture.context, text.max_position_embeddings))
-        tower = _tower(file, architecture.text, text)
-        found = dataclasses.replace(found, text=tower, end_token=text.eos_token_id)
-    else:
-        found = dataclasses.replace(found, text=None)
-    wrong = [
-        f"  {field}: {name} has {expected}, the checkpoint {here}"
-        for field, expected, here in pairs
-        if expected != here
+    if found.projection is not None:
+        pairs.append(("projection", expected.projection, found.projection))
+    if found.text is not None and expected.text is not None:
+        pairs += _sizes("text", expected.text, found.text)
+        pairs.append(("vocabulary", expected.vocabulary, found.vocabulary))
+        pairs.append(("context", expected.context, found.context))
+    images = [
+        ("image_mean", expected.image_mean, found.image_mean),
+        ("image_std", expected.image_std, found.image_std),
+        ("resize", expected.transform.resize, found.transform.resize),
+        ("resample", expected.transform.resample, found.transform.resample),
     ]
-    if wrong:
-        raise ValueError(
-            f"config.model.architecture {name} does not fit {file}:\n"
-            + "\n".join(wrong)
-            + "\nChoose the architecture that the checkpoint was made with."
-        )
-    _check_preprocessor(folder, architecture)
-    return found
+    for subject, compared in (
+        (f"config.model.architecture {name} does not fit {folder / 'config.json'}", pairs),
+        (f"{folder} asks for other images than config.model.architecture {name}", images),
+    ):
+        wrong = [
+            f"  {field}: {name} has {wanted}, the checkpoint {here}"
+            for field, wanted, here in compared
+            if not _same(wanted, here)
+        ]
+        if wrong:
+            raise ValueError(
+                f"{subject}:\n" + "\n".join(wrong) + "\nChoose the architecture that the "
+                f"checkpoint was made with, or {expected.family!r}, which takes its sizes from the "
+                "checkpoint."
+            )
+    return dataclasses.replace(found, name=name, hub_name=expected.hub_name)
 
 
-def _sizes(tower: str, shape: TowerShape, config: _Tower) -> list[tuple[str, Any, Any]]:
+def _sizes(tower: str, expected: TowerShape, found: TowerShape) -> list[tuple[str, Any, Any]]:
     return [
-        (f"{tower}.width", shape.width, config.hidden_size),
-        (f"{tower}.depth", shape.depth, config.num_hidden_layers),
-        (f"{tower}.heads", shape.heads, config.num_attention_heads),
-        (f"{tower}.mlp_width", shape.mlp_width, config.intermediate_size),
+        (f"{tower}.{field}", getattr(expected, field), getattr(found, field))
+        for field in ("width", "depth", "heads", "mlp_width")
     ]
 
 
-def _tower(file: Path, shape: TowerShape, config: _Tower) -> TowerShape:
-    activation = config.hidden_act
-    if activation not in ACTIVATIONS:
+def _images(
+    folder: Path, family: str, image_size: int
+) -> tuple[Transform, tuple[float, float, float], tuple[float, float, float]]:
+    """The transform, mean and standard deviation of a checkpoint's images."""
+    file = next((folder / x for x in IMAGE_FILES if (folder / x).is_file()), folder)
+    found = {} if file == folder else read_json(file)
+    if file.name == IMAGE_FILES[1]:  # a whole processor's: the part for images is inside
+        found = found.get("image_processor") or {}
+    remedy = f"Mend the file, or remove it: then {family}'s usual images are taken."
+    clip = family == "clip"
+    mean, std = (CLIP_MEAN, CLIP_STD) if clip else ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    usual = {
+        "size": image_size,
+        "crop_size": image_size,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "resample": 3 if clip else 2,
+    }
+    if isinstance(found, dict):
+        found = usual | {key: value for key, value in found.items() if value is not None}
+        if not clip:  # which has no crop; some files name one all the same
+            found |= {"crop_size": image_size, "do_center_crop": True}
+    try:
+        images = checked(_Images, found, f"{file}: images of this kind are not supported")
+    except ValueError as error:
+        raise ValueError(f"{error}\n{remedy}") from None
+    for field, size in (("size", images.size), ("crop_size", images.crop_size)):
+        sizes = set(size.values()) - {None} if isinstance(size, dict) else {size}
+        if sizes != {image_size}:
+            raise ValueError(
+                f"{file}: {field} is {size}, but config.json's image_size {image_size}. {remedy}"
+            )
+    if not math.isclose(images.rescale_factor, 1 / 255, rel_tol=1e-4):
         raise ValueError(
-            f"{file}: hidden_act is {activation!r}, expected one of {', '.join(ACTIVATIONS)}."
+            f"{file}: rescale_factor is {images.rescale_factor}, expected 1/255. {remedy}"
         )
-    return dataclasses.replace(shape, activation=activation, epsilon=config.layer_norm_eps)
+    resize = "shortest_side" if clip else "squash"
+    if isinstance(images.size, dict):
+        resize = "shortest_side" if "shortest_edge" in images.size else "squash"
+    transform = Transform(image_size, resize, _RESAMPLE[images.resample])
+    return transform, _three(images.image_mean), _three(images.image_std)
 
 
-def _check_preprocessor(folder: Path, architecture: Architecture) -> None:
-    """Compares what the checkpoint says of its images, if it does."""
-    file = folder / "preprocessor_config.json"
-    if not file.is_file():
-        return
-    found, transform = checked(_Preprocessor, read_json(file), str(file)), architecture.transform
-    size, resample = found.size, found.resample
-    if isinstance(size, dict):
-        size = size.get("shortest_edge") or size.get("height")
-    pairs = [
-        ("image_mean", list(architecture.image_mean), found.image_mean),
-        ("image_std", list(architecture.image_std), found.image_std),
-        ("size", architecture.image_size, size),
-        ("resample", transform.resample, _RESAMPLE.get(resample, resample)),
-    ]
-    wrong = [
-        f"  {field}: {architecture.name} has {expected}, the checkpoint {here}"
-        for field, expected, here in pairs
-        if here is not None and not _same(expected, here)
-    ]
-    if wrong:
-        raise ValueError(
-            f"{file} asks for other images than config.model.architecture {architecture.name}:\n"
-            + "\n".join(wrong)
-            + "\nChoose the architecture that the checkpoint was made with."
-        )
+def _three(values: list[float]) -> tuple[float, float, float]:
+    first, second, third = values
+    return first, second, third
 
 
 def _same(expected: Any, found: Any) -> bool:
-    if isinstance(expected, str) or isinstance(found, str):
+    if expected is None or isinstance(expected, str):
         return expected == found
-    return np.shape(expected) == np.shape(found) and np.allclose(expected, found, atol=1e-6)
+    return bool(np.allclose(expected, found, atol=1e-6))

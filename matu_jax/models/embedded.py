@@ -3,15 +3,18 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
 from flax import nnx
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from matu_jax.config import ModelConfig
 from matu_jax.data import Task
+from matu_jax.json_files import checked, parse_json
 from matu_jax.models.backbone import (
     Backbone,
     adapters,
@@ -23,6 +26,26 @@ from matu_jax.models.vit import VisionTransformer, ViTShape
 from matu_jax.trees import PyTree, leaf_items
 
 CHECKPOINT = Path(__file__).parent / "embedded.safetensors"
+_HINT = (
+    "With config.model.architecture = 'embedded', give 'embedded', 'random', or a file that "
+    "experiments/pretrain_backbone.py wrote; for a Hugging Face checkpoint set "
+    "config.model.architecture too, for instance to 'clip' or 'vit'."
+)
+# Sizes beyond every checkpoint's are refused before anything is made of them.
+_Size = Annotated[int, Field(ge=1, le=100_000)]
+
+
+class _Shape(BaseModel):
+    """A `ViTShape` as a checkpoint notes it."""
+
+    image_size: Annotated[int, Field(ge=1, le=10_000)] = 32
+    patch_size: _Size = 8
+    channels: _Size = 3
+    width: _Size = 96
+    depth: Annotated[int, Field(ge=1, le=1000)] = 4
+    heads: _Size = 4
+    mlp_width: _Size = 384
+    stem_widths: Annotated[list[_Size], Field(max_length=10)] = []
 
 
 def load(
@@ -39,8 +62,8 @@ def load(
       The backbone, and float32 `[classes, features]` for each of `frozen_tasks`.
 
     Raises:
-      ValueError: for a checkpoint that cannot be read or lacks a tensor, or a task with more
-        classes than there are label vectors.
+      ValueError: for a checkpoint that cannot be read or lacks a tensor, or a frozen task with
+        prompts, which the label vectors know nothing of, or more classes than label vectors.
     """
     if config.checkpoint == "random":
         shape, tensors = ViTShape(), None
@@ -50,6 +73,12 @@ def load(
         shape, tensors = _read(config.checkpoint)
         label_vectors = tensors.pop("label_vectors")
     for task in frozen_tasks:
+        if task.templates:
+            raise ValueError(
+                f"config.model.head: task {task.name!r} has a frozen head, which is made of class "
+                "names by a text tower, and the embedded backbone has none. Set config.model.head "
+                "= 'trained'."
+            )
         if task.num_classes > len(label_vectors):
             raise ValueError(
                 f"config.model.head: task {task.name!r} has {task.num_classes} classes and the "
@@ -99,26 +128,56 @@ def write(
     save_file(tensors, path, (metadata or {}) | {"shape": json.dumps(vars(shape))})
 
 
+def image_size(checkpoint: str) -> int:
+    """Height and width in pixels of the images that a checkpoint takes.
+
+    Args:
+      checkpoint: "embedded", "random" or a file.
+
+    Raises:
+      ValueError: if the file cannot be read.
+    """
+    return ViTShape().image_size if checkpoint == "random" else _open(checkpoint)[0].image_size
+
+
 def _read(checkpoint: str) -> tuple[ViTShape, dict[str, np.ndarray]]:
-    path = CHECKPOINT if checkpoint == "embedded" else Path(checkpoint)
-    hint = (
-        "With config.model.architecture = 'embedded', give 'embedded', 'random', or a file that "
-        "experiments/pretrain_backbone.py wrote; for a Hugging Face checkpoint set "
-        "config.model.architecture too, for instance to 'clip_vit_b32'."
-    )
+    """Shape and tensors of a checkpoint, label vectors among them."""
+    shape, tensors = _open(checkpoint, tensors=True)
+    where = f"config.model.checkpoint {checkpoint}"
+    for name, tensor in tensors.items():
+        if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
+            raise ValueError(
+                f"{where}: tensor {name} is {tensor.dtype}, or not all of it is finite; expected "
+                f"finite float32. {_HINT}"
+            )
+    vectors = tensors.get("label_vectors")
+    if vectors is None or vectors.ndim != 2 or vectors.shape[1] != shape.width:
+        found = "none" if vectors is None else list(vectors.shape)
+        raise ValueError(
+            f"{where}: label vectors: found {found}, expected [classes, {shape.width}]. {_HINT}"
+        )
+    return shape, tensors
+
+
+def _open(checkpoint: str, *, tensors: bool = False) -> tuple[ViTShape, dict[str, np.ndarray]]:
+    path = CHECKPOINT if checkpoint == "embedded" else Path(checkpoint).expanduser()
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+            metadata, names = file.metadata() or {}, file.keys() if tensors else ()
+            found = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, TypeError, ValueError) as error:  # the last two: dtypes
         raise ValueError(
-            f"config.model.checkpoint: {path} cannot be read as safetensors ({error}). {hint}"
+            f"config.model.checkpoint: {path} cannot be read as safetensors ({error}). {_HINT}"
         ) from None
-    if "shape" not in metadata or "label_vectors" not in tensors:
-        raise ValueError(
-            f"config.model.checkpoint: {path} has no model shape or no label vectors. {hint}"
-        )
-    return ViTShape(**json.loads(metadata["shape"])), tensors
+    where = f"config.model.checkpoint: {path}: the model's shape"
+    if "shape" not in metadata:
+        raise ValueError(f"{where} is not noted in it. {_HINT}")
+    try:
+        noted = checked(_Shape, parse_json(metadata["shape"]), "fields")
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be read: {error}. {_HINT}") from None
+    sizes = noted.model_dump(exclude={"stem_widths"})
+    return ViTShape(**sizes, stem_widths=tuple(noted.stem_widths)), found
 
 
 def _fill(shapes: PyTree, tensors: dict[str, np.ndarray], source: str) -> PyTree:

@@ -6,7 +6,6 @@ experiments with local folders, or without prompts, do without them.
 
 import logging
 import re
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from matu_jax import json_files
-from matu_jax.config import did_you_mean
-from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.config import ModelConfig
+from matu_jax.models.architectures import ARCHITECTURES, FAMILIES
 from matu_jax.models.tensor_names import full_names
 from matu_jax.tensors import INDEX, WHOLE, shard_names
 
@@ -29,50 +28,58 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+"""What says how images are prepared: alone, or (transformers 5) as part of a whole processor."""
 WANTED_FILES = (
     "config.json",
-    "preprocessor_config.json",
+    *IMAGE_FILES,
     *TOKENIZER_FILES,
     WEIGHTS,
     INDEX,
     "model-*.safetensors",
 )
-PROBE_SECONDS = 1.0
 _CONVERTER, _CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@\S+)?")
+
+
+def folder_of(config: ModelConfig) -> Path | None:
+    """The folder of a config's checkpoint; None for "random". See `checkpoint_folder`."""
+    if config.checkpoint == "random":
+        return None
+    return checkpoint_folder(config.checkpoint, config.architecture)
 
 
 def checkpoint_folder(checkpoint: str, architecture: str) -> Path:
     """The local folder of a checkpoint, downloaded if it has to be and can be.
 
+    How long to wait for the hub, which hub, and through which proxy is huggingface_hub's to say,
+    and its environment variables' (HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT, HF_ENDPOINT).
+
     Args:
       checkpoint: a local folder, or a hub name such as "openai/clip-vit-base-patch32", with
         "@revision" behind it for another revision than the main one. The cache is looked into
-        first; without a network the answer comes within about a second.
+        first.
       architecture: the name of what it is wanted for, so that errors can suggest a checkpoint.
 
     Returns:
       A folder with config.json and model.safetensors, or its shards and their index.
 
     Raises:
-      ValueError: for an unknown architecture; if there is no such folder, it lacks files, or the
-        hub cannot be reached or refuses.
+      ValueError: if there is no such folder, it lacks files, or the hub cannot be reached or
+        refuses.
     """
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"config.model.architecture: found {architecture!r}, no such architecture."
-            + did_you_mean(architecture, ["embedded", *ARCHITECTURES])
-        )
     where = f"config.model.checkpoint {checkpoint!r}"
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return _complete(folder, where)
     looks_local = checkpoint.startswith((".", "/", "~")) or folder.exists()
     if looks_local or checkpoint == "embedded" or not _HUB_NAME.fullmatch(checkpoint):
+        known = ARCHITECTURES.get(architecture)
+        example = known.hub_name if known else FAMILIES[architecture]
         raise ValueError(
             f"{where}: no such folder. With config.model.architecture = {architecture!r} give "
-            f"a folder with a Hugging Face checkpoint, a hub name such as "
-            f"{ARCHITECTURES[architecture].hub_name!r}, or 'random'; 'embedded' belongs to "
+            f"a folder with a Hugging Face checkpoint{', ' if known else ' or '}a hub name such as "
+            f"{example!r}{', or ' + repr('random') if known else ''}; 'embedded' belongs to "
             "config.model.architecture = 'embedded'."
         )
 
@@ -95,22 +102,29 @@ def checkpoint_folder(checkpoint: str, architecture: str) -> Path:
             continue  # not in the cache: the ordinary case, which the download below answers
         if not _missing_files(cached):
             return cached
-    obstacle = _obstacle(huggingface_hub)
-    if not obstacle:
-        try:
-            fetched = snapshot(revision or None)
-            if not revision and _missing_files(fetched) == [WEIGHTS]:
-                converted = _conversion(huggingface_hub, repository)
-                fetched = snapshot(converted) if converted else fetched
-            return _complete(fetched, where)
-        except OSError as error:
-            obstacle = f"the hub refuses or breaks off: {error}"
+    try:
+        # Asked for once, with a timeout: what follows waits for ever, or tries for half a minute.
+        huggingface_hub.HfApi().model_info(
+            repository,
+            revision=revision or None,
+            timeout=huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT,
+        )
+        fetched = snapshot(revision or None)
+        if not revision and _missing_files(fetched) == [WEIGHTS]:
+            converted = _conversion(huggingface_hub, repository)
+            fetched = snapshot(converted) if converted else fetched
+    except Exception as error:  # of the HTTP library underneath, too, which is not always the same
+        obstacle = f"{type(error).__name__}: {error}"
+    else:
+        return _complete(fetched, where)
     raise ValueError(
-        f"{where}: is not in the local cache, and cannot be downloaded: {obstacle}\n"
-        f"Download it where there is a network, and give the folder:\n"
+        f"{where}: is not in the local cache, and cannot be downloaded from "
+        f"{huggingface_hub.constants.ENDPOINT}: {obstacle}\n"
+        "If the hub is only slow, set HF_HUB_ETAG_TIMEOUT, in seconds. Else download it where "
+        "there is a network, and give the folder:\n"
         f"  hf download {checkpoint.replace('@', ' --revision ')} --local-dir FOLDER\n"
         f"  --config.model.checkpoint=FOLDER\n"
-        f"Needed are config.json, {WEIGHTS} (or its shards), preprocessor_config.json and the "
+        f"Needed are config.json, {WEIGHTS} (or its shards), {IMAGE_FILES[0]} and the "
         f"tokenizer's files ({', '.join(TOKENIZER_FILES)}). HTTPS_PROXY and HF_ENDPOINT are obeyed."
     )
 
@@ -144,27 +158,6 @@ def _cached_conversions(repository: str) -> list[str]:
 
     folder = Path(constants.HF_HUB_CACHE) / ("models--" + repository.replace("/", "--"))
     return [f"refs/pr/{path.name}" for path in sorted((folder / "refs" / "refs" / "pr").glob("*"))]
-
-
-def _obstacle(hub: Any) -> str:
-    """Why the hub cannot be reached; "" if it can."""
-    if hub.constants.HF_HUB_OFFLINE:
-        return "the environment variable HF_HUB_OFFLINE forbids it."
-    endpoint, outcome = hub.constants.ENDPOINT, []
-
-    def ask() -> None:
-        try:
-            hub.utils.get_session().head(endpoint, timeout=PROBE_SECONDS)
-            outcome.append("")
-        except Exception as error:  # whatever the HTTP library raises is said to the user
-            outcome.append(f"{type(error).__name__}: {error}")
-
-    # In a thread, since looking up a host's name obeys no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    answer = outcome[0] if outcome else f"no answer within {PROBE_SECONDS:g} s"
-    return f"{endpoint} cannot be reached ({answer}); is there a network?" if answer else ""
 
 
 def _missing_files(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from flax import nnx
 from matu_jax.config import ModelConfig
 from matu_jax.data import Task
 from matu_jax.models import huggingface
-from matu_jax.models.architectures import ARCHITECTURES, Architecture
+from matu_jax.models.architectures import Architecture
 from matu_jax.models.backbone import (
     Backbone,
     adapters,
@@ -23,7 +23,7 @@ from matu_jax.models.backbone import (
     computing,
     parameter_shapes,
 )
-from matu_jax.models.checkpoint_config import checked_architecture
+from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.models.heads import zero_shot_heads
 from matu_jax.models.tensor_names import from_huggingface, tensor_names
 from matu_jax.models.towers import TextTower, VisionTower
@@ -32,7 +32,7 @@ from matu_jax.trees import PyTree
 CLIP_LOGIT_SCALE = 100.0  # where CLIP's training clips it, and OpenAI's checkpoints ended
 _LEFT_OUT = {
     "clip": re.compile(r"(vision|text)_model\.embeddings\.position_ids"),
-    "vit": re.compile(r"classifier\..*|vit\.pooler\..*"),
+    "vit": re.compile(r"(classifier|decoder|vit\.pooler)\..*|vit\.embeddings\.mask_token"),
 }
 
 
@@ -56,10 +56,7 @@ def load(
         without a text tower.
     """
     lora, how = adapters(config), computing(config)
-    architecture, folder = ARCHITECTURES[config.architecture], None
-    if config.checkpoint != "random":
-        folder = huggingface.checkpoint_folder(config.checkpoint, architecture.name)
-        architecture = checked_architecture(folder, architecture)
+    architecture, folder = architecture_of(config), huggingface.folder_of(config)
     if frozen_tasks and architecture.text is None:
         raise ValueError(
             f"config.model.head: task {frozen_tasks[0].name!r} has a frozen head, which needs a "
@@ -109,7 +106,7 @@ def read_towers(
 
     Args:
       folder: of the checkpoint.
-      architecture: the checkpoint's, from `checkpoint_config.checked_architecture`.
+      architecture: the checkpoint's, from `checkpoint_config.architecture_of`.
       vision_shapes: of the image tower's parameters.
       text: whether the text tower is wanted too; architecture must have one.
 

@@ -85,6 +85,7 @@ class VisionTower(nnx.Module):
         mean, std = jnp.asarray(how.image_mean), jnp.asarray(how.image_std)
         pixels = images.astype(jnp.float32) / 255.0
         pixels = (pixels - mean[None, None, None]) / std[None, None, None]
+        pixels = pixels[:, : side * size, : side * size]  # as a convolution with that stride does
         pixels = pixels.reshape(batch, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patches(pixels.reshape(batch, side * side, size * size * 3))
         token = self.class_token[...].astype(dtype)[None, None]
