@@ -122,7 +122,7 @@ def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_ru
     anew = ""
     if target.is_dir():
         try:
-            if not prepared.outdated(row.name, target, images):
+            if not prepared.outdated(dataset, target, images):
                 _fill(row, prepared.check(row.name, target), "prepared")
                 return
             anew = "anew, since the image folder has changed"
@@ -177,9 +177,10 @@ def _fill(row: _Row, metadata: dict, state: str) -> None:
     row.train, row.test = splits["train"]["examples"], splits["test"]["examples"]
     row.size = sum(size for split in splits.values() for size in split["bytes"].values())
     row.left_out = f"{left_out['train_in_test']} + {left_out['train_twice']}"
-    notes = [state, *metadata["notes"]]
+    notes = [state]
     if metadata["test_split"] != "official":
         notes.append(f"test: {metadata['test_split']}")
+    notes += metadata["notes"]
     if metadata["test_twice"]:
         notes.append(f"{metadata['test_twice']} images are in test more than once")
     row.state = "; ".join(notes)

@@ -1,20 +1,16 @@
-"""Image folders: every layout, every ugly image, and the same pixels as Hugging Face's."""
+"""Image folders: every layout, and what is wrong with them."""
 
 import dataclasses
-import io
+import os
 import shutil
-import struct
 import unicodedata
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from matu_jax.data import Transform, folders
+from matu_jax.data import folders, images
 from matu_jax.data.datasets import Dataset
-
-WHITE = [255, 255, 255]
 
 
 def toys(classes=2, names=(), test="test"):
@@ -64,7 +60,7 @@ def test_train_test_and_validation_folders(tmp_path):
     assert source.origin == f"folder {tmp_path}"
     (note,) = source.notes
     assert "3 files are no images" in note
-    image, label, _ = source.train[2]
+    image, label = images.picture(source.train[2]), source.train[2].label
     assert (image.mode, image.size, label) == ("RGB", (8, 6), 1)
 
 
@@ -184,143 +180,48 @@ def test_empty_classes_and_dead_links_are_told(tmp_path):
         folders.source(toys(), tmp_path / "typo")
 
 
-# ------------------------------------------------------------------ images
+def test_what_is_no_file_is_refused_and_loops_end(tmp_path):
+    tree(tmp_path / "f", "train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png")
+    for name, make in {
+        "pipe.png": os.mkfifo,
+        "zero.png": lambda path: path.symlink_to("/dev/zero"),
+    }.items():
+        path = tmp_path / "f/train/a" / name
+        make(path)
+        with pytest.raises(ValueError, match=rf"{name} is no regular file; remove it"):
+            folders.source(toys(), tmp_path / "f")
+        path.unlink()
+    loop = tmp_path / "f/train/a/loop.png"
+    loop.symlink_to(loop)
+    with pytest.raises(ValueError, match=r"loop\.png cannot be read: Too many levels"):
+        folders.source(toys(), tmp_path / "f")
+    loop.unlink()
+    (tmp_path / "f/train/a/up").symlink_to(tmp_path / "f")
+    with pytest.raises(ValueError, match="a/up: found a folder where images were expected"):
+        folders.source(toys(), tmp_path / "f")
 
 
-def read(path, image, **options):
-    image.save(path, **options)
-    return np.asarray(folders.decode(path, str(path)))
+def test_links_that_lead_out_of_the_folder_are_followed_and_told(tmp_path):
+    tree(tmp_path / "f", "train/a/1.png", "train/b/1.png", "test/a/1.png")
+    tree(tmp_path, "elsewhere/1.png")
+    (tmp_path / "f/train/a/inside.png").symlink_to("1.png")
+    assert folders.source(toys(), tmp_path / "f").notes == ()
+    (tmp_path / "f/train/a/out.png").symlink_to(tmp_path / "elsewhere/1.png")
+    (tmp_path / "f/test/b").symlink_to(tmp_path / "elsewhere")
+    source = folders.source(toys(), tmp_path / "f")
+    assert len(source.train) == 4
+    assert source.notes == (f"2 links lead out of the folder, such as {tmp_path}/f/test/b",)
 
 
-def test_grey_palette_and_bilevel(tmp_path):
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    grey = read(tmp_path / "g.png", Image.fromarray(ramp))
-    assert (grey == ramp[..., None]).all()
-    palette = noise(16, 16).quantize(8)
-    assert (read(tmp_path / "p.png", palette) == np.asarray(palette.convert("RGB"))).all()
-    assert set(read(tmp_path / "b.png", Image.fromarray(ramp > 99)).ravel()) == {0, 255}
-
-
-def test_grey_of_16_bits_keeps_the_upper_8(tmp_path):
-    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
-    for name in ("g.png", "g.tif", "g.pgm"):
-        got = read(tmp_path / name, Image.fromarray(ramp))
-        assert (got == (ramp >> 8)[..., None]).all(), name
-    with pytest.raises(ValueError, match=r"f\.tif cannot be read: .*floating"):
-        read(tmp_path / "f.tif", Image.fromarray(ramp.astype(np.float32)))
-
-
-def test_what_is_transparent_lies_over_white(tmp_path):
-    clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
-    clear.putpixel((0, 0), (200, 0, 0, 255))
-    clear.putpixel((1, 0), (200, 0, 0, 51))
-    got = read(tmp_path / "rgba.png", clear)
-    assert got[3, 3].tolist() == WHITE
-    assert got[0, 0].tolist() == [200, 0, 0]
-    assert got[0, 1].tolist() == [244, 204, 204]
-    assert read(tmp_path / "la.png", Image.new("LA", (4, 4), (9, 0)))[0, 0].tolist() == WHITE
-    palette = Image.new("P", (4, 4), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    assert read(tmp_path / "p.png", palette, transparency=1)[0, 0].tolist() == WHITE
-    many = read(tmp_path / "pb.png", palette, transparency=b"\xff\x00")
-    assert many[0, 0].tolist() == WHITE
-    keyed = Image.new("RGB", (4, 4), (1, 2, 3))
-    assert read(tmp_path / "key.png", keyed, transparency=(1, 2, 3))[0, 0].tolist() == WHITE
-
-
-def test_cmyk(tmp_path):
-    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    red = read(tmp_path / "c.jpg", image, quality=95)[4, 4].astype(int)
-    assert abs(red - [255, 0, 0]).max() < 8
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation):
-    upright = Image.fromarray(np.kron(np.array([[0, 255, 90], [60, 160, 200]]), np.ones((16, 16)))
-                              .astype(np.uint8))  # fmt: skip
-    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the inverses, by number of Transpose
-    stored = upright.transpose(Image.Transpose(turn[orientation])) if orientation > 1 else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    got = read(tmp_path / "e.jpg", stored, exif=exif, quality=100)
-    assert got.shape == (32, 48, 3)
-    assert abs(got[..., 0].astype(int) - np.asarray(upright)).max() < 9
-
-
-def test_a_wrong_ending_is_no_obstacle(tmp_path):
-    noise(9, 7).save(tmp_path / "really.png")
-    (tmp_path / "really.png").rename(tmp_path / "png.jpg")
-    assert (np.asarray(folders.decode(tmp_path / "png.jpg", "it")) == np.asarray(noise(9, 7))).all()
-
-
-def bomb():
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
-
-
-def jpeg():
-    buffer = io.BytesIO()
-    noise(64, 64).save(buffer, "jpeg")
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "the file is empty; replace or remove it"),
-        (b"<html>404</html>", "it is no image"),
-        (jpeg()[:900], "truncated"),
-        (jpeg()[:30], ""),
-        (bomb(), "decompression bomb"),
-    ],
-    ids=["empty", "html", "truncated", "header", "bomb"],
-)
-def test_unreadable_images_are_told(tmp_path, content, message):
-    path = tmp_path / "broken.jpg"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"broken\.jpg cannot be read: .*{message}"):
-        folders.decode(path, str(path))
-
-
-def test_a_somewhat_large_image_is_refused_too(tmp_path, monkeypatch):
-    noise(40, 40).save(tmp_path / "l.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # twice this is an error of Pillow's
-    with pytest.raises(ValueError, match=r"it cannot be read: .*decompression bomb"):
-        folders.decode(tmp_path / "l.png", "it")
-
-
-# ------------------------------------------------------------------ transforms
-
-SIZES = [
-    (224, 224), (300, 200), (200, 300), (500, 17), (17, 500), (640, 481), (481, 640), (225, 224),
-    (31, 32), (1, 1), (333, 225), (1023, 767), (100, 99), (3, 200),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("size", [224, 33])
-@pytest.mark.parametrize("shape", SIZES)
-def test_pixels_are_those_of_hugging_face(shape, size):
-    clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
-    vit = pytest.importorskip("transformers.models.vit.image_processing_pil_vit")
-    image, square = noise(*shape), {"height": size, "width": size}
-    plain = {"do_rescale": False, "do_normalize": False}
-    theirs = clip.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square, **plain)
-    expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    got = folders.apply(image, Transform(size))
-    assert got.dtype == np.uint8
-    assert np.array_equal(got, expected)
-    theirs = vit.ViTImageProcessorPil(size=square, **plain)
-    expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    assert np.array_equal(folders.apply(image, Transform(size, "squash", "bilinear")), expected)
-
-
-def test_transforms_that_cannot_be_are_told():
-    with pytest.raises(ValueError, match="expected resize 'shortest_side' or 'squash'"):
-        folders.apply(noise(4, 4), Transform(8, "stretch"))
-    with pytest.raises(ValueError, match="1 x 9000 pixels is too thin"):
-        folders.apply(noise(1, 9000), Transform(224))
+def test_a_file_name_that_is_not_utf_8_can_be_told(tmp_path):
+    tree(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png")
+    with open(os.fsencode(tmp_path) + b"/train/a/\xff.png", "wb") as file:
+        file.write(b"no image")
+    source = folders.source(toys(), tmp_path)
+    (name,) = [e.name for e in source.train if "xff" in e.name]
+    assert name.encode()
+    with pytest.raises(ValueError, match=r"\\xff\.png cannot be read"):
+        images.decode(source.train[1].content, source.train[1].name)
+    os.rename(tmp_path / "train/b", os.fsencode(tmp_path) + b"/train/\xfe")
+    with pytest.raises(ValueError, match=r"train: the name '\\udcfe' in it is not UTF-8; rename"):
+        folders.source(toys(), tmp_path)

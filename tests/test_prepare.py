@@ -21,13 +21,13 @@ INTERRUPTED = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from matu_jax import prepare
-from matu_jax.data import folders, preparation
-preparation.CHUNK, left, apply = 8, iter(range(40)), folders.apply
+from matu_jax.data import images, preparation
+preparation.CHUNK, left, apply = 8, iter(range(40)), images.apply
 def interrupted(*arguments):
     if next(left, None) == 39:
         os.kill(os.getpid(), signal.{signal})
     return apply(*arguments)
-folders.apply = interrupted
+images.apply = interrupted
 sys.exit(prepare.main(sys.argv))
 """
 
@@ -160,9 +160,9 @@ def test_the_same_command_goes_on_after_an_interruption(images, tmp_path, monkey
     assert (partial / "progress.json").exists()
     decoded = []
     monkeypatch.setattr(prepare.preparation, "CHUNK", 8)
-    apply = prepare.preparation.folders.apply
+    apply = prepare.preparation.images.apply
     monkeypatch.setattr(
-        prepare.preparation.folders, "apply", lambda *a: decoded.append(0) or apply(*a)
+        prepare.preparation.images, "apply", lambda *a: decoded.append(0) or apply(*a)
     )
     assert run("--config.data.tasks=mnist") == 0
     assert 40 <= len(decoded) < 80  # of 80 in all; the others were done before

@@ -1,6 +1,7 @@
 """The cache: what is kept, killed and resumed preparations, damage, duplicates, seeded splits."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matu_jax.data import Transform, preparation, prepared, selection
+from matu_jax.data import Transform, images, preparation, prepared, selection
+from matu_jax.data.datasets import DATASETS
 
 SMALL = Transform(8, "squash", "bilinear")
 OFFICIAL, SEEDED = "intel_images", "garbage"  # 6 classes each; the latter without a test split
@@ -317,6 +319,103 @@ def test_a_changed_folder_is_noticed_and_a_removed_one_is_not_needed(places):
     assert len(load(OFFICIAL, places).test.labels) == 12
 
 
+def files(places):
+    return sorted((places["folders"] / OFFICIAL).rglob("*.png"))
+
+
+def test_replaced_images_of_the_same_size_and_time_are_noticed(places):
+    official(places["folders"])
+    first = prepare(OFFICIAL, places)
+    file = files(places)[0]
+    before, content = file.stat(), file.read_bytes()
+    file.write_bytes(content[:-1] + b"!")  # in the checksum of IEND, which is not looked at
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == [OFFICIAL]
+    assert prepare(OFFICIAL, places)["contents"] != first["contents"]
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == []
+
+
+def test_copied_and_touched_images_are_the_same(places, monkeypatch):
+    official(places["folders"])
+    first = prepare(OFFICIAL, places)
+    for file in files(places):
+        content = file.read_bytes()
+        file.unlink()
+        file.write_bytes(content)
+    monkeypatch.setattr(preparation, "open_source", None)
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == []
+    assert prepare(OFFICIAL, places) == first
+    # It is read once only.
+    monkeypatch.setattr(images, "read", None)
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == []
+    file = places["folders"] / OFFICIAL / "train/class_0/0.png"
+    file.rename(file.with_name("zzz.png"))
+    monkeypatch.undo()
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == [OFFICIAL], "another order"
+
+
+def test_what_the_table_says_belongs_to_what_is_prepared(places, monkeypatch):
+    root = official(places["folders"]) / OFFICIAL
+    for split in ("train", "test"):
+        for label in range(6):
+            (root / split / f"class_{label}").rename(root / split / str(label))
+    prepare(OFFICIAL, places)
+    assert load(OFFICIAL, places).class_names == tuple("012345")
+    row = dataclasses.replace(DATASETS[OFFICIAL], class_names=tuple("abcdef"))
+    monkeypatch.setitem(DATASETS, OFFICIAL, row)
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == [OFFICIAL]
+    prepare(OFFICIAL, places)
+    assert load(OFFICIAL, places).class_names == tuple("abcdef")
+
+
+def deep(file, largest, count=20):
+    """A 16-bit image that goes from 0 to `largest`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    values = np.linspace(0, largest, count**2).astype(np.uint16).reshape(count, count)
+    Image.fromarray(values).save(file)
+
+
+def test_all_splits_are_scaled_alike_and_it_is_said(places, monkeypatch):
+    root = places["folders"] / "scans"
+    for label in "ab":
+        for i in range(6):
+            deep(root / "train" / label / f"{i}.png", 1000 + 10 * i + (label == "b"))
+    deep(root / "test/a/0.png", 4000)
+    paint(root / "test/b/0.png", 5)
+    whole = {**places, "cache_dir": places["cache_dir"].with_name("whole")}
+    metadata = prepare("scans", whole)
+    assert metadata["white_levels"] == {"0": 4095}
+    assert "images of more than 8 bits that do not say their largest value: 0 to 4095" in (
+        " ".join(metadata["notes"])
+    )
+    task = load("scans", whole)
+    assert task.test.images[0].max() > 230
+    assert 40 < task.train.images.max() < 70, "as dark as they are beside the test's"
+    # An interrupted preparation keeps to what was decided.
+    monkeypatch.setattr(preparation, "CHUNK", 4)
+
+    def interrupt(done, total):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare("scans", places, progress=interrupt)
+    monkeypatch.setattr(images, "measure", None)
+    assert prepare("scans", places) == metadata
+
+
+def test_classes_without_images_are_told(places):
+    root = official(places["folders"], name="ward") / "ward"
+    shutil.rmtree(root / "test/class_3")
+    for i in range(2):
+        shutil.copy(root / f"train/class_2/{i}.png", root / f"test/class_0/copy{i}.png")
+    for i in range(2, 5):
+        (root / f"train/class_2/{i}.png").unlink()
+    notes = prepare("ward", places)["notes"]
+    assert "classes without an image in train: class 2" in notes
+    assert "classes without an image in test: class 3" in notes
+
+
 def test_all_missing_ones_are_listed_with_the_command(places):
     official(places["folders"])
     prepare(OFFICIAL, places)
@@ -338,6 +437,16 @@ def damage(folder, file, how):
         path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
     elif how == "header":
         path.write_bytes(b"\0" * 10 + path.read_bytes()[10:])
+    elif how == "not UTF-8":
+        path.write_bytes(b"\xff" + path.read_bytes())
+    elif how == "deep":
+        path.write_text("[" * 100_000)
+    elif how == "list":
+        path.write_text("[]")
+    elif how.startswith("signed: "):  # with a checksum that holds
+        field, _, value = how.removeprefix("signed: ").partition("=")
+        metadata = json.loads(path.read_text()) | {field: json.loads(value.replace("'", '"'))}
+        path.write_text(json.dumps(metadata | {"checksum": prepared.checksum(metadata)}))
     else:
         metadata = json.loads(path.read_text())
         metadata["class_names"].reverse()
@@ -354,13 +463,21 @@ def damage(folder, file, how):
         ("metadata.json", "remove", r"metadata\.json cannot be read"),
         ("metadata.json", "truncate", r"metadata\.json cannot be read"),
         ("metadata.json", "edit", r"metadata\.json was changed"),
+        ("metadata.json", "not UTF-8", r"metadata\.json cannot be read .*not UTF-8"),
+        ("metadata.json", "deep", r"metadata\.json cannot be read .*nested more than 100 deep"),
+        ("metadata.json", "list", r"metadata\.json cannot be read .*damaged"),
+        ("metadata.json", "signed: splits={}", r"splits\.train: missing"),
+        ("metadata.json", "signed: test_twice=-1", r"test_twice: found -1"),
+        ("metadata.json", "signed: class_names=3", r"class_names: found 3"),
+        ("metadata.json", "signed: transform=null", r"transform: found None"),
+        ("metadata.json", "signed: name='mnist'", r"metadata\.json is of 'mnist'"),
     ],
 )
 def test_damage_is_named_and_mended(places, file, how, message):
     official(places["folders"])
     first = prepare(OFFICIAL, places)
     damage(prepared.location(OFFICIAL, transform=SMALL, **places), file, how)
-    with pytest.raises(ValueError, match=rf"'intel_images': .*{message}.*; remove .* prepare"):
+    with pytest.raises(ValueError, match=rf"(?s)'intel_images': .*{message}.*; remove .* prepare"):
         load(OFFICIAL, places)
     assert prepare(OFFICIAL, places) == first
     assert load(OFFICIAL, places).fingerprint == first["sha256"]

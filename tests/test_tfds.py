@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matu_jax.data import Transform, preparation, prepared, tfds
+from matu_jax.data import Transform, images, preparation, prepared, tfds
 from matu_jax.data.datasets import DATASETS, Dataset
 
 tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
@@ -93,7 +93,8 @@ def test_examples_in_a_fixed_order_over_all_splits(tiny):
     assert (len(source.train), len(source.test)) == (26, 8)
     found = []
     for i in range(26):
-        image, label, name = source.train[i]
+        example = source.train[i]
+        image, label, name = images.picture(example), example.label, example.name
         assert (image.mode, image.size) == ("RGB", (12, 10))
         found.append(image.getpixel((0, 0))[0])  # type: ignore[index]
         assert label == found[-1] % 100 % 3
@@ -102,7 +103,7 @@ def test_examples_in_a_fixed_order_over_all_splits(tiny):
     assert sorted(found[:20]) == [value("train", i) for i in range(20)]
     assert sorted(found[20:]) == [value("validation", i) for i in range(6)]
     again = tfds.source(tiny).train
-    assert [again[i].image.getpixel((0, 0))[0] for i in range(26)] == found  # type: ignore[index]
+    assert [images.picture(again[i]).getpixel((0, 0))[0] for i in range(26)] == found  # type: ignore[index]
     for index in (26, -1):
         with pytest.raises(IndexError):
             source.train[index]
@@ -112,7 +113,7 @@ def test_examples_in_a_fixed_order_over_all_splits(tiny):
     ("transposed", "size", "blue"), [(False, (12, 10), (11, 0)), (True, (10, 12), (0, 11))]
 )
 def test_transposed_images_are_turned(tiny, transposed, size, blue):
-    image = tfds.source(dataclasses.replace(tiny, transposed=transposed)).train[0].image
+    image = images.picture(tfds.source(dataclasses.replace(tiny, transposed=transposed)).train[0])
     assert image.size == size
     assert image.getpixel(blue)[2] == 250  # type: ignore[index]
 

@@ -11,12 +11,10 @@ published without a test split: a seeded fifth of its training images is used, t
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 from matu_jax.data.class_names import CLASS_NAMES
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 __all__ = ["DATASETS", "GENERAL_TEMPLATES", "SETS", "Dataset", "Example", "Source"]
 
@@ -60,14 +58,16 @@ class Example(NamedTuple):
     """One example as it was published.
 
     Attributes:
-        image: In mode RGB, of any size.
+        content: The image file, or its bytes.
         label: From 0 on.
         name: What messages call it: a path, or a split and a position.
+        transposed: Whether its rows and columns are exchanged.
     """
 
-    image: "Image.Image"
+    content: Path | bytes
     label: int
     name: str
+    transposed: bool = False
 
 
 class Source(NamedTuple):
@@ -81,6 +81,7 @@ class Source(NamedTuple):
         version: What tells one state of the data from another.
         origin: For people: "TFDS mnist/3.0.1" or "folder /data/gtsrb".
         notes: For people: what was found and not used.
+        deep: Whether there may be images of more than 8 bits a sample.
     """
 
     train: Sequence[Example]
@@ -89,6 +90,7 @@ class Source(NamedTuple):
     version: str
     origin: str
     notes: tuple[str, ...] = ()
+    deep: bool = True
 
 
 _PHOTO = ("a photo of a {}.", "a photo of the {}.", "a close-up photo of a {}.")

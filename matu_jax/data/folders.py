@@ -1,4 +1,4 @@
-"""Image folders, and how an image file becomes the square image that a model takes.
+"""Image folders: which images and classes there are.
 
 A folder is laid out in one of two ways; `val`, `valid` and `validation` mean the same, and their
 images may be trained on, since validation is divided off anew:
@@ -14,143 +14,19 @@ the content of an image decides its format, not its name.
 """
 
 import hashlib
-import io
 import os
-import struct
+import stat
 import unicodedata
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
-
-from matu_jax.data import Transform
 from matu_jax.data.class_names import readable
 from matu_jax.data.datasets import Dataset, Example, Source
+from matu_jax.data.images import EXTENSIONS, decode
 from matu_jax.data.selection import SPLITS, check_utf8, is_hidden
 
-__all__ = ["EXTENSIONS", "Listing", "apply", "decode", "list_folder", "source"]
-
-# fmt: off
-EXTENSIONS = frozenset((
-    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif",
-    ".tiff", ".webp",
-))
-# fmt: on
-"""Of files that are taken for images, in lower case."""
-_MAX_PIXELS = 2**27
-"""Of an image after its shortest side was resized; 400 MB of RGB."""
-_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
-# --- Images ---------------------------------------------------------------------------------------
-
-
-def decode(content: Path | bytes, name: str) -> Image.Image:
-    """Decodes an image file to RGB, upright.
-
-    The EXIF orientation is applied. Grey, palette and CMYK images are converted; 16-bit grey keeps
-    its high byte; what is transparent is laid over white; of an animation the first image counts.
-
-    Args:
-        content: The file, or its bytes.
-        name: What messages call it.
-
-    Returns:
-        An image in mode RGB.
-
-    Raises:
-        ValueError: If there is no whole image in it, or one with more than Pillow's
-            `MAX_IMAGE_PIXELS` (89 million), which may be made to fill the memory.
-    """
-    try:
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        if not data:
-            raise ValueError("the file is empty")
-        with Image.open(io.BytesIO(data)) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit and image.width * image.height > limit:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {limit}")
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
-    except Image.UnidentifiedImageError:
-        reason = "it is no image, or of a format that Pillow does not know"
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        KeyError,
-        IndexError,
-        TypeError,
-        OverflowError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:  # Pillow's readers let through whatever a damaged file makes them stumble over.
-        reason = str(error) or type(error).__name__
-    raise ValueError(f"{name} cannot be read: {reason}; replace or remove it")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"its pixels go from {values.min()} to {values.max()}, beyond 16 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, expected 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def apply(image: Image.Image, transform: Transform) -> np.ndarray:
-    """Resizes and crops an image, to the very pixels of Hugging Face's image processors.
-
-    `"shortest_side"` is the geometry of `CLIPImageProcessor`: the longer side is rounded down, and
-    so is the crop's offset. `"squash"` is that of `ViTImageProcessor`.
-
-    Args:
-        image: Mode RGB.
-        transform: Size, geometry and filter.
-
-    Returns:
-        uint8 `[size, size, 3]`.
-
-    Raises:
-        ValueError: If the transform is unknown, or the image so thin that its longer side would
-            not fit into memory.
-    """
-    size = transform.size
-    if size < 1 or transform.resample not in _RESAMPLE:
-        raise ValueError(
-            f"{transform}: expected size >= 1 and resample of {', '.join(sorted(_RESAMPLE))}"
-        )
-    resample = _RESAMPLE[transform.resample]
-    if transform.resize == "squash":
-        return np.asarray(image.resize((size, size), resample))
-    if transform.resize != "shortest_side":
-        raise ValueError(f"{transform}: expected resize 'shortest_side' or 'squash'")
-    width, height = image.size
-    long = int(size * max(width, height) / min(width, height))
-    if long * size > _MAX_PIXELS:
-        raise ValueError(
-            f"an image of {width} x {height} pixels is too thin to bring its shortest side to "
-            f"{size}; crop or remove it"
-        )
-    width, height = (size, long) if width <= height else (long, size)
-    left, top = (width - size) // 2, (height - size) // 2
-    resized = image.resize((width, height), resample)
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
-
-
-# --- Folders --------------------------------------------------------------------------------------
+__all__ = ["Listing", "decode", "list_folder", "source"]
 
 
 class Listing(NamedTuple):
@@ -162,13 +38,15 @@ class Listing(NamedTuple):
             are no splits): the images in order, each as its path below the root and its label.
         folders: The classes' folder names, by label.
         ignored: Paths of files that are no images by their name.
-        digest: SHA-256 of all images' paths and sizes.
+        linked: Paths of links that lead out of the folder; they are followed.
+        digest: SHA-256 of all images' paths, sizes and times of change.
     """
 
     root: Path
     splits: dict[str, tuple[tuple[str, int], ...]]
     folders: tuple[str, ...]
     ignored: tuple[str, ...]
+    linked: tuple[str, ...]
     digest: str
 
 
@@ -179,6 +57,7 @@ def list_folder(root: Path) -> Listing:
         ValueError: If it is not laid out as this module's first lines say.
     """
     ignored: list[str] = []
+    linked: list[str] = []
     tops = _directories(root, ignored)
     if not tops:
         raise ValueError(f"{root}: found no folder in it, expected one per class, or per split")
@@ -200,7 +79,7 @@ def list_folder(root: Path) -> Listing:
         found[split] = {}
         for name in classes:
             label = _label(name, folder, classes)
-            found[split][label] = _images(folder / name, root, ignored)
+            found[split][label] = _images(folder / name, root, ignored, linked)
     names = list(found["train"])
     names.sort(key=lambda name: (int(name), name) if name.isdecimal() else (0, name))
     if not all(name.isdecimal() for name in names):
@@ -218,10 +97,16 @@ def list_folder(root: Path) -> Listing:
         files = [
             (*file, label) for label, name in enumerate(names) for file in classes.get(name, ())
         ]
-        for path, size, label in files:
-            digest.update(f"{split}\0{label}\0{path}\0{size}\n".encode(errors="surrogateescape"))
+        for path, state, label in files:
+            digest.update(f"{split}\0{label}\0{path}\0{state}\n".encode(errors="surrogateescape"))
         listed[split] = tuple((path, label) for path, _, label in files)
-    return Listing(root, listed, tuple(names), tuple(sorted(ignored)), digest.hexdigest())
+    noted = [tuple(sorted(map(shown, paths))) for paths in (ignored, linked)]
+    return Listing(root, listed, tuple(names), noted[0], noted[1], digest.hexdigest())
+
+
+def shown(path: str | Path) -> str:
+    """A path as it can be printed, even if it is not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry]:
@@ -235,7 +120,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry]:
 def _directories(folder: Path, ignored: list[str]) -> list[str]:
     directories = []
     for entry in _entries(folder):
-        if entry.is_dir():
+        if _is_directory(entry):
             directories.append(entry.name)
         else:
             ignored.append(entry.path)
@@ -256,20 +141,47 @@ def _label(name: str, folder: Path, classes: Sequence[str]) -> str:
     return label
 
 
-def _images(folder: Path, root: Path, ignored: list[str]) -> list[tuple[str, int]]:
+def _is_directory(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
+
+
+def _leads_out(path: Path | str, root: Path) -> bool:
+    """Whether a link leads out of a folder."""
+    real, inside = os.path.realpath(path), os.path.realpath(root)
+    return os.path.commonpath((real, inside)) != inside
+
+
+def _images(
+    folder: Path, root: Path, ignored: list[str], linked: list[str]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Path below the root, and size and times, of a class's images."""
     files = []
+    if any(part.is_symlink() for part in (folder, folder.parent)) and _leads_out(folder, root):
+        linked.append(str(folder))
     for entry in _entries(folder):
-        if entry.is_dir():
+        if _is_directory(entry):
             raise ValueError(
-                f"{entry.path}: found a folder where images were expected; the layout is "
-                f"{root}/<split>/<class>/<image>, or {root}/<class>/<image>"
+                f"{shown(entry.path)}: found a folder where images were expected; the layout is "
+                f"{root}/<split>/<class>/<image>, or {root}/<class>/<image>, with splits called "
+                f"{', '.join(SPLITS)}"
             )
         if os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
             try:
-                size = entry.stat().st_size
+                found = entry.stat()
             except OSError as error:
-                raise ValueError(f"{entry.path} cannot be read: {error.strerror}") from None
-            files.append((f"{os.path.relpath(folder, root)}/{entry.name}", size))
+                reason = error.strerror
+                raise ValueError(f"{shown(entry.path)} cannot be read: {reason}") from None
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError(f"{shown(entry.path)} is no regular file; remove it")
+            if entry.is_symlink() and _leads_out(entry.path, root):
+                linked.append(entry.path)
+            # What was replaced has another time of change, even if its size and the time of its
+            # last modification were kept.
+            state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            files.append((f"{os.path.relpath(folder, root)}/{entry.name}", state))
         else:
             ignored.append(entry.path)
     if not files:
@@ -280,7 +192,7 @@ def _images(folder: Path, root: Path, ignored: list[str]) -> list[tuple[str, int
 
 
 class _Images(Sequence):
-    """Random access to the images of a listing, decoded when asked for."""
+    """Random access to the image files of a listing."""
 
     def __init__(self, root: Path, files: Sequence[tuple[str, int]]):
         self.root, self.files = root, files
@@ -290,8 +202,7 @@ class _Images(Sequence):
 
     def __getitem__(self, index):
         path, label = self.files[index]
-        name = str(self.root / path)
-        return Example(decode(self.root / path, name), label, name)
+        return Example(self.root / path, label, shown(self.root / path))
 
 
 def source(dataset: Dataset, root: Path) -> Source:
@@ -340,6 +251,10 @@ def source(dataset: Dataset, root: Path) -> Source:
     notes = ()
     if listing.ignored:
         notes = (f"{len(listing.ignored)} files are no images, such as {listing.ignored[0]}",)
+    if listing.linked:
+        notes += (
+            f"{len(listing.linked)} links lead out of the folder, such as {listing.linked[0]}",
+        )
     test = listing.splits.get("test")
     return Source(
         _Images(root, train),

@@ -1,8 +1,10 @@
 """Writing the cache that `matu_jax.data.prepared` reads: each image is decoded and resized once.
 
-The work is done in `<name>-<key>.partial`, a chunk at a time. After each chunk everything is
-flushed to the disk before its number is noted, so that a preparation that was killed goes on there,
-and ends with the same bytes. The metadata is written last, and the whole folder renamed into place.
+Images of more than 8 bits a sample are measured before, in all splits, since their white level is
+one for the whole dataset (`matu_jax.data.images`). The work is done in `<name>-<key>.partial`, a
+chunk at a time. After each chunk everything is flushed to the disk before its number is noted, so
+that a preparation that was killed goes on there, and ends with the same bytes. The metadata is
+written last, and the whole folder renamed into place.
 
 Splits are made disjoint by the hash of the resized pixels. The official test split stays as it is
 (its duplicates are counted); what occurs in it, or earlier in the training split, is left out of
@@ -15,18 +17,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 
-from matu_jax.data import Transform, folders, prepared, selection, tfds
-from matu_jax.data.datasets import Dataset, Source
+from matu_jax.data import Transform, folders, images, prepared, selection, tfds
+from matu_jax.data.datasets import Dataset, Example, Source
 from matu_jax.data.prepared import FORMAT, PARTS
+from matu_jax.json_files import read_json
 
 __all__ = ["TEST_FRACTION", "open_source", "prepare"]
 
@@ -89,16 +92,15 @@ def prepare(
     """
     dataset = selection.find(name, image_folders, cache_dir)
     final = prepared.location(name, transform=transform, cache_dir=cache_dir, folders=image_folders)
-    images = selection.image_folder(name, image_folders, cache_dir)
     with _lock(final, name):
-        if final.is_dir() and not _unusable(name, final, images):
+        if final.is_dir() and not _unusable(dataset, final, image_folders, cache_dir):
             _tidy(final)
             return prepared.check(name, final)
         source = open_source(dataset, image_folders=image_folders, cache_dir=cache_dir)
         partial = final.with_name(final.name + ".partial")
         places = _places(source)
-        _write(dataset, source, places, transform, partial, progress)
-        metadata = _finish(dataset, source, places, transform, partial)
+        levels = _write(dataset, source, places, transform, partial, progress)
+        metadata = _finish(dataset, source, places, transform, levels, partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -129,9 +131,10 @@ def _lock(final: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _unusable(name: str, final: Path, images: Path | None) -> bool:
+def _unusable(dataset: Dataset, final: Path, image_folders, cache_dir) -> bool:
+    folder = selection.image_folder(dataset.name, image_folders, cache_dir)
     try:
-        return prepared.outdated(name, final, images) or not prepared.check(name, final)
+        return prepared.outdated(dataset, final, folder)
     except ValueError:
         return True  # Damaged; it is written anew.
 
@@ -161,6 +164,52 @@ def _places(source: Source) -> _Places:
     return _Places(part, rank - trained * part, (trained, tested))
 
 
+class _Progress(NamedTuple):
+    """How far a preparation is.
+
+    Attributes:
+        done: Images that are written, in the source's order.
+        white_levels: See `matu_jax.data.images.white_levels`; decided once, before the first image.
+    """
+
+    done: int
+    white_levels: dict[int, int]
+
+
+def _at(source: Source, index: int) -> Example:
+    """An example by its place among those of train, and then of test."""
+    trained = len(source.train)
+    if source.test is None or index < trained:
+        return source.train[index]
+    return source.test[index - trained]
+
+
+def _white_levels(source: Source, total: int) -> dict[int, int]:
+    """The white levels of a source's images of more than 8 bits, looking at all of them."""
+    if not source.deep:
+        return {}
+
+    def measured(index: int) -> tuple[int, int] | None:
+        try:
+            return images.measure(_at(source, index).content)
+        except ValueError:
+            return None  # It will be told when it is its turn.
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        return images.white_levels(threads.map(measured, range(total)))
+
+
+def _begun(noted: Path, plan: dict) -> _Progress | None:
+    """How far an interrupted preparation of the same plan had come."""
+    try:
+        found = read_json(noted)
+        levels = {int(key): value for key, value in found["white_levels"].items()}
+        whole = isinstance(found["done"], int) and all(type(v) is int for v in levels.values())
+        return _Progress(found["done"], levels) if whole and found["plan"] == plan else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # Nothing that could be gone on with.
+
+
 def _write(
     dataset: Dataset,
     source: Source,
@@ -168,79 +217,61 @@ def _write(
     transform: Transform,
     partial: Path,
     progress: Callable[[int, int], None],
-) -> None:
-    """Fills the partial folder, from where it was left."""
+) -> dict[int, int]:
+    """Fills the partial folder, from where it was left; returns the white levels."""
     total, size, classes = len(places.part), transform.size, len(source.class_names)
     plan = {
         "format": FORMAT,
         "version": source.version,
         "transform": dataclasses.asdict(transform),
-        "examples": places.counts,
-        "class_names": source.class_names,
+        "examples": list(places.counts),
+        "class_names": list(source.class_names),
     }
     noted = partial / "progress.json"
-    state = {"plan": json.loads(json.dumps(plan)), "done": 0}
-    try:
-        found = json.loads(noted.read_text())
-        if found["plan"] == state["plan"]:
-            state = found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # Nothing that could be gone on with.
-    mode = "r+" if state["done"] else "w+"
-    if not state["done"]:
+    begun = _begun(noted, plan)
+    if begun is None or not begun.done:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    progress(state["done"], total)
-    if state["done"] == total:
-        return
-    needed, free = (total - state["done"]) * size * size * 3, shutil.disk_usage(partial).free
-    full = ValueError(
-        f"dataset {dataset.name!r}: {needed / 1e9:.1f} GB are needed in {partial}, and "
-        f"{free / 1e9:.1f} are free; set MATU_JAX_CACHE to a larger disk"
-    )
-    if needed > free:
-        raise full
-    try:
-        arrays = [_open_arrays(partial, part, mode, places.counts, size) for part in (0, 1)]
-    except OSError as error:
-        raise full from error
+    done, levels = begun or (0, _white_levels(source, total))
+    progress(done, total)
+    if done == total:
+        return levels
+    arrays = _arrays(dataset, partial, places, size, "r+" if done else "w+", total - done)
 
-    def example(index: int) -> tuple[np.ndarray, int, bytes] | ValueError:
-        trained = len(source.train)
+    def prepared_at(index: int) -> tuple[np.ndarray, int, bytes, bytes] | ValueError:
         try:
-            image, label, name = (
-                source.train[index]
-                if source.test is None or index < trained
-                else source.test[index - trained]
-            )
+            content, label, name, _ = example = _at(source, index)
+            content = images.read(content, name)
+            image = images.picture(example._replace(content=content), levels)
         except ValueError as error:
             return error
         try:
             if not 0 <= label < classes:
                 raise ValueError(f"its label is {label}, expected 0 to {classes - 1}")
-            pixels = folders.apply(image, transform)
+            pixels = images.apply(image, transform)
         except ValueError as error:
             return ValueError(f"{name}: {error}")
-        return pixels, label, hashlib.sha256(pixels.tobytes()).digest()
+        of_pixels = hashlib.sha256(pixels.tobytes()).digest()
+        return pixels, label, of_pixels, hashlib.sha256(content).digest()
 
     errors: list[str] = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        for start in range(state["done"], total, CHUNK):
+        for start in range(done, total, CHUNK):
             indices = range(start, min(start + CHUNK, total))
-            for index, result in zip(indices, threads.map(example, indices), strict=True):
+            for index, result in zip(indices, threads.map(prepared_at, indices), strict=True):
                 if isinstance(result, ValueError):
                     errors.append(str(result))
                     continue
-                images, labels, hashes = arrays[places.part[index]]
+                pictures, labels, hashes, contents = arrays[places.part[index]]
                 row = places.row[index]
-                images[row], labels[row] = result[:2]
-                hashes[row] = np.frombuffer(result[2], np.uint8)
+                pictures[row], labels[row] = result[:2]
+                hashes[row], contents[row] = (np.frombuffer(h, np.uint8) for h in result[2:])
             if len(errors) >= _REPORTED:
                 break
             if not errors:
                 for array in (*arrays[0], *arrays[1]):
                     array.flush()
-                state["done"] = indices.stop
+                state = {"plan": plan, "done": indices.stop, "white_levels": levels}
                 _write_json(noted, state)
             progress(indices.stop, total)
     if errors:
@@ -248,15 +279,39 @@ def _write(
             f"dataset {dataset.name!r}: {len(errors)}{'+' * (len(errors) >= _REPORTED)} images "
             "cannot be used:\n  " + "\n  ".join(errors)
         )
+    return levels
+
+
+def _arrays(
+    dataset: Dataset,
+    partial: Path,
+    places: _Places,
+    size: int,
+    mode: Literal["r+", "w+"],
+    left: int,
+) -> list[tuple[np.memmap, ...]]:
+    """The arrays of both splits, if there is room for the images that are left."""
+    needed, free = left * size * size * 3, shutil.disk_usage(partial).free
+    full = ValueError(
+        f"dataset {dataset.name!r}: {needed / 1e9:.1f} GB are needed in {partial}, and "
+        f"{free / 1e9:.1f} are free; set MATU_JAX_CACHE to a larger disk"
+    )
+    if needed > free:
+        raise full
+    try:
+        return [_open_arrays(partial, part, mode, places.counts, size) for part in (0, 1)]
+    except OSError as error:
+        raise full from error
 
 
 def _open_arrays(partial: Path, part: int, mode, counts, size: int) -> tuple[np.memmap, ...]:
-    """Images, and labels and hashes by rows, of one split."""
+    """Images, and labels and hashes (of pixels, and of files) by rows, of one split."""
     arrays = []
     for what, dtype, shape in (
         ("images", np.uint8, (size, size, 3)),
         ("all_labels", np.int32, ()),
         ("all_hashes", np.uint8, (32,)),
+        ("all_contents", np.uint8, (32,)),
     ):
         file = partial / f"{PARTS[part]}_{what}.npy"
         arrays.append(npy.open_memmap(file, mode, dtype, (counts[part], *shape)))
@@ -268,17 +323,27 @@ def _open_arrays(partial: Path, part: int, mode, counts, size: int) -> tuple[np.
 
 
 def _finish(
-    dataset: Dataset, source: Source, places: _Places, transform: Transform, partial: Path
+    dataset: Dataset,
+    source: Source,
+    places: _Places,
+    transform: Transform,
+    levels: dict[int, int],
+    partial: Path,
 ) -> dict:
     """Makes the splits disjoint and describes them.
 
     May be killed anywhere and called again: the labels and hashes that it decides by are never
     changed, and an image is only ever copied from rows that are kept to rows that are not.
     """
-    labels, hashes = (
+    labels, hashes, contents = (
         [np.load(partial / f"{part}_all_{what}.npy") for part in PARTS]
-        for what in ("labels", "hashes")
+        for what in ("labels", "hashes", "contents")
     )
+    # In the source's order, before images that are twice are left out.
+    published = [
+        (int(labels[part][row]), contents[part][row].tobytes())
+        for part, row in zip(places.part, places.row, strict=True)
+    ]
     keys = [[row.tobytes() for row in part] for part in hashes]
     tested, seen = set(keys[1]), set()
     keep = np.zeros(len(keys[0]), bool)
@@ -306,6 +371,7 @@ def _finish(
         array[gaps] = array[movers]
     _shorten(file, kept)
     rows = (kept, len(keys[1]))
+    notes = [*source.notes, *_notes(source.class_names, [labels[0][:kept], labels[1]], levels)]
     splits = {}
     for part, count, label, digest in zip(PARTS, rows, labels, hashes, strict=True):
         label = label[:count]
@@ -326,6 +392,7 @@ def _finish(
         "name": dataset.name,
         "format": FORMAT,
         "version": source.version,
+        "contents": prepared.contents_digest(source, published),
         "origin": source.origin,
         "test_split": "official"
         if source.test is not None
@@ -335,7 +402,8 @@ def _finish(
         "published": {"train": len(source.train), "test": len(source.test or ())},
         "left_out": {"train_in_test": in_test, "train_twice": len(keep) - kept - in_test},
         "test_twice": len(keys[1]) - len(tested),
-        "notes": list(source.notes),
+        "white_levels": {str(declared): level for declared, level in levels.items()},
+        "notes": notes,
         "splits": splits,
         "sha256": hashlib.sha256("".join(splits[p]["sha256"] for p in PARTS).encode()).hexdigest(),
     }
@@ -343,6 +411,20 @@ def _finish(
     _write_json(partial / "metadata.json", metadata)
     _sync(partial)
     return metadata
+
+
+def _notes(
+    class_names: Sequence[str], labels: Sequence[np.ndarray], levels: dict[int, int]
+) -> Iterator[str]:
+    """What people should know of a prepared dataset."""
+    for declared, level in sorted(levels.items()):
+        whose = f"say that {declared} is their largest" if declared else "do not say their largest"
+        yield f"images of more than 8 bits that {whose} value: 0 to {level} became 0 to 255"
+    for part, found in zip(PARTS, labels, strict=True):
+        lacking = [name for i, name in enumerate(class_names) if not (found == i).any()]
+        if lacking:
+            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+            yield f"classes without an image in {part}: {', '.join(lacking[:5])}{more}"
 
 
 def _tidy(folder: Path) -> None:

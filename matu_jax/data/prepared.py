@@ -8,26 +8,33 @@
         test_images.npy, test_labels.npy
         metadata.json       counts, sizes, hashes, class names, where it all came from
 
-The key is a hash of the dataset's name, its version in TFDS (or that it is a folder; its path too,
-of one that is not in the table), the transform and the version of this format. Training images lie
+The key is a hash of the dataset's name and of what its row in the table says of splits and classes,
+its version in TFDS (or that it is a folder; its path too, of one that is not in the table), the
+transform and the version of this format. Training images lie
 in a fixed, shuffled order, so that training and validation are two slices of one file: `load`
 copies no image.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from matu_jax.data import Split, Task, Transform, selection
+from matu_jax.data.datasets import Dataset, Example, Source
+from matu_jax.json_files import checked, read_json
 
 __all__ = ["check", "load", "location", "missing", "outdated"]
 
-FORMAT = 1
+FORMAT = 2
 """Of the cache; part of the key, to be raised by any change to what is written."""
 PARTS = ("train", "test")
 
@@ -40,9 +47,10 @@ def location(
     folders: str | os.PathLike[str] = "",
 ) -> Path:
     """Returns where a dataset lies once it is prepared."""
-    name = selection.find(name, folders, cache_dir).name
-    place = selection.place_of(name, folders, cache_dir)
-    parts = [FORMAT, name, place, dataclasses.astuple(transform)]
+    row = selection.find(name, folders, cache_dir)
+    name, place = row.name, selection.place_of(row.name, folders, cache_dir)
+    means = (row.train, row.test, row.label, row.class_names, row.transposed)
+    parts = [FORMAT, name, place, means, dataclasses.astuple(transform)]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return selection.cache(cache_dir) / "prepared" / f"{selection.short_name(name)}-{key}"
 
@@ -57,7 +65,8 @@ def missing(
     """Returns the datasets that must be prepared before they can be loaded.
 
     Takes milliseconds; image folders are listed, to see whether they changed, which takes about a
-    second for 100 000 images. A dataset whose folder was removed after its preparation is there.
+    second for 100 000 images, and read once where sizes or times of their files have changed. A
+    dataset whose folder was removed after its preparation is there.
 
     Raises:
         ValueError: If a name is unknown or given twice.
@@ -67,18 +76,65 @@ def missing(
     for name in names:
         folder = location(name, transform=transform, cache_dir=cache_dir, folders=folders)
         images = selection.image_folder(name, folders, cache_dir)
-        if not folder.is_dir() or outdated(name, folder, images):
+        dataset = selection.find(name, folders, cache_dir)
+        if not folder.is_dir() or outdated(dataset, folder, images):
             absent.append(name)
     return absent
 
 
-def outdated(name: str, folder: Path, images: Path | None) -> bool:
-    """Whether an image folder is no longer what a prepared dataset was made from."""
+def outdated(dataset: Dataset, folder: Path, images: Path | None) -> bool:
+    """Whether an image folder is no longer what a prepared dataset was made from.
+
+    Where sizes and times of all files are as they were, so are the images. Else the files are read
+    and their contents compared: copies and links of the same images are the same.
+
+    Raises:
+        ValueError: If what is prepared is damaged, or the folder is not laid out as it must be.
+    """
+    metadata = check(dataset.name, folder)
     if images is None or not images.is_dir():
         return False
-    from matu_jax.data.folders import list_folder  # here, since it loads Pillow
+    from matu_jax.data import folders  # here, since it loads Pillow
+    from matu_jax.data.images import read
 
-    return list_folder(images).digest != check(name, folder)["version"]
+    source, seen = folders.source(dataset, images), folder / "seen_again"
+    known = [metadata["version"]]
+    with contextlib.suppress(OSError, ValueError):
+        known.append(seen.read_text())
+    if source.version in known:
+        return False
+    published = metadata["published"]
+    if [len(source.train), len(source.test or ())] != [published["train"], published["test"]]:
+        return True
+
+    def content(example: Example) -> tuple[int, bytes]:
+        return example.label, hashlib.sha256(read(example.content, example.name)).digest()
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        try:
+            found = list(threads.map(content, (*source.train, *(source.test or ()))))
+        except ValueError:
+            return True  # What cannot be read was changed; preparing it tells.
+    if contents_digest(source, found) != metadata["contents"]:
+        return True
+    with contextlib.suppress(OSError):  # A cache that cannot be written is read again each time.
+        seen.write_text(source.version)
+    return False
+
+
+def contents_digest(source: Source, published: Iterable[tuple[int, bytes]]) -> str:
+    """SHA-256 of what a dataset's source holds: its classes, labels and image files.
+
+    Args:
+        source: Whose it is.
+        published: The label, and the SHA-256 of the image file, of all examples of train and then
+            of test.
+    """
+    sizes = len(source.train), None if source.test is None else len(source.test)
+    digest = hashlib.sha256(json.dumps([source.class_names, sizes]).encode())
+    for label, content in published:
+        digest.update(label.to_bytes(8, "little") + content)
+    return digest.hexdigest()
 
 
 def load(
@@ -160,15 +216,18 @@ def check(name: str, folder: Path) -> dict:
     remedy = f"remove {folder} and prepare it again"
     file = folder / "metadata.json"
     try:
-        metadata = json.loads(file.read_text())
-        intact = metadata["checksum"] == checksum(metadata)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        metadata = read_json(file)
+        checked(_Metadata, metadata, f"{file}: damaged")
+    except (OSError, ValueError) as error:
         raise ValueError(f"dataset {name!r}: {file} cannot be read ({error}); {remedy}") from None
-    if not intact:
+    if metadata["checksum"] != checksum(metadata):
         raise ValueError(f"dataset {name!r}: {file} was changed; {remedy}")
+    if metadata["name"] != name:
+        raise ValueError(f"dataset {name!r}: {file} is of {metadata['name']!r}; {remedy}")
     for part in PARTS:
         expected = metadata["splits"][part]
-        for what, size in expected["bytes"].items():
+        for what in ("images", "labels"):
+            size = expected["bytes"][what]
             file = folder / f"{part}_{what}.npy"
             found = file.stat().st_size if file.is_file() else "no file"
             if found != size:
@@ -194,6 +253,64 @@ def check(name: str, folder: Path) -> dict:
                 f"metadata.json; {remedy}"
             )
     return metadata
+
+
+_Count = Annotated[int, Field(ge=0)]
+_Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Transform(BaseModel):
+    size: Annotated[int, Field(ge=1)]
+    resize: str
+    resample: str
+
+
+class _Bytes(BaseModel):
+    images: _Count
+    labels: _Count
+
+
+class _Split(BaseModel):
+    examples: Annotated[int, Field(ge=1)]
+    bytes: _Bytes
+    labels_sha256: _Hash
+    sha256: _Hash
+
+
+class _Splits(BaseModel):
+    train: _Split
+    test: _Split
+
+
+class _Published(BaseModel):
+    train: _Count
+    test: _Count
+
+
+class _LeftOut(BaseModel):
+    train_in_test: _Count
+    train_twice: _Count
+
+
+class _Metadata(BaseModel):
+    """What metadata.json holds."""
+
+    name: str
+    format: Literal[2]
+    version: str
+    contents: _Hash
+    origin: str
+    test_split: str
+    transform: _Transform
+    class_names: Annotated[list[str], Field(min_length=1)]
+    published: _Published
+    left_out: _LeftOut
+    test_twice: _Count
+    white_levels: dict[str, _Count]
+    notes: list[str]
+    splits: _Splits
+    sha256: _Hash
+    checksum: _Hash
 
 
 def checksum(metadata: dict) -> str:

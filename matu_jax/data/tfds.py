@@ -16,11 +16,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
 
 from matu_jax.data.class_names import readable
 from matu_jax.data.datasets import Dataset, Example, Source
-from matu_jax.data.folders import decode
 
 __all__ = ["source"]
 
@@ -55,6 +54,7 @@ def source(dataset: Dataset) -> Source:
         dataset.class_names or tuple(map(readable, label.names)),
         dataset.tfds,
         f"TFDS {builder.info.full_name}",
+        deep=np.dtype(builder.info.features["image"].np_dtype).itemsize > 1,
     )
 
 
@@ -98,10 +98,7 @@ class _Examples(Sequence):
         row = index - (self.ends[part] - len(self.parts[part]))
         example = self.parts[part][row]
         name = f"{self.where}: split {self.splits[part]!r}, example {row}"
-        image = decode(example["image"], name)
-        if self.transposed:
-            image = image.transpose(Image.Transpose.TRANSPOSE)
-        return Example(image, int(example[self.label]), name)
+        return Example(example["image"], int(example[self.label]), name, self.transposed)
 
 
 def _builder(dataset: Dataset) -> Any:
