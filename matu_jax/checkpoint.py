@@ -45,7 +45,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, *, keep: int):
         if keep < 1:
             raise ValueError(f"Checkpoints: found keep={keep}; expected at least 1.")
-        self.directory, self.keep = Path(directory).resolve(), keep
+        self.directory, self.keep = Path(directory).absolute(), keep
         self.directory.mkdir(parents=True, exist_ok=True)
         with _quiet() as ocp:
             own = jax.process_index()  # Orbax would else wait for the other processes
@@ -67,7 +67,14 @@ class Checkpoints:
         """Ends Orbax's threads. Whatever was saved is on disk already."""
         self._manager.close()
 
-    def save(self, round_index: int, state: PyTree, meta: dict[str, Any]) -> None:
+    def save(
+        self,
+        round_index: int,
+        state: PyTree,
+        meta: dict[str, Any],
+        *,
+        spare: int | None = None,
+    ) -> None:
         """Saves a round; durable when this returns, and then the oldest make room.
 
         Checkpoints of this round or later, which `restore` has passed over, are removed first.
@@ -76,6 +83,7 @@ class Checkpoints:
           round_index: rounds completed.
           state: any pytree of numpy or JAX arrays; it may have no leaves.
           meta: what JSON can hold (tuples come back as lists, keys as strings).
+          spare: a round whose checkpoint stays besides the newest, however old it is.
 
         Raises:
           ValueError: if two leaves have the same path.
@@ -95,7 +103,7 @@ class Checkpoints:
             self._manager.save(round_index, args=ocp.args.Composite(**items), force=True)
         _write_checksums(self._folder(round_index))
         kept = self.complete()[-self.keep :]
-        self._remove([other for other in self._folders() if other < kept[0]])
+        self._remove([n for n in self._folders() if n < kept[0] and n != spare])
 
     def latest(self) -> int | None:
         """The newest round with a complete checkpoint (its files are not checked), or None."""
@@ -115,6 +123,21 @@ class Checkpoints:
                 return round_index, damaged
             damaged[round_index] = damage
         return None, damaged
+
+    def restore_round(
+        self, round_index: int, target_state: PyTree
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """Reads the checkpoint of one round: its state and its meta, as `restore` does.
+
+        Raises:
+          ValueError: if it is not there or damaged, or has other leaves than the target.
+        """
+        if round_index not in self.complete():
+            raise ValueError(f"{self.directory}: there is no checkpoint of round {round_index}.")
+        damage = _damage(self._folder(round_index))
+        if damage is not None:
+            raise ValueError(f"{self._folder(round_index)} is damaged ({damage}).")
+        return self._read(round_index, target_state)
 
     def restore(self, target_state: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         """Reads the newest checkpoint that is whole.

@@ -287,8 +287,9 @@ class CheckpointConfig:
     """When a run is saved.
 
     Attributes:
-      every_rounds: rounds between checkpoints; the last round is always saved.
-      keep: how many checkpoints stay on disk.
+      every_rounds: rounds between checkpoints; the last round is always saved, and so is one that
+        is better on validation than all before, of which the run's results and exports speak.
+      keep: how many checkpoints stay on disk, the newest; besides them, that of the best round.
     """
 
     every_rounds: int = _field(1, at_least=1)
@@ -419,8 +420,8 @@ def _set(where: str, parent: Any, name: str, value: Any, found: Any) -> None:
     parent[name] = value
 
 
-def freeze(config: ConfigDict) -> Config:
-    """Checks a ConfigDict against the schema and makes it immutable.
+def freeze(config: ConfigDict | Mapping[str, Any]) -> Config:
+    """Checks a ConfigDict, or what JSON has kept of one, against the schema and makes it immutable.
 
     Raises:
       ValueError: one message that lists every unknown field (with "did you mean"), missing field,

@@ -100,7 +100,7 @@ def examine(config: Config, file: Path, workdir: Path | None) -> Iterator[Findin
             yield Finding("problem", "experiment", str(error))
     if workdir:
         yield _workdir(workdir, config)
-    yield _disk(workdir or Path(), (needed or 0) * (config.checkpoint.keep + 1))
+    yield _disk(workdir or Path(), (needed or 0) * (config.checkpoint.keep + 2))
 
 
 def _packages() -> Finding:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +65,27 @@ def relatedness_auc(similarity: Any, related: Any) -> float | None:
         return None
     difference = score[label][:, None] - score[~label][None, :]
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+SELECTION = "the round with the best mean validation accuracy, the first of equals"
+
+
+def selected(records: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The record of the round that a run's results and exports speak of, by `SELECTION`.
+
+    Args:
+      records: a run's, with "accuracy": {"validation_mean", ...}, or None if nothing was measured.
+
+    Returns:
+      One of them; None where none was measured.
+    """
+    measured = [record for record in records if record["accuracy"]]
+
+    def rank(record: Mapping[str, Any]) -> float:
+        value = record["accuracy"]["validation_mean"]
+        return -math.inf if value is None else value
+
+    return max(measured, key=rank, default=None)
 
 
 def plain(value: Any, where: str = "value") -> Any:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,10 @@ def keep_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def slot_mesh() -> Mesh:
-    """A mesh of all devices, those of other processes among them, along one axis, "slots"."""
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+def slot_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of devices along one axis, "slots"; of all, those of other processes among them."""
+    count = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def on_cpu(mesh: Mesh) -> bool:

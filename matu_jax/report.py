@@ -153,7 +153,7 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     table = Table(
         title=_text(
             f"{summary['algorithm']}, seed {summary['seed']}: "
-            f"round {summary['selected_round']} of {summary['rounds']}"
+            f"round {summary['selected_round']} of {summary['rounds']},\nthe best on validation"
         ),
         caption="per client and round:\n"
         f"{human_bits(communication['uplink_bits_per_client_round'])} up, "

@@ -4,7 +4,7 @@ import bisect
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -495,7 +495,7 @@ def _run(
     state = on_server(_reshaped(state, flat_shapes), server)
     messages = None
     parameters = placed((model.base, model.frozen), mesh, WHOLE)
-    measure = _measuring(config, model, federation, mesh, parameters)
+    measure = measuring(config, model, federation, mesh, parameters)
     cut = round_grid(config, federation, mesh)
     own = own_rows(mesh, cut.slots)
     batches = _batches(config, federation, cut, own, done)
@@ -652,14 +652,30 @@ def _batches(
     return prefetched(piece, done * pieces, config.rounds * pieces)
 
 
-def _measuring(
-    config: Config, model: Model, federation: Federation, mesh: Mesh, parameters: Any
+def measuring(
+    config: Config,
+    model: Model,
+    federation: Federation,
+    mesh: Mesh,
+    parameters: Any,
+    *,
+    splits: Sequence[str] = ("validation", "test"),
 ) -> Callable[[Callable[[np.ndarray], PyTree]], dict[str, Any]]:
-    """Makes the function that evaluates: (slots -> vectors, in `ROWS`) to what a record holds."""
+    """Makes the function that evaluates: (slots -> vectors, in `ROWS`) to what a record holds.
+
+    Args:
+      config: says which examples are measured, and how many at once.
+      model: what is evaluated.
+      federation: its tasks, and the slots that are measured.
+      mesh: the devices.
+      parameters: (base, frozen), placed on all of them.
+      splits: of "validation" and "test".
+    """
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
     program = jax.jit(evaluation(model, mesh, parallel_slots=config.local.parallel_slots))
     sets = _evaluation_sets(config, federation, mesh)
+    sets = {split: sets[split] for split in splits}
     resident = {
         split: on_each(whole.load(0), mesh)
         for split, whole in sets.items()

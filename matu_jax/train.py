@@ -50,7 +50,7 @@ from matu_jax.commandline import UserError, plain_console, read_config, run_prog
 from matu_jax.config import Config
 from matu_jax.data import embedded, prepared, selection
 from matu_jax.interruption import Stopped, StopRequest
-from matu_jax.metrics import MetricsLog, relatedness_auc, write_json
+from matu_jax.metrics import SELECTION, MetricsLog, relatedness_auc, selected, write_json
 from matu_jax.models.architectures import transform_of
 from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
@@ -189,6 +189,7 @@ def train(
                 folder = workdir / "checkpoints"
                 checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
         start, similarity_sum = _restored(checkpoints, log, config, target, zero)
+        best = selected(log.records()) if first else None
         if start:
             console.print(f"Going on after round {start[0]} of {config.rounds}.")
         done = start[0] if start else 0
@@ -206,7 +207,9 @@ def train(
                 if last.similarity is not None:
                     similarity_sum = similarity_sum + last.similarity
                 signal = hosts.highest(stop.signal or 0)
+                best = selected([*([best] if best else []), last.record])
                 due = last.round % config.checkpoint.every_rounds == 0
+                due = due or (first and best is last.record)  # results speak of it, exports read it
                 due = bool(hosts.highest(due or last.round == config.rounds or bool(signal)))
                 clock = time.perf_counter()
                 state = last.state if due else None
@@ -219,7 +222,8 @@ def train(
                         if due:
                             kept = {"state": state, "similarity_sum": similarity_sum}
                             notes = meta | {"metrics": log.fingerprint}
-                            checkpoints.save(last.round, kept, notes)
+                            spare = best["round"] if best else None
+                            checkpoints.save(last.round, kept, notes, spare=spare)
                         saving = time.perf_counter() - clock
                 del state  # it may be a copy
                 progress.advance(last.record)
@@ -446,7 +450,9 @@ def _left_out(dropped: list[dict]) -> list[str]:
 
 def _summary(config, federation, records, similarity) -> dict:
     measured = [r for r in records if r["accuracy"] is not None]
-    best = max(measured, key=lambda r: r["accuracy"]["validation_mean"] or 0.0)
+    best = selected(records)
+    if best is None:
+        raise UserError("metrics.jsonl: found no round with an accuracy, which the last one has.")
     accuracy = best["accuracy"]
     clients = sum(len(r["clients"]) for r in records)
     phases = sorted({phase for r in records for phase in r["seconds"]})
@@ -460,6 +466,7 @@ def _summary(config, federation, records, similarity) -> dict:
         "seed": config.seed,
         "rounds": config.rounds,
         "selected_round": best["round"],
+        "selection": SELECTION,
         "accuracy": {
             "mean": accuracy["test_mean"],
             "per_task": accuracy["test_per_task"],

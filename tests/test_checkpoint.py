@@ -84,6 +84,24 @@ def test_states_without_any_number(tmp_path, state):
             checkpoints.restore({"extra": jnp.zeros(3)})
 
 
+def test_one_round_is_spared_and_read_whatever_is_newest(tmp_path):
+    target = {"x": jnp.zeros(3)}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for number in range(1, 5):
+            spare = min(number, 2)
+            checkpoints.save(number, {"x": jnp.full(3, float(number))}, {}, spare=spare)
+        assert checkpoints.complete() == [2, 4]
+        state, _ = checkpoints.restore_round(2, target)
+        np.testing.assert_array_equal(np.asarray(state["x"]), 2.0)
+        assert restored(checkpoints, target)[0] == 4
+        with pytest.raises(ValueError, match="no checkpoint of round 3"):
+            checkpoints.restore_round(3, target)
+        file = next(path for path in (tmp_path / "2").rglob("*") if path.is_file())
+        file.write_bytes(b"?")
+        with pytest.raises(ValueError, match="2 is damaged"):
+            checkpoints.restore_round(2, target)
+
+
 def test_placement_is_the_targets_own(tmp_path):
     eight, four = over_devices(8), over_devices(4)
     one = SingleDeviceSharding(jax.devices()[5])

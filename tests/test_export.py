@@ -1,20 +1,34 @@
 """What leaves a run is loaded by torch, transformers and PEFT, and computes what we compute."""
 
 import dataclasses
+import io
 import json
+import re
+import shutil
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import tiny_clip
 from jax.sharding import AxisType
 from rich.console import Console
 from safetensors.numpy import load_file
 
 from matu_jax import export, models, rounds, train
-from matu_jax.config import default, freeze
+from matu_jax.config import default, freeze, set_field
+from matu_jax.metrics import MetricsLog
+from matu_jax.models import exporting
+from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.models.backbone import parameter_shapes
+from matu_jax.models.checkpoint_config import checked_architecture
+from matu_jax.models.pretrained import read_towers
+from matu_jax.models.towers import VisionTower
+from matu_jax.report import result_table
+from matu_jax.trees import leaf_items
 from matu_jax.workdir import opened
 
 torch = pytest.importorskip("torch")
@@ -230,7 +244,10 @@ def test_the_card_says_how_it_was_made(tmp_path, clip_run, clip_folder):
         if task == 1
     ]
     assert (exported.client, exported.accuracy) in holders
-    for words in ("library_name: peft", "matu", "2 of 2", "LoRA of rank 2", str(clip_folder)):
+    percent = f"{100 * exported.accuracy:.1f} %"
+    assert f"{percent} (of these files, in float32; recorded in training: {percent})" in card
+    assert "2 of 2: the round with the best mean validation accuracy" in card
+    for words in ("library_name: peft", "matu", "LoRA of rank 2", str(clip_folder)):
         assert words in card
     assert json.loads(card.split("```json\n")[1].split("```")[0])["rounds"] == 2
 
@@ -320,3 +337,223 @@ def test_the_embedded_model_leaves_as_a_task_vector_only(tmp_path):
         export.write(exported, "merged", tmp_path / "merged")
     export.write(exported, "safetensors", tmp_path / "out")
     assert (tmp_path / "out" / "task_vector.safetensors").is_file()
+
+
+# ------------------------------------------------------------------ what is measured is exported
+
+
+def embedded_config(tmp_path, algorithm="per_task", **fields):
+    config = default()
+    config.algorithm, config.rounds = algorithm, 4
+    config.data.tasks = "hue/grating,hue/plaid,tilt/grating"
+    config.data.clients = 3
+    config.data.examples_per_slot = 16
+    config.model.checkpoint = tiny.write_checkpoint(tmp_path / "tiny.safetensors")
+    config.local.steps = 3
+    config.local.learning_rate = 0.05
+    config.evaluation.max_examples = 60
+    for name, value in fields.items():
+        set_field(config, name, value)
+    return freeze(config)
+
+
+def accuracy_of(exported):
+    """Of the exported parameters, by a loop over images: the same examples, another program."""
+    federation, task = exported.federation, exported.task
+    number = [t.name for t in federation.tasks].index(task.name)
+    order = np.random.default_rng((exported.config.seed, number)).permutation(len(task.test.labels))
+    rows = np.sort(order[: exported.config.evaluation.max_examples])
+    model = models.build(exported.config.model, federation.tasks, seed=exported.config.seed)
+    params = exported.params
+    if "trained" in model.frozen:
+        kernel = np.zeros_like(model.base["head"]["kernel"])
+        bias = np.zeros_like(model.base["head"]["bias"])
+        kernel[:, : task.num_classes] = exported.head["weight"].T
+        bias[: task.num_classes] = exported.head["bias"]
+        params = {"shared": params, "head": {"kernel": kernel, "bias": bias}}
+    logits = model.logits(params, model.frozen, task.test.images[rows], jnp.int32(number))
+    found = np.asarray(logits)[:, : task.num_classes].argmax(axis=1)
+    return (found == task.test.labels[rows]).mean()
+
+
+@pytest.mark.parametrize("algorithm", ["emr_one_shot", "individual", "matfl"])
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_the_card_states_the_accuracy_of_what_is_written(tmp_path, algorithm, head):
+    fields = {"rounds": 2, "model.head": head}
+    workdir = run(tmp_path / "run", embedded_config(tmp_path, algorithm, **fields))
+    exported = export.read_run(workdir, "hue/plaid")
+    export.write(exported, "safetensors", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    expected = accuracy_of(exported)
+    assert f"| test accuracy | {100 * expected:.1f} %" in card
+    assert expected == pytest.approx(exported.accuracy, abs=1 / 60 + 1e-9)
+    written = load_file(tmp_path / "out" / "task_vector.safetensors")
+    for path, leaf in leaf_items(exported.vector):
+        np.testing.assert_array_equal(written[path], leaf)
+
+
+def test_a_linearised_model_is_refused_with_the_reason(tmp_path):
+    workdir = run(tmp_path / "run", embedded_config(tmp_path, "ntk_fedavg", rounds=1))
+    with pytest.raises(export.UserError, match="ntk_fedavg trains the model's first-order"):
+        export.read_run(workdir, "hue/plaid")
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """Of a learning rate so high that the last rounds are worse than an earlier one."""
+    folder = tmp_path_factory.mktemp("long")
+    fields = {"rounds": 6, "local.learning_rate": 1.0, "checkpoint.keep": 1}
+    workdir = run(
+        folder / "run", embedded_config(folder, **fields, **{"checkpoint.every_rounds": 4})
+    )
+    records = MetricsLog(workdir / "metrics.jsonl").records()
+    means = [record["accuracy"]["validation_mean"] for record in records]
+    best = 1 + int(np.argmax(means))
+    assert best < 5, "choose a rate or seed with which it gets worse"
+    return workdir, best
+
+
+def test_table_summary_card_and_checkpoints_speak_of_the_best_round(tmp_path, long_run):
+    workdir, best = long_run
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["selected_round"] == best
+    assert "best mean validation accuracy" in summary["selection"]
+    exported = export.read_run(workdir, "hue/plaid")
+    assert exported.round == best
+    row = summary["slots"]["client"].index(exported.client)
+    while summary["slots"]["task"][row] != 1:
+        row = summary["slots"]["client"].index(exported.client, row + 1)
+    assert exported.accuracy == summary["accuracy"]["per_slot"][row]
+    export.write(exported, "safetensors", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{best} of 6: the round with the best mean validation accuracy" in card
+    assert accuracy_of(exported) == pytest.approx(exported.accuracy, abs=1 / 60 + 1e-9)
+    printed = io.StringIO()
+    Console(width=100, file=printed).print(result_table(summary))
+    assert f"round {best} of 6" in printed.getvalue()
+
+
+def test_another_round_can_be_asked_for(tmp_path, long_run, capsys):
+    workdir, _ = long_run
+    argv = ["--workdir", str(workdir), "--task", "hue/plaid", "--format", "safetensors"]
+    out = tmp_path / "out"
+    assert export.main(["export", *argv, "--out", str(out), "--round", "6"]) == 0
+    card = (out / "README.md").read_text()
+    assert "6 of 6: as asked for" in card
+    record = MetricsLog(workdir / "metrics.jsonl").records()[-1]["accuracy"]
+    percent = re.search(r"recorded in training: ([\d.]+) %", card)
+    assert percent
+    recorded = {f"{100 * x:.1f}" for x in record["test_per_slot"]}
+    assert percent[1] in recorded
+    assert export.main(["export", *argv, "--out", str(tmp_path / "no"), "--round", "9"]) == 2
+    assert "--round 9: has no checkpoint. There are checkpoints of rounds" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_a_run_that_did_not_keep_its_best_round_says_so(tmp_path, long_run):
+    workdir, best = long_run
+    other = tmp_path / "run"
+    shutil.copytree(workdir, other)
+    shutil.rmtree(other / "checkpoints" / str(best))
+    with pytest.raises(export.UserError, match=f"round {best}, .*has no checkpoint") as caught:
+        export.read_run(other, "hue/plaid")
+    assert "--round 6" in str(caught.value)
+    assert export.read_run(other, "hue/plaid", round_index=6).round == 6
+
+
+def test_another_accuracy_than_the_runs_is_an_error(tmp_path, long_run):
+    workdir, _ = long_run
+    exported = export.read_run(workdir, "hue/plaid")
+    rng = np.random.default_rng(0)
+    noise = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), exported.params)
+    with pytest.raises(export.UserError, match="but the run recorded") as caught:
+        export.write(dataclasses.replace(exported, params=noise), "safetensors", tmp_path / "out")
+    assert "over the same 60 examples" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    # A run that has measured nothing has nothing to differ from.
+    unmeasured = dataclasses.replace(exported, params=noise, accuracy=None)
+    export.write(unmeasured, "safetensors", tmp_path / "out")
+    assert "recorded" not in (tmp_path / "out" / "README.md").read_text().split("configuration")[0]
+
+
+def test_runs_in_bfloat16_are_compared_in_bfloat16(tmp_path, monkeypatch):
+    fields = {"rounds": 1, "model.compute_dtype": "bfloat16"}
+    workdir = run(tmp_path / "run", embedded_config(tmp_path, "per_task", **fields))
+    exported = export.read_run(workdir, "hue/plaid")
+    assert exported.accuracy is not None
+    asked = []
+
+    def accuracy(exported, model, params):
+        del params
+        asked.append(model is not exported.model)
+        return exported.accuracy if asked[-1] else 0.9  # float32 far away, bfloat16 the same
+
+    monkeypatch.setattr(export, "_accuracy", accuracy)
+    assert export.measure(exported, "safetensors") == 0.9
+    assert asked == [False, True]
+
+
+def test_an_experiment_that_registers_its_own_can_be_exported(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(ARCHITECTURES, "tiny_clip")
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import tiny_clip\n"
+        "from matu_jax.models.architectures import ARCHITECTURES\n"
+        "from matu_jax.config import default\n"
+        "ARCHITECTURES['mine'] = tiny_clip.TINY_CLIP\n"
+        "get_config = default\n"
+    )
+    config = config_of("mine", "random", trainable="full")
+    with monkeypatch.context() as registered:
+        registered.setitem(ARCHITECTURES, "mine", tiny_clip.TINY_CLIP)
+        workdir = run(tmp_path / "run", config)
+    argv = ["--workdir", str(workdir), "--task", "svhn", "--out", str(tmp_path / "out")]
+    assert export.main(["export", *argv]) == 2
+    assert "--config" in capsys.readouterr().err
+    try:
+        assert export.main(["export", *argv, "--config", str(file)]) == 0
+    finally:
+        ARCHITECTURES.pop("mine", None)
+
+
+def test_no_dtype_is_left_at_any_depth():
+    config = {
+        "dtype": "float16",
+        "vision_config": {"dtype": "float16", "torch_dtype": "float16", "x": [{"dtype": "bf16"}]},
+        "dtype_of_mine": 3,
+    }
+    assert exporting.without_dtypes(config) == {"vision_config": {"x": [{}]}, "dtype_of_mine": 3}
+
+
+def test_a_half_precision_clip_comes_back_in_float32(tmp_path):
+    first, base, out = (tmp_path / name for name in ("first", "base", "out"))
+    tiny_clip.save(tiny_clip.clip_model().half(), first)
+    tiny_clip.save(load(transformers.CLIPModel, first), base)  # writes the dtype of every part
+    assert json.loads((base / "config.json").read_text())["vision_config"]["dtype"] == "float16"
+    found = checked_architecture(base, tiny_clip.TINY_CLIP)
+    shapes = parameter_shapes(lambda rngs: VisionTower(found, None, rngs=rngs))
+    tower, _, _ = read_towers(base, found, shapes, text=False)
+    tower = jax.tree.map(lambda x: x + np.float32(1e-5), tower)
+    out.mkdir()
+    head = {"weight": np.zeros((2, tiny_clip.TINY_CLIP.projection or 0), np.float32)}
+    name = exporting.write_merged(out, tower, found, base, class_names=("a", "b"), head=head)
+    for model_class in (getattr(transformers, name), transformers.CLIPModel):
+        model = load(model_class, out)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_links_are_named_as_they_were_given(tmp_path, clip_folder):
+    link = tmp_path / "my-clip"
+    link.symlink_to(clip_folder)
+    assert exporting.base_model(str(link)) == (str(link), None)
+
+
+def test_what_a_card_quotes_keeps_its_form():
+    card = exporting.model_card(
+        "t", {"base_model": "a: [b"}, {"task": "a|b\nc"}, loading="", classify="", settings={}
+    )
+    assert 'base_model: "a: [b"\n' in card
+    assert "| task | a\\|b c |\n" in card

@@ -198,7 +198,8 @@ def summary():
 def test_result_table_says_accuracy_traffic_and_time():
     text = rendered(report.result_table(summary()))
     for words in (
-        "matu, seed 3: round 9 of 10",
+        "matu, seed 3: round 9 of 10,",
+        "the best on validation",
         "1.26 Mbit up, 131 kbit down",
         "93 seconds in all",
         "1.2 % the algorithm's own",

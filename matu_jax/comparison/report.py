@@ -145,8 +145,9 @@ def _lead(comparison: Mapping[str, Any]) -> Iterator[Block]:
             "An arm is one algorithm with its own values of the fields. The arms of a setting "
             "share its tasks, clients and rounds unless an arm’s own fields, listed with the "
             "commands at the end, say otherwise. The accuracy of a task is the share of its test "
-            "images that is labelled correctly; an arm’s accuracy is the mean over tasks and "
-            "seeds, and ± is the standard deviation over seeds."
+            "images that is labelled correctly after the run’s best round, chosen by the mean "
+            "accuracy on validation images; an arm’s accuracy is the mean over tasks and seeds, "
+            "and ± is the standard deviation over seeds."
         ]
     )
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,12 @@ _MODULES = {
 
 
 def base_model(checkpoint: str) -> tuple[str, str | None]:
-    """A base model as others find it: an absolute folder, or a hub name and its revision."""
+    """A base model as others find it: an absolute folder, or a hub name and its revision.
+
+    Links are named as they were given, not by what they point to.
+    """
     if Path(checkpoint).expanduser().is_dir():
-        return str(Path(checkpoint).expanduser().resolve()), None
+        return str(Path(checkpoint).expanduser().absolute()), None
     name, _, revision = checkpoint.partition("@")
     return name, revision or None
 
@@ -170,10 +173,59 @@ def write_merged(
         folder / huggingface.WEIGHTS,
         {"format": "pt"},
     )
-    config.pop("torch_dtype", None)
-    config["dtype"] = "float32"
+    config = without_dtypes(config) | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return model_class
+
+
+def model_card(
+    title: str,
+    header: Mapping[str, str],
+    rows: Mapping[str, str],
+    *,
+    loading: str,
+    classify: str,
+    settings: Mapping[str, Any],
+) -> str:
+    """The text of a model card, README.md.
+
+    Args:
+      title: its heading.
+      header: what the Hugging Face Hub reads, as YAML.
+      rows: a table of two columns.
+      loading: Python code that loads the model.
+      classify: Python code that uses the head.
+      settings: the run's configuration.
+    """
+
+    def cell(text: str) -> str:
+        return " ".join(text.replace("|", r"\|").split())
+
+    def scalar(text: str) -> str:
+        return text if re.fullmatch(r"[A-Za-z][\w./-]*", text) else json.dumps(text)
+
+    head = "".join(f"{key}: {scalar(value)}\n" for key, value in header.items())
+    table = "".join(f"| {key} | {cell(value)} |\n" for key, value in rows.items())
+    return (
+        f"---\n{head}---\n\n# {title}\n\n| | |\n|---|---|\n{table}\n"
+        f"Load it:\n\n```python\n{loading}\n```\n\nClassify with head.safetensors (class names in "
+        f"its metadata), from image embeddings `features`:\n\n```python\n{classify}\n```\n\n"
+        f"The run's configuration:\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
+    )
+
+
+def without_dtypes(config: Any) -> Any:
+    """A config.json without "dtype" and "torch_dtype", at any depth.
+
+    transformers writes them into the configs of parts too, and loads a part by its own; what says
+    nothing is loaded as the whole says, or as float32.
+    """
+    if isinstance(config, dict):
+        kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+        return {key: without_dtypes(value) for key, value in kept.items()}
+    if isinstance(config, list):
+        return [without_dtypes(value) for value in config]
+    return config
 
 
 def _config_json(architecture: Architecture) -> dict[str, Any]:
