@@ -27,6 +27,7 @@ from matu_jax.merging import (
     Alignment,
     Summary,
     align,
+    given_name,
     merge_checkpoints,
     rebuild_checkpoint,
     tables,
@@ -40,8 +41,9 @@ from matu_jax.tensors import WHOLE, Checkpoint, CheckpointError
 
 UNIFIED = "unified.safetensors"
 _SIMILARITY = (
-    "A = (1 + (1/d) sum sgn(a) sgn(b)) / 2 over the d merged parameters of two task vectors "
-    "(model - base): 1 the same signs, 1/2 unrelated, 0 opposite; an exact zero counts one half"
+    "A = (1 + (1/d) sum sgn(a) sgn(b)) / 2 over the d merged parameters that are not zero in both "
+    "of two task vectors (model - base): 1 the same signs, 1/2 unrelated, 0 opposite; a zero in "
+    "one of them counts one half, and where all are zero in both, A is 1/2"
 )
 _EXAMPLES = """examples:
   python -m matu_jax.merge --base clip --models cars dtd sun --out unified
@@ -89,7 +91,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--only",
         metavar="PREFIX[,PREFIX]",
-        help="merge tensors whose names begin so, and take all others from the base",
+        help="merge tensors whose names begin so, and take all others from the base; with a ! "
+        "before it, those that begin so come from the base: --only '!classifier.'",
     )
     two = parser.add_argument_group("to rebuild one model")
     two.add_argument("--unified", type=Path, metavar="FILE", help=f"{UNIFIED}, or its folder")
@@ -129,7 +132,7 @@ def _check(given: argparse.Namespace) -> None:
         raise UserError(f"--scale: found {given.scale}, expected a finite number.")
     if given.only is not None:
         given.only = tuple(given.only.split(","))
-        if not all(given.only):
+        if not all(prefix.removeprefix("!") for prefix in given.only):
             raise UserError("--only: found an empty prefix, expected PREFIX[,PREFIX].")
 
 
@@ -143,8 +146,9 @@ def name_models(paths: Sequence[Path], names: Sequence[str] | None) -> dict[str,
         raise UserError(f"--names: found {len(names)}, expected {len(paths)}, one per model.")
 
     def default(path: Path) -> str:
-        path = path.resolve()
-        return path.parent.name if path.name == WHOLE else path.name.removesuffix(".safetensors")
+        path = path.absolute()
+        name = given_name(path.parent if path.name == WHOLE else path)
+        return name.removesuffix(".safetensors")
 
     named: dict[str, Path] = {}
     for path, name in zip(paths, names or map(default, paths), strict=True):
@@ -202,12 +206,18 @@ def rebuild(given: argparse.Namespace, console: Console) -> None:
         parameters = sum(t.size for n, t in unified.tensors.items() if n.startswith("vector."))
         progress = stack.enter_context(_progress(parameters))
         scale = rebuild_checkpoint(unified, base, given.task, file(WHOLE), progress=progress)
+        tasks = unified_tasks(unified)
+        not_merged = [name for name in base.tensors if f"vector.{name}" not in unified.tensors]
         report = {
             "unified": path,
-            "base": {"path": given.base, "fingerprint": unified.metadata["base_fingerprint"]},
+            "base": {"path": given.base, "fingerprint": tasks.base_fingerprint},
             "task": given.task,
             "scale": scale,
-            "models": list(unified_tasks(unified)),
+            "cosine": tasks.cosines.get(given.task),
+            "from_base": not_merged if tasks.from_base is None else tasks.from_base,
+            "from_base_known": tasks.from_base is not None,
+            "left_out": tasks.left_out.get(given.task, []),
+            "models": list(tasks.scales),
             "parameters": parameters,
             "copied_files": copy_files(given.base, file),
             "versions": versions(),
@@ -215,7 +225,9 @@ def rebuild(given: argparse.Namespace, console: Console) -> None:
         }
         write_json(file(REPORT), report)
     console.print(f"{given.task}: scale {scale:.4f}, {parameters:,} parameters rebuilt.")
-    console.print(f"Result: {given.out / WHOLE}", markup=False)
+    for line in tables.rebuilt_notes(report):
+        console.print(line)
+    console.print(f"Result: {given.out / WHOLE}")
 
 
 @contextlib.contextmanager

@@ -340,7 +340,7 @@ class Writer:
             end += nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._data = 8 + len(text)
+        self._data, self._header = 8 + len(text), header
         try:
             self._file = self._temporary.open("wb")
         except OSError as error:
@@ -366,6 +366,23 @@ class Writer:
         try:
             self._file.seek(self._data + self._starts[name] + start)
             self._file.write(data)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def replace_metadata(self, name: str, value: str) -> None:
+        """Writes another value, of as many bytes, in the place of one that the header holds.
+
+        Raises:
+          ValueError: if its length differs.
+        """
+        before = json.dumps(self._header, separators=(",", ":"))
+        self._header["__metadata__"] = self._metadata = self._metadata | {name: value}
+        text = json.dumps(self._header, separators=(",", ":"))
+        if len(text) != len(before):
+            raise ValueError(f"{self.path}: metadata {name}: another length than before.")
+        try:
+            self._file.seek(8)
+            self._file.write(text.encode())
         except OSError as error:
             raise self._failed(error) from None
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -273,9 +274,15 @@ def test_similarity_and_norms_equal_the_loops(tmp_path, method):
     assert _run("--base", paths[0], "--models", *paths[1:], *options, "--out", tmp_path / "o") == 0
     report = json.loads((tmp_path / "o" / "merge.json").read_text())
     vectors = _vectors(base, models)
-    expected = [[(1 + float(oracle.sign_product(a, b))) / 2 for a in vectors] for b in vectors]
+    expected = np.zeros((3, 3))
+    for (i, j), _ in np.ndenumerate(expected):
+        touched = [k for k in range(vectors.shape[1]) if vectors[i, k] or vectors[j, k]]
+        product = oracle.sign_product(vectors[i, touched], vectors[j, touched])
+        expected[i, j] = (1 + float(product)) / 2
     np.testing.assert_allclose(report["similarity"]["matrix"], expected, rtol=1e-12)
-    assert expected[0][2] < 0.1
+    assert (vectors == 0).any()
+    assert np.diag(expected).tolist() == [1, 1, 1]
+    assert expected[0][2] == 0
     norms = [model["norm"] for model in report["models"]]
     np.testing.assert_allclose(norms, np.linalg.norm(vectors, axis=1), rtol=1e-6)
 
@@ -543,6 +550,45 @@ def test_only_some_prefixes(tmp_path, capsys):
         np.testing.assert_allclose(rebuilt[name], want, rtol=1e-6, atol=2e-7)
 
 
+def test_prefixes_after_an_exclamation_mark_come_from_the_base(tmp_path, capsys):
+    base, models = _family()
+    for number, model in enumerate(models):
+        model["head.weight"] = np.zeros((7 + number, 7), np.float32)
+        model["head.more"] = np.zeros(2, np.float32)
+    paths = _save(tmp_path / "in", base, models)
+    arguments = ["--base", paths[0], "--models", *paths[1:]]
+    assert _run(*arguments, "--only", "!head.", "--out", tmp_path / "a") == 0
+    assert _run(*arguments, "--only", "vision.", "--out", tmp_path / "b") == 0
+    left, right = (load_file(tmp_path / name / "unified.safetensors") for name in "ab")
+    assert left.keys() == right.keys()
+    only = ["--only", "vision.,!vision.norm", "--out", tmp_path / "c"]
+    assert _run(*arguments, *only) == 0
+    report = json.loads((tmp_path / "c" / "merge.json").read_text())
+    assert set(report["tensors"]["from_base"]) == {
+        "vision.norm.weight",
+        "vision.norm.bias",
+        "head.weight",
+    }
+    assert _run(*arguments, "--only", "!head.more,!head.weight", "--out", tmp_path / "d") == 0
+    message = _mistake(capsys, *arguments, "--only", "!haed", "--out", tmp_path / "e")
+    assert "begins with 'haed'" in message
+
+
+def test_the_hint_where_every_prefix_has_a_misfit_does_what_it_says(tmp_path, capsys):
+    base = {name.removeprefix("vision."): array for name, array in _family()[0].items()}
+    base = {f"all {name}": array for name, array in base.items()}  # one first word for all
+    base = {name.replace(".", "_"): array for name, array in base.items()}
+    names = list(base)
+    base = {f"m.{name}": base[name] for name in names}
+    tuned = base | {"m.all head_weight": np.zeros((2, 2), np.float32)}
+    paths = [tmp_path / f"{name}.safetensors" for name in ("base", "one")]
+    for path, tree in zip(paths, (base, tuned), strict=True):
+        save_file({name: np.asarray(array) for name, array in tree.items()}, path)
+    arguments = ["--base", paths[0], "--models", paths[1], "--out", tmp_path / "out"]
+    hint = _mistake(capsys, *arguments).split("--only ")[1].strip()
+    assert _run(*arguments, "--only", *shlex.split(hint)) == 0
+
+
 def test_a_prefix_without_tensors_is_named(tmp_path, capsys):
     paths = _save(tmp_path / "in", *_family())
     message = _mistake(
@@ -628,6 +674,20 @@ def test_names_come_from_folders_and_files(tmp_path):
     paths = [tmp_path / "a", tmp_path / "b.safetensors", tmp_path / "c" / "model.safetensors"]
     assert merge.name_models(paths, None) == dict(zip("abc", paths, strict=True))
     assert list(merge.name_models(paths, ["x", "y", "z"])) == ["x", "y", "z"]
+
+
+def test_links_are_named_as_given(tmp_path, monkeypatch):
+    (tmp_path / "blobs").mkdir()
+    for name, blob in (("cars", "1f2e"), ("dtd", "9a")):
+        (tmp_path / "blobs" / blob).touch()
+        (tmp_path / f"{name}.safetensors").symlink_to(tmp_path / "blobs" / blob)
+    (tmp_path / "sun").symlink_to(tmp_path / "blobs")
+    paths = [tmp_path / name for name in ("cars.safetensors", "dtd.safetensors", "sun")]
+    assert list(merge.name_models(paths, None)) == ["cars", "dtd", "sun"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    relative = [Path("."), Path("../sun/model.safetensors"), Path("..")]
+    assert list(merge.name_models(relative, None)) == ["here", "sun", tmp_path.name]
 
 
 def test_two_models_of_one_name_are_refused(tmp_path, capsys):
@@ -786,6 +846,38 @@ def test_rebuilding_takes_the_folder_or_the_file(unified, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found[0], load_file(tmp_path / "r.safetensors"))
 
 
+def test_rebuilding_says_what_is_lost_and_what_is_the_bases(tmp_path, capsys):
+    base, models = _family()
+    models[1]["dtd.only"] = np.ones(2, np.float32)
+    paths = _save(tmp_path / "in", base, models)
+    arguments = ["--base", paths[0], "--models", *paths[1:], "--only", "vision."]
+    assert _run(*arguments, "--out", tmp_path / "u") == 0
+    cosine = json.loads((tmp_path / "u" / "merge.json").read_text())["models"][1]["cosine"]
+    assert 0.3 < cosine < 0.99
+    unified = tmp_path / "u" / "unified.safetensors"
+    rebuild = ["--base", paths[0], "--task", "dtd", "--unified"]
+
+    capsys.readouterr()
+    assert _run(*rebuild, unified, "--out", tmp_path / "r") == 0
+    out = capsys.readouterr().out
+    assert f"the cosine between its task vector and the one rebuilt is {cosine:.4f}" in out
+    assert "Not dtd's own: 1 tensors are the base's: head.weight\n" in out
+    assert "Only dtd has, and lost: dtd.only" in out
+    report = json.loads((tmp_path / "r" / "merge.json").read_text())
+    assert report["cosine"] == pytest.approx(cosine, abs=1e-6)
+    assert (report["from_base"], report["left_out"]) == (["head.weight"], ["dtd.only"])
+
+    with Checkpoint(unified) as file:
+        metadata = file.metadata
+    older = {k: v for k, v in metadata.items() if k not in ("cosines", "from_base", "left_out")}
+    save_file(load_file(unified), tmp_path / "older.safetensors", older)
+    assert _run(*rebuild, tmp_path / "older.safetensors", "--out", tmp_path / "o") == 0
+    out = capsys.readouterr().out
+    assert "the unified file does not say; unify again" in out
+    assert "2 tensors are the base's: " in out
+    assert "(some may be equal in all)" in out
+
+
 def test_a_task_that_is_not_there_is_named(unified, tmp_path, capsys):
     arguments = ["--base", unified[1], "--unified", unified[0], "--out", tmp_path / "out"]
     message = _mistake(capsys, *arguments, "--task", "carz")
@@ -821,6 +913,82 @@ def test_what_is_no_unified_is_refused(unified, tmp_path, capsys):
     tensors["mask.head.weight"] = tensors["mask.head.weight"][:2]
     save_file(tensors, newer, metadata)
     assert "wrong tensors: mask.head.weight" in _mistake(capsys, *arguments, "--unified", newer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"models": None}, "models: missing"),
+        ({"models": "{"}, "not JSON"),
+        ({"models": "[" * 100_000}, "nested"),
+        ({"models": "5"}, "models: found 5"),
+        ({"models": "[]"}, "models: found []"),
+        ({"models": '[["a"], ["b"], ["c"]]'}, "models.0: found ['a']"),
+        ({"models": '["a", "a", "b"]'}, "expected names that differ"),
+        ({"models": '["a", "b"]'}, "one cosine per model"),
+        ({"models": '["a", "b"]', "cosines": None}, "wrong tensors: "),
+        ({"cosines": "[2, 0, 0]"}, "cosines.0: found 2"),
+        ({"cosines": '["x", 0, 0]'}, "cosines.0: found 'x'"),
+        ({"from_base": '{"a": 1}'}, "from_base: found"),
+        ({"left_out": '{"a": 1}'}, "left_out.a: found 1"),
+        ({"base_fingerprint": None}, "base_fingerprint: missing"),
+        ({"base_fingerprint": "x"}, "base_fingerprint: found 'x'"),
+    ],
+)
+def test_damaged_metadata_of_a_unified_are_named(unified, tmp_path, capsys, changes, words):
+    folder, base = unified
+    with Checkpoint(folder / "unified.safetensors") as file:
+        metadata = file.metadata | changes
+    metadata = {name: text for name, text in metadata.items() if text is not None}
+    bad = tmp_path / "bad.safetensors"
+    save_file(load_file(folder / "unified.safetensors"), bad, metadata)
+    arguments = ["--base", base, "--unified", bad, "--task", "sun", "--out", tmp_path / "out"]
+    message = _mistake(capsys, *arguments)
+    assert words in message
+    assert f"{bad}: damaged" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scale", [np.inf, np.nan, -1.0])
+def test_scales_must_be_finite_and_not_negative(unified, tmp_path, capsys, scale):
+    folder, base = unified
+    with Checkpoint(folder / "unified.safetensors") as file:
+        metadata = file.metadata
+    tensors = load_file(folder / "unified.safetensors")
+    tensors["scales"][1] = scale
+    bad = tmp_path / "bad.safetensors"
+    save_file(tensors, bad, metadata)
+    arguments = ["--base", base, "--unified", bad, "--task", "sun", "--out", tmp_path / "out"]
+    assert f"scales of dtd: {scale}" in _mistake(capsys, *arguments)
+
+
+def test_integers_are_no_vector(unified, tmp_path, capsys):
+    folder, base = unified
+    with Checkpoint(folder / "unified.safetensors") as file:
+        metadata = file.metadata
+    tensors = load_file(folder / "unified.safetensors")
+    bad = tmp_path / "bad.safetensors"
+    more = {"vector.x": np.zeros(8, np.int64), "mask.x": np.zeros((3, 1), np.uint8)}
+    save_file(tensors | more, bad, metadata)
+    arguments = ["--base", base, "--unified", bad, "--task", "sun", "--out", tmp_path / "out"]
+    assert "wrong tensors: mask.x, vector.x" in _mistake(capsys, *arguments)
+
+
+def test_names_and_paths_are_printed_as_they_are(tmp_path, capsys):
+    folder = tmp_path / "[bold] in [red]"
+    paths = _save(folder, *_family())
+    names = ["[red]", "[/]", ":fire:"]
+    arguments = ["--base", paths[0], "--models", *paths[1:], "--names", *names]
+    assert _run(*arguments, "--out", folder / "u[i]") == 0
+    out = capsys.readouterr().out
+    assert all(out.count(name) >= 2 for name in names)
+    assert str(folder / "u[i]") in out
+    arguments = ["--base", paths[0], "--unified", folder / "u[i]", "--out", folder / "[b]"]
+    assert _run(*arguments, "--task", "[/]") == 0
+    out = capsys.readouterr().out
+    assert "[/]: scale" in out
+    assert str(folder / "[b]") in out
+    assert "no task '[x]'" in _mistake(capsys, *arguments[:-1], folder / "o", "--task", "[x]")
 
 
 # ------------------------------------------------------------------ transformers

@@ -12,8 +12,14 @@ and blocks are the shorter the more models there are; sums over all parameters a
 """
 
 from matu_jax.merging.alignment import Alignment, align
-from matu_jax.merging.methods import PASSES, Method, merge_checkpoints, unify_checkpoints
-from matu_jax.merging.rebuilding import rebuild_checkpoint, unified_tasks
+from matu_jax.merging.methods import (
+    PASSES,
+    Method,
+    given_name,
+    merge_checkpoints,
+    unify_checkpoints,
+)
+from matu_jax.merging.rebuilding import UnifiedTasks, rebuild_checkpoint, unified_tasks
 from matu_jax.merging.sums import Summary
 
 __all__ = [
@@ -21,7 +27,9 @@ __all__ = [
     "Alignment",
     "Method",
     "Summary",
+    "UnifiedTasks",
     "align",
+    "given_name",
     "merge_checkpoints",
     "rebuild_checkpoint",
     "unified_tasks",

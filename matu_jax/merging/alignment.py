@@ -1,5 +1,6 @@
 """Which tensors are merged, which are copied, and every way in which checkpoints do not fit."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -32,8 +33,8 @@ def align(
     Args:
       base: the checkpoint that the models were fine-tuned from.
       models: fine-tuned checkpoints by name.
-      only: prefixes of tensor names; tensors that begin with none of them come from the base. Empty
-        for all.
+      only: prefixes of tensor names; tensors that begin with none of them come from the base, and
+        so do those that begin with a prefix after a "!". Without any that is not so: all others.
 
     Returns:
       What happens to each tensor.
@@ -42,15 +43,19 @@ def align(
       CheckpointError: lists per model the tensors that are missing, unknown or of another dtype or
         shape, or values that are not floating and differ; or names a prefix without tensors.
     """
-    for prefix in only:
-        if not any(name.startswith(prefix) for name in base.tensors):
+    out = tuple(prefix.removeprefix("!") for prefix in only if prefix.startswith("!"))
+    inside = tuple(prefix for prefix in only if not prefix.startswith("!"))
+    of_models = {name for checkpoint in models.values() for name in checkpoint.tensors}
+    for prefix in (*inside, *out):
+        names = base.tensors.keys() | (of_models if prefix in out else set())
+        if not any(name.startswith(prefix) for name in names):
             raise CheckpointError(
                 f"--only: no tensor of the base {base.path} begins with {prefix!r}. Its names "
                 f"begin with: {some_of({_top(name) for name in base.tensors})}."
             )
 
     def chosen(name: str) -> bool:
-        return not only or any(name.startswith(prefix) for prefix in only)
+        return (not inside or name.startswith(inside)) and not name.startswith(out)
 
     wanted = {name: tensor for name, tensor in base.tensors.items() if chosen(name)}
     problems, bad = [], set()
@@ -76,7 +81,9 @@ def align(
         good = {_top(name) for name in wanted} - {_top(name) for name in bad}
         hint = "Give checkpoints of one architecture and dtype (cast them first)."
         if good:
-            hint = f"To merge what fits in all: --only {','.join(sorted(good)[:5])}"
+            hint = f"To merge what fits in all: --only {_words(sorted(good)[:5])}"
+        elif len(bad) <= 5 and len(bad) < len(wanted.keys() | bad):
+            hint = f"To merge what fits in all: --only {_words(['!' + name for name in bad])}"
         raise CheckpointError(
             f"the tensors of these models differ from those of the base {base.path}:\n"
             + "\n".join(problems)
@@ -101,6 +108,11 @@ def align(
         },
         parameters,
     )
+
+
+def _words(prefixes: Sequence[str]) -> str:
+    """Prefixes as the command line takes them."""
+    return shlex.quote(",".join(sorted(prefixes)))
 
 
 def _top(name: str) -> str:

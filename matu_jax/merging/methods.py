@@ -45,7 +45,9 @@ def unify_checkpoints(
     The file holds, for every merged tensor NAME: `vector.NAME` in the base's shape and dtype, and
     `mask.NAME`, uint8 `[models, ceil(size / 8)]`, packed as `matu_jax.Unified` says; and `scales`,
     float32 `[models]`, lambda of eq. 4 with both sums over all parameters. Its metadata name the
-    format and its version, models, magnitude, dtypes, and the base with its fingerprint.
+    format and its version, models, magnitude, dtypes, and the base with its fingerprint; and, as
+    JSON, "cosines" of the models' task vectors with those rebuilt, "from_base", tensors that are
+    the base's and not the models' own, and "left_out" by model, tensors that only that model has.
 
     Args:
       base: the checkpoint that the models were fine-tuned from.
@@ -77,8 +79,11 @@ def unify_checkpoints(
         "models": json.dumps(list(models)),
         "magnitude": magnitude,
         "dtypes": ",".join(sorted({base.tensors[name].dtype for name in alignment.merged})),
-        "base": base.path.resolve().name,
+        "base": given_name(base.path),
         "base_fingerprint": totals.fingerprint,
+        "from_base": json.dumps(alignment.from_base),
+        "left_out": json.dumps(alignment.left_out),
+        "cosines": _cosines(np.zeros(count)),  # as long as what will be known at the end
     }
     with Writer(path, tensors, metadata) as writer:
         for block in read_blocks(base, models, alignment.merged, block_size(count, budget)):
@@ -95,9 +100,9 @@ def unify_checkpoints(
                     bits = masks[s, first : first + -(-segment.size // 8)]
                     writer.write(f"mask.{name}", bits, s * packed + segment.start // 8)
             progress(block.size)
-        scales = totals.scales()
+        scales, cosines = totals.scales(), totals.cosines()
         writer.write("scales", scales)
-    cosines = totals.cosines()
+        writer.replace_metadata("cosines", _cosines(cosines))
     return totals.summary(lambda s: {"scale": float(scales[s]), "cosine": float(cosines[s])})
 
 
@@ -178,8 +183,27 @@ def merge_checkpoints(
     return totals.summary(lambda s: {"threshold": float(thresholds[s]), "kept": int(kept[s])})
 
 
-def write_finite(writer: Writer, block: Block, merged: np.ndarray) -> None:
+def given_name(path: Path) -> str:
+    """The name that a file or folder was given by; of a link, not of what it points to."""
+    path = path.absolute()
+    return path.resolve().name if path.name in ("", "..") else path.name
+
+
+def _cosines(values: np.ndarray) -> str:
+    """Numbers in [-1, 1] as JSON of a length that does not depend on them."""
+    return "[" + ",".join(f"{value:9.6f}" for value in values) + "]"
+
+
+def write_finite(
+    writer: Writer, block: Block, merged: np.ndarray, advice: str = "Use a smaller --scale, or"
+) -> None:
     """Writes a block `[block]` of a checkpoint.
+
+    Args:
+      writer: of the checkpoint.
+      block: says what stands where.
+      merged: `[block]`.
+      advice: the beginning of what to do about numbers beyond the dtype.
 
     Raises:
       CheckpointError: names the tensor whose result is beyond its dtype.
@@ -189,7 +213,7 @@ def write_finite(writer: Writer, block: Block, merged: np.ndarray) -> None:
         if not np.isfinite(part).all():
             raise CheckpointError(
                 f"{writer.path}: tensor {segment.name}: the result is beyond the largest "
-                f"{merged.dtype}. Use a smaller --scale, or checkpoints of a wider dtype."
+                f"{merged.dtype}, or no number. {advice} checkpoints of a wider dtype."
             )
         writer.write(segment.name, part, segment.start * merged.itemsize)
 

@@ -1,25 +1,78 @@
 """From a unified file back to one model's checkpoint."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
+from pydantic import AfterValidator, BaseModel, Field
 
 from matu_jax.aggregation import Unified, modulate
 from matu_jax.config import did_you_mean
+from matu_jax.json_files import checked, parse_json
 from matu_jax.merging.blocks import BUDGET, Block, block_size, fill, plan
 from matu_jax.merging.methods import FORMAT, VERSION, write_finite
-from matu_jax.tensors import READABLE, Checkpoint, CheckpointError, Tensor, Writer, fingerprint
+from matu_jax.tensors import (
+    FLOATING,
+    READABLE,
+    Checkpoint,
+    CheckpointError,
+    Tensor,
+    Writer,
+    fingerprint,
+)
 from matu_jax.trees import apply_vectors
 
 
-def unified_tasks(unified: Checkpoint) -> dict[str, float]:
-    """The models in a unified file, and their scales.
+def _different(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("expected names that differ")
+    return names
+
+
+_Names = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(min_length=1), AfterValidator(_different)
+]
+
+
+class _Metadata(BaseModel):
+    """What a unified file's header says, the JSON in it read."""
+
+    models: _Names
+    base_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    base: str = "unknown"
+    cosines: list[Annotated[float, Field(ge=-1, le=1)]] | None = None  # older files have none
+    from_base: list[str] | None = None
+    left_out: dict[str, list[str]] = {}
+
+
+class UnifiedTasks(NamedTuple):
+    """What a unified file holds.
+
+    Attributes:
+      scales: of the models, by name, in the order of the masks' rows.
+      base: the name of the base.
+      base_fingerprint: of the base.
+      cosines: by model, between its task vector and the one rebuilt; empty if not known.
+      from_base: tensors that are the base's and not the models' own; None if not known.
+      left_out: by model, tensors that only that model has.
+    """
+
+    scales: dict[str, float]
+    base: str
+    base_fingerprint: str
+    cosines: dict[str, float]
+    from_base: tuple[str, ...] | None
+    left_out: dict[str, list[str]]
+
+
+def unified_tasks(unified: Checkpoint) -> UnifiedTasks:
+    """What a unified file holds, all of it checked.
 
     Raises:
-      CheckpointError: if the file is none that `unify_checkpoints` of this version wrote.
+      CheckpointError: if the file is none that `unify_checkpoints` of this version wrote, or is
+        damaged.
     """
     meta = unified.metadata
     if meta.get("format") != FORMAT or meta.get("format_version") != VERSION:
@@ -28,10 +81,20 @@ def unified_tasks(unified: Checkpoint) -> dict[str, float]:
             f"{meta.get('format_version')!r}; expected {FORMAT!r}, version {VERSION!r}, as "
             "python -m matu_jax.merge --method unify writes it."
         )
-    models = json.loads(meta["models"])
+    parsed: dict[str, Any] = dict(meta)
+    try:
+        for key in ("models", "cosines", "from_base", "left_out"):
+            if key in meta:
+                parsed[key] = parse_json(meta[key])
+        found = checked(_Metadata, parsed, "metadata")
+    except ValueError as error:
+        raise CheckpointError(f"{unified.path}: damaged: {error}") from None
+    models = found.models
+    if found.cosines is not None and len(found.cosines) != len(models):
+        raise CheckpointError(f"{unified.path}: damaged: one cosine per model is expected.")
     expected = {"scales": Tensor("F32", (len(models),), 4 * len(models))}
     for name, tensor in unified.tensors.items():
-        if name.startswith("vector."):
+        if name.startswith("vector.") and tensor.dtype in FLOATING:
             expected[name] = tensor
             packed = -(-tensor.size // 8)
             masks = Tensor("U8", (len(models), packed), len(models) * packed)
@@ -42,7 +105,21 @@ def unified_tasks(unified: Checkpoint) -> dict[str, float]:
         raise CheckpointError(
             f"{unified.path}: damaged: wrong tensors: {', '.join(sorted(wrong))}."
         )
-    return dict(zip(models, unified.read("scales", 0, len(models)).tolist(), strict=True))
+    scales = dict(zip(models, unified.read("scales", 0, len(models)).tolist(), strict=True))
+    bad = [f"{name}: {scale}" for name, scale in scales.items() if not 0 <= scale < np.inf]
+    if bad:
+        raise CheckpointError(
+            f"{unified.path}: damaged: scales of {', '.join(bad[:5])}; expected finite numbers "
+            "that are not negative."
+        )
+    return UnifiedTasks(
+        scales,
+        found.base,
+        found.base_fingerprint,
+        dict(zip(models, found.cosines or (), strict=False)),
+        None if found.from_base is None else tuple(found.from_base),
+        found.left_out,
+    )
 
 
 def rebuild_checkpoint(
@@ -71,7 +148,8 @@ def rebuild_checkpoint(
       CheckpointError: for a file that is not a unified, a task that is not in it, another base, or
         a file that cannot be written.
     """
-    scales = unified_tasks(unified)
+    tasks = unified_tasks(unified)
+    scales = tasks.scales
     if task not in scales:
         raise CheckpointError(
             f"{unified.path}: no task {task!r} in it.{did_you_mean(task, list(scales))}"
@@ -83,11 +161,11 @@ def rebuild_checkpoint(
         for name in names
         if base.tensors.get(name) != unified.tensors["vector." + name]
     ]
-    found, wanted = fingerprint(base), unified.metadata.get("base_fingerprint")
+    found, wanted = fingerprint(base), tasks.base_fingerprint
     if wrong or found != wanted:
         raise CheckpointError(
             f"{base.path} is not the base that {unified.path} was made with"
-            f" ({unified.metadata.get('base', 'unknown')}): fingerprint found {found}, expected "
+            f" ({tasks.base}): fingerprint found {found}, expected "
             f"{wanted}.{' Tensors differ: ' + ', '.join(wrong[:5]) if wrong else ''}"
         )
     row, scale = list(scales).index(task), np.float32(scales[task])
@@ -105,7 +183,8 @@ def rebuild_checkpoint(
                 first = segment.place // 8
                 mask[first : first + count] = unified.read(f"mask.{segment.name}", start, count)
             merged = _rebuild_block(block.base, block.tuned[0], mask, scale)
-            write_finite(writer, block, np.asarray(merged))
+            advice = "The unified file is damaged, or made from"
+            write_finite(writer, block, np.asarray(merged), advice)
             progress(block.size)
         for name in base.tensors.keys() - set(names):
             for start, data in base.pieces(name):

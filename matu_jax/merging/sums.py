@@ -17,7 +17,8 @@ class Summary(NamedTuple):
     """What a merge found out about the models.
 
     Attributes:
-      similarity: float64 `[models, models]`, direction similarity (eq. 7) of the task vectors.
+      similarity: float64 `[models, models]`, direction similarity (eq. 7) of the task vectors, over
+        the entries that are not zero in both; 1/2 where there is none.
       base_fingerprint: `fingerprint` of the base.
       models: per model: `norm`, Euclidean, of its task vector; `zero`, whether that is 0
         everywhere; and, by method, `scale` and `cosine` (between its task vector and the one
@@ -43,7 +44,10 @@ def relative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def measure(vectors: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
     """What `Totals` wants of task vectors `[models, block]`, and these relative to their units."""
     unit, own = relative(vectors.astype(jnp.float32))
+    zero = (vectors == 0).astype(jnp.float32)
+    both = jnp.matmul(zero, zero.T, precision="highest")  # exact, up to 2**24
     return {
+        "touched": vectors.shape[1] - both,
         # (2 A - 1) * block is the sum of the products of signs: exact, as blocks are powers of 2.
         "signs": (2 * direction_similarity({"block": vectors}) - 1) * vectors.shape[1],
         "finite": jnp.isfinite(vectors).all(axis=1),  # a maximum may pass over NaN
@@ -59,13 +63,14 @@ class Totals:
     def __init__(self, base: Checkpoint, models: Mapping[str, Any], parameters: int):
         self.names, self.parameters = list(models), parameters
         self.fingerprint = fingerprint(base)
-        self.signs = np.zeros((len(models), len(models)))
+        self.signs, self.touched = np.zeros((2, len(models), len(models)))
         self.sums = {}
 
     def add(self, block: dict[str, Any]) -> None:
         """Adds what one block measured."""
         found = {name: np.asarray(value, np.float64) for name, value in block.items()}
         self.signs += found["signs"]
+        self.touched += found["touched"]
         unit, folded = found["unit"], found.get("folded_unit", 0.0)
         for name, factor in (
             ("absolute", unit),
@@ -92,7 +97,7 @@ class Totals:
         """The summary; `more` gives what the method says of a model by its position."""
         norms = np.sqrt(self.sums["square"])
         return Summary(
-            (1 + self.signs / self.parameters) / 2,
+            (1 + self.signs / np.maximum(self.touched, 1)) / 2,
             self.fingerprint,
             {
                 name: {"norm": float(norms[s]), "zero": bool(norms[s] == 0)} | more(s)

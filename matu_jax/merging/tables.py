@@ -42,7 +42,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         similarity = Table(
             box=box.SIMPLE,
             title="direction similarity of the task vectors",
-            caption="1: the same signs everywhere; 0.5: unrelated; 0: opposite",
+            caption="where either has changed: 1 the same signs, 0.5 unrelated, 0 opposite",
         )
         similarity.add_column("")
         similarity.add_column("model")
@@ -54,6 +54,26 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         _print(console, similarity)
     for line in _notes(report):
         console.print(line, markup=False, highlight=False)
+
+
+def rebuilt_notes(report: Mapping[str, Any]) -> list[str]:
+    """What to say of a rebuilt model, from its merge.json: how near it is, and what is missing."""
+    task, cosine, names = report["task"], report["cosine"], report["from_base"]
+    if report["scale"] == 0:
+        near = "its task vector is zero, so that this is the base"
+    elif cosine is None:
+        near = "how near it is, the unified file does not say; unify again to know"
+    else:
+        near = f"the cosine between its task vector and the one rebuilt is {cosine:.4f}"
+    lines = [f"Rebuilding is lossy: of {task}, {near}."]
+    if names:
+        lines.append(
+            f"Not {task}'s own: {len(names)} tensors are the base's: {', '.join(names)}"
+            + ("" if report["from_base_known"] else " (some may be equal in all)")
+        )
+    if report["left_out"]:
+        lines.append(f"Only {task} has, and lost: {', '.join(report['left_out'])}")
+    return lines
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
