@@ -328,7 +328,11 @@ def _damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
         sums = checked(dict[str, str], read_json(folder / _CHECKSUMS), _CHECKSUMS)
+        if not sums:
+            return f"{_CHECKSUMS} lists no file"
         for name, checksum in sums.items():
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise ValueError(f"{name} is not in the checkpoint's folder")
             if _checksum(folder / name) != checksum:
                 return f"{name} has changed since it was written"
     except FileNotFoundError as error:

@@ -39,7 +39,7 @@ from matu_jax.parallel import keep_programs, use_cores
 from matu_jax.progress import Rounds, draws_bars
 from matu_jax.provenance import machine, versions
 from matu_jax.rounds import StoppedError
-from matu_jax.workdir import opened
+from matu_jax.workdir import disk_errors, opened
 
 
 def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Path, Path, bool]:
@@ -201,9 +201,13 @@ def compare(
             complete = run.arm == plan.arms_of(comparison, run.setting)[-1]
             if (news and complete) or run is runs[-1]:
                 news = False
-                found = collect(comparison, workdir, file, tuning=tuning)
-                write_json(workdir / "comparison.json", found)
-                report.write(found, workdir)
+                with disk_errors(workdir):
+                    try:
+                        found = collect(comparison, workdir, file, tuning=tuning)
+                    except ValueError as error:
+                        raise UserError(str(error)) from None
+                    write_json(workdir / "comparison.json", found)
+                    report.write(found, workdir)
     console.print(f"Report: {workdir / 'report.html'}")
     return found
 

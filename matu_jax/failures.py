@@ -1,8 +1,9 @@
 """Clients that vanish: drop-out, stragglers, and tasks with too few holders left."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,23 +25,23 @@ def read_trace(file: str, num_clients: int) -> dict[int, dict[int, str]]:
     """
     path = Path(file)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with the mark that spreadsheets begin with
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no UTF-8 text"
         raise ValueError(f"config.failures.trace: {path} cannot be read: {reason}.") from None
     absent: dict[int, dict[int, str]] = {}
     rows = csv.reader(text.splitlines())
-    header = [name.strip() for name in next(rows, [])]
+    header = [name.strip() for name in next(_rows(rows, path), [])]
     if header != _COLUMNS:
         raise ValueError(
             f"{path}, line 1: found {','.join(header)!r}, expected {','.join(_COLUMNS)!r}."
         )
-    for row in rows:
+    for row in _rows(rows, path):
         if not row:
             continue
         number = row[0].strip() if len(row) == 3 else ""
         client = row[1].strip() if len(row) == 3 else ""
-        known = number.isdecimal() and client.isdecimal()
+        known = all(word.isdecimal() and len(word) < 10 for word in (number, client))
         if not known or int(number) < 1 or int(client) >= num_clients:
             raise ValueError(
                 f"{path}, line {rows.line_num}: found {','.join(row)!r}, expected a round from 1, "
@@ -48,6 +49,14 @@ def read_trace(file: str, num_clients: int) -> dict[int, dict[int, str]]:
             )
         absent.setdefault(int(number), {})[int(client)] = row[2].strip() or "no reason given"
     return absent
+
+
+def _rows(rows: Any, path: Path) -> Iterator[list[str]]:
+    """What a `csv.reader` reads, with its errors as those of the file."""
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: {error}.") from None
 
 
 def absent_clients(

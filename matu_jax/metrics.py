@@ -12,11 +12,12 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, Field
 
-from matu_jax.json_files import checked, parse_json
+from matu_jax.json_files import checked, parse_json, read_json
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Fraction = Annotated[_Finite, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(ge=0)]
+_Size = Annotated[_Finite, Field(ge=0)]
 
 
 def relatedness_auc(similarity: Any, related: Any) -> float | None:
@@ -168,7 +169,73 @@ class _Record(BaseModel):
     downlink_bits: _Count
     uplink_frame_bits: _Count = 0  # older versions lack them
     downlink_frame_bits: _Count = 0
-    seconds: dict[str, Annotated[_Finite, Field(ge=0)]]
+    seconds: dict[str, _Size]
+
+
+class _SummaryAccuracy(BaseModel):
+    mean: _Fraction | None
+    validation_mean: _Fraction | None
+    per_task: dict[str, _Fraction | None]
+
+
+class _Traffic(BaseModel):
+    uplink_bits_per_client_round: _Size
+    downlink_bits_per_client_round: _Size
+
+
+class _Seconds(BaseModel):
+    total: _Size
+
+
+class _Kept(BaseModel):
+    kept_bytes: _Count
+    kept_per_client: bool
+
+
+class _Similarity(BaseModel):
+    auc: _Fraction | None
+    auc_first_round: _Fraction | None
+    auc_last_round: _Fraction | None
+    matrix: list[list[_Finite]]
+
+
+class _Data(BaseModel):
+    clients: _Count
+
+
+class _Config(BaseModel):
+    data: _Data
+
+
+class _Summary(BaseModel):
+    """What tables and comparisons need of summary.json."""
+
+    algorithm: str
+    seed: int
+    rounds: Annotated[int, Field(ge=1)]
+    selected_round: _Count
+    accuracy: _SummaryAccuracy
+    communication: _Traffic
+    seconds: _Seconds
+    similarity: _Similarity | None
+    label_spaces: list[str]
+    chance: dict[str, _Fraction] | None = None  # older versions lack it
+    config: _Config
+    server: _Kept
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Reads a run's summary.json.
+
+    Raises:
+      ValueError: names the file, and what is damaged or missing in it, or why it cannot be read.
+    """
+    try:
+        summary = read_json(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    checked(_Summary, summary, f"{path}: damaged")
+    return summary
 
 
 class MetricsLog:
@@ -275,7 +342,11 @@ class MetricsLog:
         """The file's complete lines, each with its newline."""
         if not self.path.exists():
             return []
-        return [line + b"\n" for line in self.path.read_bytes().split(b"\n")[:-1]]
+        try:
+            text = self.path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.path}: {error.strerror}") from None
+        return [line + b"\n" for line in text.split(b"\n")[:-1]]
 
     def _record(self, number: int, line: bytes) -> dict[str, Any]:
         try:

@@ -15,19 +15,27 @@ if TYPE_CHECKING:
 
 _TEST, _VALIDATION, _FAINT = "#0b5394", "#d9730d", "#a9c0d6"
 _NAME = "#4a6478"
+LEAST_SPREAD = 0.05  # around 1/2, of the colours of a similarity
 _FEW_TASKS = 10  # so many have room for a number in each cell, or a name beside each line
 
 
 def plot_accuracy(
-    records: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, title: str
+    records: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    *,
+    title: str,
+    chance: Mapping[str, float] | None = None,
 ) -> None:
     """Draws accuracy over rounds to a PNG: means on test and validation, and every task's, faint.
+
+    A dotted line is what guessing would reach, in the mean over the tasks.
 
     Args:
       records: a run's records, with "round" and "accuracy": {"validation_mean", "test_mean",
         "test_per_task": {name: fraction}}, or None where nothing was evaluated.
       path: the file to write.
       title: stands above the picture.
+      chance: by task, the accuracy of a guess, 1 / classes; None = no line.
 
     Raises:
       ValueError: if no round was evaluated.
@@ -47,6 +55,10 @@ def plot_accuracy(
     style = {"color": _FAINT, "linewidth": 0.9, "marker": marker, "markersize": 2}
     for i in range(len(tasks)):
         axes.plot(rounds, per_task[:, i], label="test, each task" if not i else None, **style)
+    guessed = [chance[task] for task in tasks if task in chance] if chance else []
+    if guessed:
+        style = {"color": _NAME, "linewidth": 1.4, "linestyle": ":"}
+        axes.axhline(float(np.mean(guessed)), label="chance, mean", **style)
     for key, label, color, line in (
         ("validation_mean", "validation, mean", _VALIDATION, "--"),
         ("test_mean", "test, mean", _TEST, "-"),
@@ -64,7 +76,7 @@ def plot_accuracy(
         _name_ends(axes, rounds[-1], dict(zip(tasks, per_task[-1], strict=True)))
     axes.set_xlabel("round")
     axes.set_ylabel("accuracy")
-    axes.set_title(title, loc="left")
+    axes.set_title(_literal(title), loc="left")
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
@@ -84,7 +96,8 @@ def plot_similarity(
 ) -> None:
     """Draws the similarity of tasks to a PNG, as a heat map with the tasks grouped by family.
 
-    Colours are symmetric around 1/2 and span the values off the diagonal; the diagonal is blank.
+    Colours are symmetric around 1/2, which is white, and span the values off the diagonal; never
+    less than 0.45 to 0.55, so that noise stays pale. The diagonal is blank.
 
     Args:
       similarity: `[tasks, tasks]`; cells that are not finite stay blank.
@@ -109,7 +122,7 @@ def plot_similarity(
     cells = similarity[np.ix_(order, order)]
     np.fill_diagonal(cells, np.nan)
     cells[~np.isfinite(cells)] = np.nan
-    spread = max(float(np.nanmax(np.abs(cells - 0.5), initial=0.0)), 0.01)
+    spread = max(float(np.nanmax(np.abs(cells - 0.5), initial=0.0)), LEAST_SPREAD)
 
     numbered = tasks <= _FEW_TASKS
     side = tasks * (0.62 if numbered else 0.27) + 3.2
@@ -125,7 +138,7 @@ def plot_similarity(
                 color = "white" if abs(value - 0.5) > 0.7 * spread else "black"
                 style = {"ha": "center", "va": "center", "fontsize": 8.5, "color": color}
                 axes.text(column, row, f"{value:.2f}", **style)
-    ordered = [names[i] for i in order]
+    ordered = [_literal(names[i]) for i in order]
     axes.set_xticks(range(tasks), ordered, rotation=90)
     axes.set_yticks(range(tasks), ordered)
     axes.tick_params(length=0, labelsize=9 if numbered else 8)
@@ -137,9 +150,14 @@ def plot_similarity(
         place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         # Beside the rows, because a row is always as high as a line of text.
         axes.annotate(
-            family, (1, (start + end - 1) / 2), xytext=(6, 0), va="center", weight="bold", **place
+            _literal(family),
+            (1, (start + end - 1) / 2),
+            xytext=(6, 0),
+            va="center",
+            weight="bold",
+            **place,
         )
-    axes.set_title(title, loc="left", pad=10)
+    axes.set_title(_literal(title), loc="left", pad=10)
     figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15)
 
 
@@ -210,6 +228,11 @@ def _percent(value: Any) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def _literal(text: str) -> str:
+    """What matplotlib shows as this text: a dollar sign does not begin mathematics."""
+    return text.replace("$", r"\$")
+
+
 def _text(value: Any) -> Any:
     """Plain text: what stands in square brackets is not a style."""
     from rich.text import Text
@@ -243,7 +266,7 @@ def _name_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
     leader = {"arrowstyle": "-", "color": _FAINT, "linewidth": 0.6, "relpos": (0, 0.5)}
     for y, (end, name) in zip(places, named, strict=True):
         target: Any = {"xytext": (1.02, y), "textcoords": ("axes fraction", "data")}
-        axes.annotate(name, (x, end), arrowprops=leader, **target, **style)
+        axes.annotate(_literal(name), (x, end), arrowprops=leader, **target, **style)
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -33,7 +33,7 @@ import datetime
 import importlib
 import importlib.util
 import itertools
-import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -50,7 +50,14 @@ from matu_jax.commandline import UserError, plain_console, read_config, run_prog
 from matu_jax.config import Config
 from matu_jax.data import embedded, prepared, selection
 from matu_jax.interruption import Stopped, StopRequest
-from matu_jax.metrics import SELECTION, MetricsLog, relatedness_auc, selected, write_json
+from matu_jax.metrics import (
+    SELECTION,
+    MetricsLog,
+    read_summary,
+    relatedness_auc,
+    selected,
+    write_json,
+)
 from matu_jax.models.architectures import transform_of
 from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
@@ -180,6 +187,8 @@ def train(
     importlib.import_module("grain")
     log = MetricsLog(workdir / "metrics.jsonl")
     meta = {"config": dataclasses.asdict(config)}
+    if profile and first and not (workdir / "profile").is_dir() and (workdir / "profile").exists():
+        raise UserError(f"--profile: {workdir / 'profile'} is no folder. Move it away.")
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
     with contextlib.ExitStack() as stack:
         zero = np.zeros((len(federation.tasks),) * 2, np.float32)
@@ -245,7 +254,8 @@ def train(
         summary, similarity = _results(config, algorithm, federation, target, log, similarity_sum)
         names = [task.name for task in federation.tasks]
         title = f"{name}: {config.algorithm}"
-        report.plot_accuracy(log.records(), workdir / "accuracy.png", title=title)
+        file, chance = workdir / "accuracy.png", summary["chance"]
+        report.plot_accuracy(log.records(), file, title=title, chance=chance)
         if summary["similarity"]:
             report.plot_similarity(
                 similarity,
@@ -269,6 +279,7 @@ def _results(config, algorithm, federation, target, log, similarity_sum) -> tupl
     similarity = similarity_sum / max(sum(r["aggregated"] for r in records), 1)
     summary = _summary(config, federation, records, similarity)
     summary["config"] = dataclasses.asdict(config)
+    summary["chance"] = {task.name: 1 / task.num_classes for task in federation.tasks}
     summary["label_spaces"] = [task.label_space for task in federation.tasks]
     if config.privacy.clip_norm:
         summary["privacy"] = _privacy(config, records)
@@ -283,21 +294,19 @@ def _results(config, algorithm, federation, target, log, similarity_sum) -> tupl
 
 
 def _is_finished(workdir: Path) -> bool:
-    return bool(hosts.highest(hosts.is_first() and (workdir / "summary.json").exists()))
+    return bool(hosts.highest(hosts.is_first() and os.path.lexists(workdir / "summary.json")))
 
 
 def _finished(workdir: Path, console: Console) -> dict:
     """Shows the results of a run that is finished."""
-    file = workdir / "summary.json"
-    console.print(f"{workdir}: this run is finished; its results:")
     try:
-        summary = json.loads(file.read_text())
-        console.print(report.result_table(summary))
-    except (ValueError, KeyError, TypeError) as error:
+        summary = read_summary(workdir / "summary.json")
+    except ValueError as error:
         raise UserError(
-            f"{file} is damaged ({error}). Remove it: the same command makes it again from the "
-            "checkpoints."
+            f"{error}. Remove it: the same command makes it again from the checkpoints."
         ) from None
+    console.print(f"{workdir}: this run is finished; its results:")
+    console.print(report.result_table(summary))
     return summary
 
 
@@ -339,6 +348,8 @@ def _keep_records(log: MetricsLog, checkpoints: Checkpoints, found: tuple | None
     try:
         log.truncate_after(done, meta.get("metrics"))
     except ValueError as error:
+        if not done:
+            raise ValueError(f"{error}. Remove it: nothing of it is needed.") from None
         ways = ["Bring the file back from a copy"]
         for number in reversed(checkpoints.complete()):
             with contextlib.suppress(ValueError):
@@ -350,8 +361,9 @@ def _keep_records(log: MetricsLog, checkpoints: Checkpoints, found: tuple | None
                     )
                     break
         raise ValueError(
-            f"{error}, as the checkpoint of round {done} has it. {'; '.join(ways)}; or, to start "
-            f"from round 0, remove {checkpoints.directory}, or give another --workdir."
+            f"{error}. What is summed up over rounds, such as epsilon, would be wrong. "
+            f"{'; '.join(ways)}; or, to start from round 0, remove {checkpoints.directory}, or "
+            "give another --workdir."
         ) from None
 
 

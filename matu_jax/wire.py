@@ -66,6 +66,7 @@ _KINDS: dict[Kind, int] = {"upload": 1, "download": 2}
 _PRECISIONS: dict[Precision, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 _HEADER = struct.Struct("<4sBBBBIII16s")
 _LENGTH = struct.Struct("<Q")
+_PIECE = 2**20  # bytes read at once: some streams allocate whatever they are asked for
 # Overflows, infinities of both signs and signalling NaNs are refused, not warned of as well.
 _quietly = np.errstate(over="ignore", invalid="ignore")
 _NO_MASKS, _MASKS, _COMPRESSED = range(3)
@@ -259,7 +260,8 @@ def _decoded(
 ) -> Received:
     """`decode`, given the fingerprint of the tree."""
     view = memoryview(data).cast("B")
-    wanted = _size(view[: _HEADER.size + _LENGTH.size], like, print_, max_tasks, max_bytes)
+    head = view[: _HEADER.size + _LENGTH.size]
+    wanted = _size(head, like, print_, min(max_tasks, num_tasks), max_bytes)
     if len(view) != wanted:
         what = "is truncated" if len(view) < wanted else "is too long"
         raise WireError(f"the message {what}: found {len(view)} bytes, expected {wanted}.")
@@ -276,23 +278,34 @@ def read(
 ) -> Received:
     """Reads one message from a stream, and no byte more; see `decode`.
 
-    Its size is computed from its first 36 or 44 bytes and the tree, and held against the limits,
-    before anything is allocated: no message is larger than `max_bytes`, nor than `message_bytes`
-    says for `max_tasks`, which is much for a large tree.
+    Its size is computed from its first 36 or 44 bytes and the tree, and held against the limits:
+    no message is larger than `max_bytes`, nor than `message_bytes` says for `max_tasks`, which is
+    much for a large tree. Memory is taken as the bytes come, whatever the first ones promise.
 
     Raises:
       WireError: as `decode`.
       EOFError: if the stream is at its end.
     """
-    head = stream.read(_HEADER.size)
+    head = _taken(stream, b"", _HEADER.size)
     if not head:
         raise EOFError("no further message")
     if len(head) == _HEADER.size and head[7] == _COMPRESSED:
-        head += stream.read(_LENGTH.size)
+        head = _taken(stream, head, _HEADER.size + _LENGTH.size)
     print_ = fingerprint(like)
-    size = _size(memoryview(head), like, print_, max_tasks, max_bytes)
-    rest = stream.read(size - len(head))
-    return _decoded(head + rest, like, print_, num_tasks, max_tasks, max_bytes)
+    size = _size(memoryview(head), like, print_, min(max_tasks, num_tasks), max_bytes)
+    message = _taken(stream, head, size)
+    return _decoded(message, like, print_, num_tasks, max_tasks, max_bytes)
+
+
+def _taken(stream: BinaryIO, start: bytes | bytearray, size: int) -> bytearray:
+    """What is there of so many bytes, of which the start was read; memory is taken as they come."""
+    data = bytearray(start)
+    while len(data) < size:
+        piece = stream.read(min(size - len(data), _PIECE))
+        if not piece:
+            break
+        data += piece
+    return data
 
 
 def gather(

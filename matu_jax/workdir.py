@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from matu_jax.commandline import UserError
 from matu_jax.config import Config
+from matu_jax.json_files import read_json
 from matu_jax.metrics import write_json
 
 LOCK = ".lock"
@@ -41,11 +42,12 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise UserError(
-            f"--workdir {workdir} cannot be written: {error.strerror}. Give a directory that can."
+            f"--workdir {workdir} cannot be written: {_where(error)}{error.strerror}. Give a "
+            "directory that can."
         ) from None
     try:
         check(workdir, config)  # again, since another process may have ended meanwhile
-        with _disk_errors(workdir):
+        with disk_errors(workdir):
             write_json(workdir / "config.json", dataclasses.asdict(config))
             yield
     finally:
@@ -53,14 +55,23 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _disk_errors(workdir: Path) -> Iterator[None]:
-    """Turns a full or failing disk into a message; other errors pass."""
+def disk_errors(workdir: Path) -> Iterator[None]:
+    """Turns a full or failing disk, and files of another kind, into a message; other errors pass.
+
+    Raises:
+      UserError: says what to do.
+    """
     try:
         yield
     except Exception as error:
-        file = getattr(error, "filename", None)
-        if isinstance(file, str) and not Path(file).resolve().is_relative_to(workdir.resolve()):
+        file = _file(error)
+        if file and not Path(file).resolve().is_relative_to(workdir.resolve()):
             raise
+        if file and isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
+            raise UserError(
+                f"{file}: {error.strerror}. Move it away; then the same command with the same "
+                "--workdir goes on."
+            ) from error
         # Orbax's writers wrap the system's error into others, so that its words are all there is.
         known = [os.strerror(number) for number in _DISK]
         number = getattr(error, "errno", None)
@@ -72,6 +83,16 @@ def _disk_errors(workdir: Path) -> Iterator[None]:
             f"{workdir} cannot be written: {reason}. Make room, or mend the disk; then the same "
             "command with the same --workdir goes on from the last checkpoint."
         ) from error
+
+
+def _file(error: Exception) -> str | None:
+    """The file that an error is about; of two, as in moving one, the one that is kept."""
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    return os.fspath(file) if isinstance(file, (str, os.PathLike)) else None
+
+
+def _where(error: OSError) -> str:
+    return f"{file}: " if (file := _file(error)) else ""
 
 
 def check(workdir: Path, config: Config) -> None:
@@ -86,9 +107,9 @@ def check(workdir: Path, config: Config) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(workdir))
     if kept.exists():
         try:
-            found = json.loads(kept.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{kept} is damaged ({error}). Give another --workdir.") from None
+            found = read_json(kept)
+        except ValueError as error:
+            raise UserError(f"{error}. Give another --workdir.") from None
         lines = differences(found, config) if _has_run(workdir) else []
         if lines:
             raise UserError(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from scipy import stats
+from test_metrics import a_round
 
 from matu_jax import compare
 from matu_jax.comparison import plan
@@ -221,21 +222,58 @@ def fake_run(folder: Path, accuracy, *, bits=8.0, rounds=(0.2, 0.4)):
     per_task = {"x": accuracy, "y": accuracy + 0.1}
     summary = {
         "algorithm": "matu",
+        "seed": 0,
         "rounds": 2,
+        "selected_round": 2,
         "label_spaces": ["hue", "tilt"],
         "config": {"data": {"clients": 3}},
         "accuracy": {"mean": accuracy + 0.05, "validation_mean": 0.5, "per_task": per_task},
-        "communication": {"uplink_bits_per_client_round": bits, "downlink_bits_total": 2 * bits},
+        "communication": {
+            "uplink_bits_per_client_round": bits,
+            "downlink_bits_per_client_round": bits,
+            "downlink_bits_total": 2 * bits,
+        },
         "seconds": {"total": 3.0, "local_training": 2.0},
         "server": {"kept_bytes": 12, "kept_per_client": False},
         "similarity": None,
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     lines = [
-        json.dumps({"round": i + 1, "accuracy": {"test_mean": value}})
+        json.dumps(a_round(i + 1, accuracy=a_round(0)["accuracy"] | {"test_mean": value}))
         for i, value in enumerate(rounds)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("metrics.jsonl", b"", "found no round, expected rounds 1 to 2"),
+        (
+            "metrics.jsonl",
+            b'{"round": 1}\n{"round": 1}\n',
+            "metrics.jsonl, line 1:\n  loss: missing",
+        ),
+        ("summary.json", b"{}", "summary.json: damaged:\n  algorithm: missing"),
+        ("summary.json", b"\xff", "summary.json: damaged: not UTF-8"),
+        ("summary.json", b"[" * 10**5, "summary.json: damaged: nested"),
+        ("summary.json", None, "summary.json: Is a directory"),
+        ("metrics.jsonl", None, "metrics.jsonl: Is a directory"),
+    ],
+)
+def test_a_damaged_run_is_named_with_what_to_do(tmp_path, file, damage, words):
+    made = comparison(settings={"a": plan.Setting("A.", {})}, seeds=(0,))
+    folder = plan.Run("a", "matu", 0).folder(tmp_path)
+    fake_run(folder, 0.5)
+    (folder / file).unlink()
+    if damage is None:
+        (folder / file).mkdir()
+    else:
+        (folder / file).write_bytes(damage)
+    with pytest.raises(ValueError, match="Bring the file back") as raised:
+        collect(made, tmp_path, Path("small.py"), tuning=None)
+    assert words in str(raised.value)
+    assert f"or remove {folder}: the same command makes that run again" in str(raised.value)
 
 
 def test_collect_counts_rightly(tmp_path):
@@ -260,6 +298,8 @@ def test_collect_counts_rightly(tmp_path):
     differences = [-0.1, -0.1, 0.05, 0.05]
     assert matu["against_ours"] is None
     assert per_task["against_ours"]["pairs"] == 4
+    assert per_task["against_ours"]["seeds"] == 2
+    assert per_task["against_ours"]["verdict"] == "too few seeds to tell"
     np.testing.assert_allclose(per_task["against_ours"]["difference"], np.mean(differences))
     expected: Any = stats.wilcoxon(
         [0.4 - 0.5, 0.5 - 0.6, 0.65 - 0.6, 0.75 - 0.7], zero_method="zsplit"

@@ -6,6 +6,7 @@ import itertools
 import re
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from matu_jax import report as pictures
 from matu_jax.comparison import figures, report
+from matu_jax.comparison.collect import verdict
 from matu_jax.comparison.html import (
     Bold,
     Bullets,
@@ -67,12 +69,12 @@ def one_arm(label, tasks, spaces, rounds, clients, rng):
         "commands": [
             f"python -m matu_jax.train --config experiments/compare.py "
             f"--config.algorithm={label.split(',')[0]} --config.seed={seed}"
-            for seed in range(3)
+            for seed in range(5)
         ],
         "accuracy": {
             "mean": mean,
             "std": 0.004 + 0.01 * float(rng.uniform()),
-            "per_seed": [mean - 0.01, mean, mean + 0.01],
+            "per_seed": [mean - 0.01, mean, mean, mean, mean + 0.01],
             "validation_mean": mean + 0.005,
             "per_task": {
                 task: {"mean": float(value), "std": 0.01}
@@ -105,7 +107,8 @@ def one_arm(label, tasks, spaces, rounds, clients, rng):
         else {
             "difference": mean - 0.84,
             "p_value": 0.0002 if abs(mean - 0.84) > 0.03 else 0.2145,
-            "pairs": 3 * len(tasks),
+            "pairs": 5 * len(tasks),
+            "seeds": 5,
         },
     }
 
@@ -145,7 +148,7 @@ def make_comparison(arms=ARMS[:4], tasks=8):
         },
         "versions": {"jax": "0.10.2", "flax": "0.12.1"},
         "command": "python -m matu_jax.compare --config experiments/compare8.py",
-        "seeds": [0, 1, 2],
+        "seeds": [0, 1, 2, 3, 4],
         "reference": "per_task",
         "ours": "matu",
         "experiment": {"rounds": 8, "data": {"clients": 12, "tasks": "eight"}, "empty": {}},
@@ -573,7 +576,7 @@ def sent(arm):
     return communication["uplink_bits_total"] + communication["downlink_bits_total"]
 
 
-LABELS = {"ours": "matu", "reference": "per_task"}
+LABELS: dict[str, Any] = {"ours": "matu", "reference": "per_task"}
 
 
 @pytest.fixture
@@ -648,6 +651,61 @@ def test_a_difference_whose_mean_and_ranks_disagree_is_no_victory(tmp_path, undr
     assert result_rows(page)["fedavg"][column] == "−0.1 (p = 0.007) ‡"
     assert result_rows(page)["fedprox"][column] == "−0.1 (p = 0.007)"
     assert "‡ One of the two arms is ahead on most tasks" in markdown
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 4])
+@pytest.mark.parametrize("counted", [True, False])  # older comparisons do not say how many
+def test_from_few_seeds_nothing_is_concluded(tmp_path, undrawn, seeds, counted):
+    comparison = make_comparison(ARMS[:7])
+    for arm in (arm for setting in comparison["settings"] for arm in setting["arms"]):
+        arm["accuracy"]["per_seed"] = [arm["accuracy"]["mean"]] * seeds + [None] * (5 - seeds)
+        if tested := arm["against_ours"]:
+            tested.update(difference=-0.1, p_value=1e-5, rank_correlation=0.5, seeds=seeds)
+            if not counted:
+                del tested["seeds"]
+    page, _, markdown, _ = written(comparison, tmp_path)
+    others = "; ".join(
+        arm["label"]
+        for arm in report._best_first(comparison["settings"][0])
+        if arm["label"] != "matu"
+    )
+    for text in (markdown, "".join(page.text)):
+        assert f"Too few seeds to tell (fewer than 5) whether matu beats: {others}." in text
+        assert "Highest accuracy: " in text
+        for word in ("p <", "p =", "p ≥", "‡", "Best: ", "loses", "is called a difference"):
+            assert word not in text
+    assert result_rows(page)["fedavg"]["points against ours (p-value)"] == "−10.0"
+
+
+@pytest.mark.parametrize(
+    ("tested", "seeds", "expected"),
+    [
+        ({"difference": -0.1, "p_value": 0.01}, 5, "beats"),
+        ({"difference": 0.1, "p_value": 0.01}, 5, "loses"),
+        ({"difference": 0.1, "p_value": 0.05}, 5, "ties"),
+        ({"difference": 0.1, "p_value": 0.01, "rank_correlation": -0.1}, 9, "mixed"),
+        ({"difference": -0.1, "p_value": 1e-9}, 4, "too few seeds to tell"),
+        ({"difference": 0.0, "p_value": 1.0}, 0, "too few seeds to tell"),
+        ({"difference": 0.1, "p_value": None}, 5, "untested"),
+        (None, 5, "untested"),
+    ],
+)
+def test_verdicts(tested, seeds, expected):
+    assert verdict(tested, seeds) == expected
+
+
+def test_chance_is_drawn_in_every_panel_where_it_is_known(drawn):
+    arms = make_comparison()["settings"][0]["arms"]
+    figures.curves(arms, chance=0.25, **LABELS)
+    figures.curves(arms, **LABELS)
+    for figure, expected in zip(drawn, (1, 0), strict=True):
+        panels = [axes for axes in figure.axes if axes.get_visible()]
+        for axes in panels:
+            dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
+            assert len(dotted) == expected
+            assert all(set(line.get_ydata()) == {0.25} for line in dotted)
+            assert not expected or axes.get_ylim()[0] < 0.25
+        assert ("chance" in [t.get_text() for t in figure.legends[0].get_texts()]) == bool(expected)
 
 
 def test_pareto_front_is_what_nothing_beats(drawn):

@@ -50,6 +50,15 @@ def test_a_trace_is_read_and_its_mistakes_are_named(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=words):
             failures.read_trace(str(file), 3)
+        file.write_text(f"\ufeff{text}", encoding="utf-8")  # as from a spreadsheet: the same
+        with pytest.raises(ValueError, match=words):
+            failures.read_trace(str(file), 3)
+    file.write_bytes(b"\xef\xbb\xbfround,client,reason\r\n2,1,night shift\r\n")
+    assert failures.read_trace(str(file), 3) == {2: {1: "night shift"}}
+    for line in (f"1,1,{'x' * 200_000}", f"{'9' * 5000},1,x", "1\0,1,x"):
+        file.write_text(f"round,client,reason\n{line}\n")
+        with pytest.raises(ValueError, match=r"trace\.csv, line [12]: "):
+            failures.read_trace(str(file), 3)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="no UTF-8"):
         failures.read_trace(str(file), 3)

@@ -57,6 +57,39 @@ def test_accuracy_picture_holds_what_was_measured(tmp_path, figures, tasks, roun
         assert min(picture.size) > 400
 
 
+def test_chance_is_a_line_of_its_own_and_in_sight(tmp_path, figures):
+    records = list(accuracy_records(3, 4))
+    chance = {"task 0": 1 / 2, "task 1": 1 / 10, "task 2": 1 / 100, "of no curve": 1.0}
+    report.plot_accuracy(records, tmp_path / "a.png", title="t", chance=chance)
+    (axes,) = figures[0].axes
+    (line,) = (line for line in axes.lines if line.get_label() == "chance, mean")
+    np.testing.assert_allclose(line.get_ydata(), (0.5 + 0.1 + 0.01) / 3)
+    assert axes.get_ylim()[0] < 0.2033 < axes.get_ylim()[1]
+    assert "chance, mean" in [text.get_text() for text in figures[0].legends[0].get_texts()]
+
+
+def test_dollars_in_names_are_no_mathematics(tmp_path, figures):
+    names, title = ["$x_", "cost $1^$"], "a$b$ $\\frac$"
+    accuracy = {
+        "validation_mean": 0.5,
+        "test_mean": 0.5,
+        "test_per_task": dict.fromkeys(names, 0.5),
+    }
+    report.plot_accuracy([{"round": 1, "accuracy": accuracy}], tmp_path / "a.png", title=title)
+    report.plot_similarity(np.eye(2), names, names, tmp_path / "s.png", title=title)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_similarities_that_are_noise_stay_pale(tmp_path, figures):
+    matrix = np.array([[1, 0.502], [0.502, 1]])
+    report.plot_similarity(matrix, ["a", "b"], ["a", "b"], tmp_path / "s.png", title="t")
+    (image,) = (c for c in figures[0].axes[0].get_children() if isinstance(c, AxesImage))
+    assert image.get_clim() == pytest.approx((0.45, 0.55))
+    noise, middle = (image.cmap(image.norm(value)) for value in np.array([0.502, 0.5]))
+    assert min(noise[:3]) > 0.9
+    assert min(middle[:3]) > 0.95
+
+
 def test_names_beside_the_lines_do_not_cover_each_other(tmp_path, figures):
     ends = {f"task {i}": 0.95 + i / 1000 for i in range(8)} | {"low": 0.3}
     measured = {"validation_mean": 0.9, "test_mean": 0.9, "test_per_task": ends}

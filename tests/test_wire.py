@@ -541,6 +541,53 @@ def test_nothing_is_allocated_before_it_is_known_to_fit():
     assert wire.decode(small, there, max_bytes=largest).tasks == (0, 1)
 
 
+class Promising(io.BytesIO):
+    """A stream like a pipe, with few bytes at a time, that would allocate whatever is asked."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self.asked = 0
+
+    def read(self, size=-1):
+        self.asked = max(self.asked, size or 0)
+        return super().read(min(size or 0, 1000))
+
+
+def test_memory_is_taken_as_bytes_come_whatever_a_header_promises():
+    large = {"x": jax.ShapeDtypeStruct((10**10,), jnp.float32)}
+    head = bytearray(wire.encode(unified(2), [0, 1])[:36])
+    head[20:36] = wire.fingerprint(large)
+    tracemalloc.start()
+    stream = Promising(bytes(head) + bytes(5000))
+    with pytest.raises(wire.WireError, match="truncated: found 5036 bytes, expected 4"):
+        wire.read(stream, large)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert stream.asked <= 2**20
+    assert peak < 2**23
+
+
+def test_a_stream_may_give_a_message_in_pieces():
+    message = wire.encode(with_masks(1.0), [0, 1], compress=True)
+    there = {"x": jnp.zeros(40_000)}
+    found, whole = wire.read(Promising(message + b"more"), there), wire.decode(message, there)
+    assert found.tasks == whole.tasks
+    for one, other in zip(
+        jax.tree.leaves(found.unified), jax.tree.leaves(whole.unified), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_no_message_has_more_tasks_than_there_are():
+    message = wire.encode(unified(3), [0, 1, 2])
+    for read in (
+        wire.decode,
+        lambda data, *args, **words: wire.read(io.BytesIO(data), *args, **words),
+    ):
+        with pytest.raises(wire.WireError, match="found 3 tasks, expected 1 to 2"):
+            read(message, like(), num_tasks=2)
+
+
 def test_a_round_over_messages_is_the_round_over_arrays():
     uploads = matu.unify(tree((5,)), SLOTS)
     messages = {}

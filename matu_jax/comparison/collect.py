@@ -8,9 +8,11 @@ import numpy as np
 from scipy import stats
 
 from matu_jax.comparison.plan import Comparison, Run, arms_of, runs
-from matu_jax.json_files import read_json
-from matu_jax.metrics import MetricsLog
+from matu_jax.metrics import MetricsLog, read_summary
 
+FEWEST_SEEDS = 5  # from which a difference can be told from the luck of the draw
+LEVEL = 0.05  # of significance
+TOO_FEW = "too few seeds to tell"
 _NEAR = 0.95  # of the reference's accuracy
 
 
@@ -28,6 +30,9 @@ def collect(
     Returns:
       Plain values; see `comparison.report` for their use. Accuracies are fractions, of the test
       split at the round with the best validation accuracy; std is the sample's, over seeds.
+
+    Raises:
+      ValueError: if a run's files are damaged, with what to do.
     """
     command = f"python -m matu_jax.compare --config {file}"
     results = {run: _result(run.folder(workdir)) for run in runs(comparison)}
@@ -100,6 +105,9 @@ def _setting(
         "description": setting.description,
         "overrides": dict(setting.fields),
         "tasks": tasks,
+        "chance": _mean(list((there[0]["summary"].get("chance") or {}).values()))
+        if there
+        else None,
         "label_spaces": there[0]["summary"]["label_spaces"] if there else [],
         "clients": there[0]["summary"]["config"]["data"]["clients"] if there else None,
         "rounds": there[0]["summary"]["rounds"] if there else None,
@@ -113,8 +121,15 @@ def _setting(
 def _result(folder: Path) -> dict[str, Any] | None:
     if not (folder / "summary.json").exists():
         return None
-    summary = read_json(folder / "summary.json")
-    return {"summary": summary, "records": MetricsLog(folder / "metrics.jsonl").records()}
+    try:
+        summary = read_summary(folder / "summary.json")
+        records = MetricsLog(folder / "metrics.jsonl").rounds(summary["rounds"])
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Bring the file back from a copy, or remove {folder}: the same command makes "
+            "that run again."
+        ) from None
+    return {"summary": summary, "records": records}
 
 
 def _arm(
@@ -215,10 +230,11 @@ def _against_ours(comparison, label, found, results) -> dict[str, Any] | None:
     """
     if label == comparison.ours:
         return None
-    differences = []
+    differences, seeds = [], 0
     for seed, result in found.items():
         ours = results.get((comparison.ours, seed))
         if result and ours:
+            seeds += 1
             mine, theirs = (r["summary"]["accuracy"]["per_task"] for r in (ours, result))
             differences += [
                 theirs[task] - mine[task]
@@ -234,12 +250,40 @@ def _against_ours(comparison, label, found, results) -> dict[str, Any] | None:
         above: Any = stats.wilcoxon(differences, zero_method="zsplit", alternative="greater")
         ranks = len(differences) * (len(differences) + 1) / 2
         correlation = float(2 * above.statistic / ranks - 1)
-    return {
+    tested = {
         "difference": float(np.mean(differences)),
         "p_value": p_value,
         "rank_correlation": correlation,
         "pairs": len(differences),
+        "seeds": seeds,
     }
+    return tested | {"verdict": verdict(tested, seeds)}
+
+
+def verdict(tested: Mapping[str, Any] | None, seeds: int) -> str:
+    """What ours does to an arm, in a word.
+
+    Args:
+      tested: with "difference" (the arm's accuracy minus ours) and "p_value"; "rank_correlation",
+        where it is known.
+      seeds: from how many.
+
+    Returns:
+      "beats", "ties" or "loses"; "mixed" where the mean and the ranks of the differences disagree
+      whose the advantage is; "too few seeds to tell"; or "untested".
+    """
+    difference, p_value, ranks = (
+        (tested or {}).get(key) for key in ("difference", "p_value", "rank_correlation")
+    )
+    if difference is None or p_value is None:
+        return "untested"
+    if seeds < FEWEST_SEEDS:
+        return TOO_FEW
+    if p_value >= LEVEL or difference == 0:
+        return "ties"
+    if ranks is not None and difference * ranks < 0:
+        return "mixed"
+    return "beats" if difference < 0 else "loses"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -99,13 +99,16 @@ def traffic(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> 
     return _drawing(figure)
 
 
-def curves(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> Drawing | None:
+def curves(
+    arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str, chance: float | None = None
+) -> Drawing | None:
     """Draws accuracy over rounds, a panel per arm; None if no arm has a curve.
 
     Args:
       arms: `comparison["settings"][i]["arms"]`.
       ours: label of the arm to show in every panel.
       reference: label of the other arm to show in every panel.
+      chance: the accuracy of guessing, in the mean over tasks; None = no line.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -139,6 +142,9 @@ def curves(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> D
         marker = "o" if len(rounds) <= 12 else ""
         style = {"color": color, "linewidth": 2, "marker": marker, "markersize": 3, "zorder": 3}
         panel.plot(rounds, mean, **style)
+        if chance is not None:
+            style = {"color": _REFERENCE, "linewidth": 0.8, "linestyle": ":", "zorder": 1}
+            shown["chance"] = panel.axhline(chance, **style)
         bold = label in (ours, reference)
         panel.set_title(
             _name(label, 20 if bold else 24),
@@ -162,13 +168,16 @@ def curves(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> D
     edges = [
         mean + np.nan_to_num(side * std) for _, mean, std in lines.values() for side in (-1, 1)
     ]
-    low, high = _span([value for edge in edges for value in edge])
+    guessed = [] if chance is None else [chance]
+    low, high = _span([*guessed, *(value for edge in edges for value in edge)])
     first.set_ylim(low, high)
     _percent_axis(first.yaxis)
     figure.supxlabel("round", fontsize=9)
     figure.supylabel("test accuracy, mean over tasks", fontsize=9)
     names = {ours: f"{_name(ours)} (ours)", reference: f"{_name(reference)} (reference)"}
-    order = [key for key in dict.fromkeys(("± std", ours, reference, "others")) if key in shown]
+    order = [
+        key for key in dict.fromkeys(("± std", ours, reference, "others", "chance")) if key in shown
+    ]
     if order:
         figure.legend(
             [shown[key] for key in order],
@@ -289,7 +298,7 @@ def similarity(
     np.fill_diagonal(cells, np.nan)
     if not np.isfinite(cells).any():
         return None
-    spread = max(float(np.nanmax(np.abs(cells - 0.5))), 0.01)
+    spread = max(float(np.nanmax(np.abs(cells - 0.5))), report.LEAST_SPREAD)
     related = np.equal.outer([families[i] for i in order], [families[i] for i in order])
     truth = np.where(np.eye(len(tasks), dtype=bool), np.nan, related.astype(float))
 
@@ -507,7 +516,7 @@ def _name(text: str, longest: int = 28) -> str:
     """A label that is not too long, in which a dollar sign does not begin mathematics."""
     text = " ".join(str(text).split())
     text = text if len(text) <= longest else text[: longest - 1] + "…"
-    return text.replace("$", r"\$")
+    return report._literal(text)
 
 
 def _words_width(names: Sequence[str]) -> float:

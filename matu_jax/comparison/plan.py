@@ -149,6 +149,8 @@ def check(comparison: Comparison) -> None:
                 problems.append(f"settings[{name!r}].arms: found {label!r}, no such arm.{hint}")
     if comparison.tuning_setting not in ("", *comparison.settings):
         problems.append(f"tuning_setting: found {comparison.tuning_setting!r}, no such setting.")
+    if len(set(comparison.seeds)) < len(comparison.seeds):
+        problems.append(f"seeds: found {comparison.seeds}, expected each one once.")
     if comparison.tuning_seed in comparison.seeds:
         problems.append(
             f"tuning_seed: found {comparison.tuning_seed}, which is one of seeds; the search has "
@@ -231,7 +233,9 @@ def read_tuned(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path)
         damaged = not all(isinstance(arm["chosen"], dict) for arm in found["arms"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         damaged = True
     if damaged:
         raise ValueError(f"{path} is damaged.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matu_jax.comparison import figures
+from matu_jax.comparison.collect import FEWEST_SEEDS, LEVEL, TOO_FEW, verdict
 from matu_jax.comparison.figures import mean_accuracy, number, total_traffic
 from matu_jax.comparison.html import (
     Block,
@@ -31,7 +32,6 @@ from matu_jax.comparison.html import (
 from matu_jax.report import human_bits, human_bytes
 
 _NONE = "–"
-_LEVEL = 0.05  # of significance
 _RESULT_HEADER = (
     "arm",
     "test accuracy",
@@ -160,8 +160,10 @@ def _in_short(setting: Mapping[str, Any], ours: str, reference: str) -> Iterator
     if not best:
         yield ["No arm has a result yet."]
         return
+    seeds = max(sum(v is not None for v in arm["accuracy"].get("per_seed") or []) for arm in best)
+    word = "Best" if seeds >= FEWEST_SEEDS else "Highest accuracy"
     for arm in best:
-        yield ["Best: ", Bold(arm["label"]), " with ", Bold(_accuracy(arm)), "."]
+        yield [f"{word}: ", Bold(arm["label"]), " with ", Bold(_accuracy(arm)), "."]
     by_label = {arm["label"]: arm for arm in arms}
     our, their = by_label.get(ours) or {}, by_label.get(reference) or {}
     if mean_accuracy(our) is None:
@@ -186,39 +188,28 @@ def _in_short(setting: Mapping[str, Any], ours: str, reference: str) -> Iterator
     for arm in arms:
         if arm["label"] != ours:
             verdicts.setdefault(_verdict(arm), []).append(arm["label"])
-    for verdict, words in (
-        ("beats", f"{ours} beats (p < {_LEVEL}): "),
-        ("ties", f"{ours} cannot be told from (p ≥ {_LEVEL}): "),
-        ("loses", f"{ours} loses to (p < {_LEVEL}): "),
+    for said, words in (
+        ("beats", f"{ours} beats (p < {LEVEL}): "),
+        ("ties", f"{ours} cannot be told from (p ≥ {LEVEL}): "),
+        ("loses", f"{ours} loses to (p < {LEVEL}): "),
         (
             "mixed",
-            f"{ours} is ahead on most tasks or in the mean, but not both, of (p < {_LEVEL}): ",
+            f"{ours} is ahead on most tasks or in the mean, but not both, of (p < {LEVEL}): ",
         ),
+        (TOO_FEW, f"Too few seeds to tell (fewer than {FEWEST_SEEDS}) whether {ours} beats: "),
         ("untested", f"Not tested against {ours}: "),
     ):
-        if found := verdicts.get(verdict):
+        if found := verdicts.get(said):
             yield [words, "; ".join(found), "."]  # a label may hold a comma
 
 
 def _verdict(arm: Mapping[str, Any]) -> str:
-    """What ours does to the arm: beats, ties, loses, mixed (see `_is_mixed`), or untested."""
-    difference, p = _of(arm, "against_ours", "difference"), _of(arm, "against_ours", "p_value")
-    if difference is None or p is None:
-        return "untested"
-    if p >= _LEVEL or difference == 0:
-        return "ties"
-    if _is_mixed(arm):
-        return "mixed"
-    return "beats" if difference < 0 else "loses"
-
-
-def _is_mixed(arm: Mapping[str, Any]) -> bool:
-    """Whether there is a difference, but the mean and the ranks of differences disagree whose."""
-    difference, p = _of(arm, "against_ours", "difference"), _of(arm, "against_ours", "p_value")
-    ranks = _of(arm, "against_ours", "rank_correlation")
-    if difference is None or p is None or ranks is None:
-        return False
-    return p < _LEVEL and difference * ranks < 0
+    """What ours does to the arm; see `collect.verdict`."""
+    tested = arm.get("against_ours") or {}
+    known = {key: number(tested.get(key)) for key in ("difference", "p_value", "rank_correlation")}
+    measured = (arm.get("accuracy") or {}).get("per_seed") or []
+    seeds = tested.get("seeds", sum(value is not None for value in measured))  # older: not counted
+    return verdict(known, seeds)
 
 
 def _about(setting: Mapping[str, Any]) -> Iterator[Block]:
@@ -325,7 +316,9 @@ def _result_notes(
     ]
     if any(arm.get("server_state_per_client") for arm in arms):
         notes.append(" † This state grows with the number of clients.")
-    if any(_is_mixed(arm) for arm in arms):
+    if any(_verdict(arm) == TOO_FEW for arm in arms):
+        notes.append(f" Without a p-value: from fewer than {FEWEST_SEEDS} seeds, {TOO_FEW}.")
+    if any(_verdict(arm) == "mixed" for arm in arms):
         notes.append(
             " ‡ One of the two arms is ahead on most tasks and the other in the mean: many small "
             "differences against a few large ones."
@@ -372,12 +365,13 @@ def _pictures(
     )
     yield picture(
         "rounds",
-        figures.curves(arms, **labels),
+        figures.curves(arms, chance=number(setting.get("chance")), **labels),
         f"A panel per arm of setting {name}: accuracy over rounds.",
         [
             Bold("Accuracy over rounds."),
             " One panel per arm, all on the same scale: the thick line is that arm, its band is "
-            f"± std over seeds. {repeated} in each panel for comparison.",
+            f"± std over seeds. {repeated} in each panel for comparison."
+            + (" The dotted line is chance: guessing." if setting.get("chance") else ""),
             hidden,
         ],
         "No accuracy over rounds was recorded.",
@@ -440,6 +434,19 @@ def _similarity_table(arms: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
 
 
 def _significance(settings: Sequence[Mapping[str, Any]], ours: str) -> Iterator[Block]:
+    arms = [arm for setting in settings for arm in setting.get("arms") or []]
+    if any(_verdict(arm) == TOO_FEW for arm in arms):
+        yield Heading(2, "Why no verdict is given")
+        yield Paragraph(
+            [
+                f"Where fewer than {FEWEST_SEEDS} seeds were run, the report does not say which of "
+                "two arms is better: that takes the spread over seeds, which so few do not show. "
+                "Many tasks do not replace seeds, since those of one run share its clients, its "
+                "split and its luck. More of them: the seeds in the comparison’s file, or --seeds."
+            ]
+        )
+    if all(_verdict(arm) in (TOO_FEW, "untested") for arm in arms):
+        return
     yield Heading(2, "What the p-values mean")
     pairs = {
         setting["name"]: sorted(
@@ -460,7 +467,7 @@ def _significance(settings: Sequence[Mapping[str, Any]], ours: str) -> Iterator[
             f"task with one seed: the arm’s accuracy there, and that of {ours}. The test ranks the "
             "differences by size and asks how often they would be as one-sided as they are if the "
             "two arms were equally good: that is p. Below "
-            f"{_LEVEL} is called a difference, the rest a tie.",
+            f"{LEVEL} is called a difference, the rest a tie.",
             f" Pairs used: {counted}." if counted else "",
         ]
     )
@@ -615,9 +622,10 @@ def _against(arm: Mapping[str, Any]) -> str:
     points = (
         f"{100 * difference:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
     )
-    if p is None:
+    said = _verdict(arm)
+    if p is None or said == TOO_FEW:
         return points
-    mark = " ‡" if _is_mixed(arm) else ""
+    mark = " ‡" if said == "mixed" else ""
     return f"{points} (p < 0.001){mark}" if p < 0.001 else f"{points} (p = {p:.3f}){mark}"
 
 
