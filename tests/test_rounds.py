@@ -19,7 +19,7 @@ from matu_jax.data import Split
 TINY = Config(
     rounds=3,
     data=DataConfig(tasks="hue/grating,ground/grating,hue/plaid", clients=3, examples_per_slot=16),
-    model=ModelConfig(checkpoint="tiny", lora_rank=2, lora_targets=("query",)),
+    model=ModelConfig(checkpoint="random", lora_rank=2, lora_targets=("query",)),
     local=LocalConfig(steps=2, batch_examples=4),
     evaluation=EvaluationConfig(every_rounds=2, batch_examples=16),
 )
