@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import runpy
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -99,6 +100,26 @@ def without_devices(error: Exception) -> str | None:
             "for a Cloud TPU: pip install 'jax[tpu]'."
         )
     return f"{text}. Set JAX_PLATFORMS=cpu to run without an accelerator."
+
+
+def changes(argv: Sequence[str]) -> list[str]:
+    """The words of a command line that change fields, each as `--config.FIELD=VALUE`."""
+    words, found = iter(argv[1:]), []
+    for word in words:
+        if word.startswith("--config."):
+            found.append(word if "=" in word else f"{word}={next(words, '')}")
+    return found
+
+
+def command(program: str, file: Path | str, words: Sequence[str] = ()) -> str:
+    """A command line that a message tells to run, quoted for a shell.
+
+    Args:
+      program: of the package, such as "train".
+      file: of `--config`.
+      words: what follows, such as `changes` and other options.
+    """
+    return shlex.join(["python", "-m", f"matu_jax.{program}", "--config", str(file), *words])
 
 
 def read_words(

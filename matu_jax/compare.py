@@ -29,7 +29,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from matu_jax import algorithms, train
-from matu_jax.commandline import UserError, plain_console, read_words, run_file, run_program
+from matu_jax.commandline import (
+    UserError,
+    changes,
+    plain_console,
+    read_words,
+    run_file,
+    run_program,
+)
 from matu_jax.comparison import plan, report
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tuning import search
@@ -120,7 +127,13 @@ class Runner:
         return summary
 
 
-def tune(comparison: plan.Comparison, file: Path, workdir: Path, console: Console) -> Path:
+def tune(
+    comparison: plan.Comparison,
+    file: Path,
+    workdir: Path,
+    console: Console,
+    changed: Sequence[str] = (),
+) -> Path:
     """Searches every arm's fields with the same number of trials, and writes the result.
 
     A trial is measured after its last round only.
@@ -135,7 +148,7 @@ def tune(comparison: plan.Comparison, file: Path, workdir: Path, console: Consol
         raise UserError(f"--tune: {file} has no `search`, or no `tuned` file for its result.")
     setting = comparison.tuning_setting or next(iter(comparison.settings))
     trials = [plan.Run(setting, label, comparison.tuning_seed) for label in comparison.arms]
-    _check_inputs(comparison, trials, file)
+    _check_inputs(comparison, trials, file, changed)
     target = file.parent / comparison.tuned
     found = {"arms": {}}
     if target.exists():
@@ -175,7 +188,11 @@ def tune(comparison: plan.Comparison, file: Path, workdir: Path, console: Consol
 
 
 def compare(
-    comparison: plan.Comparison, file: Path, workdir: Path, console: Console
+    comparison: plan.Comparison,
+    file: Path,
+    workdir: Path,
+    console: Console,
+    changed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Makes all runs that are not there yet, and the report after each setting and seed.
 
@@ -190,7 +207,7 @@ def compare(
     except ValueError as error:
         raise UserError(str(error)) from None
     runs = list(plan.runs(comparison))
-    _check_inputs(comparison, runs, file)
+    _check_inputs(comparison, runs, file, changed)
     _print_plan(comparison, runs, workdir, console)
     news = False
     with Runner(len(runs)) as runner:
@@ -212,12 +229,15 @@ def compare(
     return found
 
 
-def _check_inputs(comparison: plan.Comparison, runs: Sequence[plan.Run], file: Path) -> None:
+def _check_inputs(
+    comparison: plan.Comparison, runs: Sequence[plan.Run], file: Path, changed: Sequence[str]
+) -> None:
     """Checks that what runs need is there, before the first of hours; see `train.check_inputs`."""
     messages = {}
     for setting, arm in dict.fromkeys((run.setting, run.arm) for run in runs):
         try:
-            train.check_inputs(plan.run_config(comparison, plan.Run(setting, arm, 0)), file)
+            config = plan.run_config(comparison, plan.Run(setting, arm, 0))
+            train.check_inputs(config, file, changed)
         except UserError as error:
             messages.setdefault(str(error), f"{setting} / {arm}")
     if messages:
@@ -247,10 +267,11 @@ def main(argv: Sequence[str]) -> int:
         comparison, file, workdir, tuning = parse(argv)
         use_cores()
         keep_programs()
+        given = comparison, file, workdir, console, changes(argv)
         if tuning:
-            console.print(f"Written: {tune(comparison, file, workdir, console)}")
+            console.print(f"Written: {tune(*given)}")
         else:
-            compare(comparison, file, workdir, console)
+            compare(*given)
 
     return run_program(work, interrupted=train.INTERRUPTED)
 

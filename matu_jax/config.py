@@ -51,7 +51,7 @@ class DataConfig:
     clients: int = _field(12, at_least=1)
     tasks_per_client: int = _field(2, at_least=1)
     assignment: tuple = ()
-    examples_per_slot: int = _field(128, at_least=0)
+    examples_per_slot: int = _field(0, at_least=0)
     dirichlet_alpha: float = _field(0.0, at_least=0)
     seed: int = _field(0, at_least=0, at_most=2**31 - 1)
 

@@ -28,7 +28,14 @@ from rich.text import Text
 from matu_jax import algorithms, models, rounds, train
 from matu_jax import workdir as workdirs
 from matu_jax.checkpoint import Checkpoints, unreadable
-from matu_jax.commandline import UserError, read_config, run_program, without_devices
+from matu_jax.commandline import (
+    UserError,
+    changes,
+    command,
+    read_config,
+    run_program,
+    without_devices,
+)
 from matu_jax.config import Config
 from matu_jax.parallel import memory_there, slot_mesh, use_cores
 from matu_jax.provenance import versions
@@ -63,13 +70,16 @@ class Finding(NamedTuple):
     text: str
 
 
-def examine(config: Config, file: Path, workdir: Path | None) -> Iterator[Finding]:
+def examine(
+    config: Config, file: Path, workdir: Path | None, changed: Sequence[str] = ()
+) -> Iterator[Finding]:
     """Looks at everything that a run needs.
 
     Args:
       config: the experiment.
       file: its file, for the commands in messages.
       workdir: where the run shall go, or is; None = not decided.
+      changed: `commandline.changes`, for the same commands.
     """
     yield _packages()
     yield _extras()
@@ -83,7 +93,7 @@ def examine(config: Config, file: Path, workdir: Path | None) -> Iterator[Findin
         yield Finding("problem", "devices", text)
         return
     try:
-        train.check_inputs(config, file)
+        train.check_inputs(config, file, changed)
         yield Finding("ok", "data and checkpoint", "all are there")
     except UserError as error:
         ready = False
@@ -217,12 +227,14 @@ def main(argv: Sequence[str]) -> int:
         workdir = Path(options["workdir"]) if "workdir" in options else None
         table = Table(box=None, show_header=False, pad_edge=False)
         worst = 0
-        for level, subject, text in examine(config, file, workdir):
+        changed = changes(argv)
+        for level, subject, text in examine(config, file, workdir, changed):
             table.add_row(Text(level, style=_STYLE[level]), subject, Text(text))
             worst = max(worst, list(_STYLE).index(level))
         console.print(table)
         if worst < 2:
-            console.print(f"python -m matu_jax.train --config {file} can be run.", markup=False)
+            words = [*changed, *(["--workdir", str(workdir)] if workdir else [])]
+            console.print(f"{command('train', file, words)} can be run.")
         return 2 if worst == 2 else 0
 
     return run_program(work, interrupted="Interrupted.")

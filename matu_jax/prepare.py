@@ -34,7 +34,7 @@ from matu_jax.commandline import UserError, read_config, read_words, run_file, r
 from matu_jax.comparison import plan
 from matu_jax.config import Config, override
 from matu_jax.data import Transform, preparation, prepared, selection
-from matu_jax.models.architectures import transform_of
+from matu_jax.models.architectures import check_heads, transform_of
 from matu_jax.report import human_bytes
 
 
@@ -83,6 +83,10 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
             "nothing to prepare."
         )
         return True
+    try:
+        check_heads(config.model, names)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if config.data.folders and not Path(config.data.folders).is_dir():
         raise UserError(f"config.data.folders: {config.data.folders}: there is no such directory.")
     console.print(

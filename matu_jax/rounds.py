@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from matu_jax import attacks, failures, privacy
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm, frame_bits, message_bits
+from matu_jax.commandline import command
 from matu_jax.config import Config
 from matu_jax.data import Task, embedded, prepared, selection, synthetic
 from matu_jax.data.batching import gather, round_indices
@@ -140,7 +141,16 @@ def load_tasks(config: Config) -> tuple[Task, ...]:
         transform=transform,
         folders=data.folders,
         validation_fraction=data.validation_fraction,
+        command=_prepare_command(config),
     )
+
+
+def _prepare_command(config: Config) -> str:
+    """What prepares an experiment's datasets, whichever FILE is given."""
+    words = [f"--config.data.{name}={getattr(config.data, name)}" for name in ("tasks", "folders")]
+    fields = ("architecture", "checkpoint", "head", "task_heads")
+    words += [f"--config.model.{name}={getattr(config.model, name)}" for name in fields]
+    return command("prepare", "FILE", words)
 
 
 def federate(config: Config) -> Federation:

@@ -46,7 +46,14 @@ from rich.console import Console
 
 from matu_jax import algorithms, attacks, hosts, models, privacy, report, rounds
 from matu_jax.checkpoint import Checkpoints
-from matu_jax.commandline import UserError, plain_console, read_config, run_program
+from matu_jax.commandline import (
+    UserError,
+    changes,
+    command,
+    plain_console,
+    read_config,
+    run_program,
+)
 from matu_jax.config import Config
 from matu_jax.data import embedded, prepared, selection
 from matu_jax.interruption import Stopped, StopRequest
@@ -58,7 +65,7 @@ from matu_jax.metrics import (
     selected,
     write_json,
 )
-from matu_jax.models.architectures import transform_of
+from matu_jax.models.architectures import check_heads, transform_of
 from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
 from matu_jax.progress import Rounds
@@ -104,8 +111,13 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path, Path, dict[str, str]]:
     return config, file, Path(workdir), options
 
 
-def check_inputs(config: Config, file: Path) -> None:
+def check_inputs(config: Config, file: Path, changed: Sequence[str] = ()) -> None:
     """Checks that the datasets and the checkpoint are there, fetching the latter if need be.
+
+    Args:
+      config: the experiment.
+      file: its file, for the commands in messages.
+      changed: `commandline.changes`, for the same.
 
     Raises:
       UserError: one message with everything that is missing, and how to get it.
@@ -120,6 +132,8 @@ def check_inputs(config: Config, file: Path) -> None:
         names = rounds.task_names(config)
         data = config.data
         generated = selection.is_generated(data.tasks, data.folders)
+        if not generated:
+            check_heads(config.model, names)
         if not generated and data.source == "prepared":
             transform = transform_of(config.model)
             absent = prepared.missing(names, transform=transform, folders=data.folders)
@@ -127,7 +141,7 @@ def check_inputs(config: Config, file: Path) -> None:
                 problems.append(
                     f"data: {len(absent)} of {len(names)} datasets are not prepared "
                     f"({', '.join(absent)}). Prepare them with\n"
-                    f"    python -m matu_jax.prepare --config {file}\n"
+                    f"    {command('prepare', file, changed)}\n"
                     "  or try the experiment with stand-ins: --config.data=synthetic"
                 )
         if config.model.architecture != "embedded" and config.model.checkpoint != "random":
@@ -547,7 +561,7 @@ def main(argv: Sequence[str]) -> int:
             console = Console(quiet=True)
         if not _is_finished(workdir):
             with hosts.together():
-                check_inputs(config, file)
+                check_inputs(config, file, changes(argv))
         with contextlib.ExitStack() as stack:
             with hosts.together():
                 if hosts.is_first():

@@ -1,6 +1,7 @@
 """The program that prepares datasets, on generated image folders."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 from PIL import Image
 
 import matu_jax
-from matu_jax import compare, prepare
+from matu_jax import compare, prepare, rounds, train
+from matu_jax.commandline import read_config
 from matu_jax.data import Transform, prepared
 from matu_jax.models.architectures import ARCHITECTURES
 
@@ -264,7 +266,9 @@ def test_folders_of_ones_own_need_no_entry_anywhere(images, tmp_path, capsys):
     (own / "眼科/test").rename(tmp_path / "test")
     words = ["--config.data.tasks=", f"--config.data.folders={own}"]
     words += ["--config.model.architecture=embedded", "--config.model.checkpoint=embedded"]
-    assert run(*words) == 0
+    assert run(*words) == 2
+    assert "config.model.head: found 'frozen' for my ward [a], 眼科, a" in capsys.readouterr().err
+    assert run(*words, "--config.model.head=trained") == 0
     out = capsys.readouterr().out
     assert row(out, "my ward [a]")[1:4] == ["folder", "11", "4"]
     assert row(out, "眼科")[1:4] == ["folder", "14", "4"]
@@ -274,6 +278,35 @@ def test_folders_of_ones_own_need_no_entry_anywhere(images, tmp_path, capsys):
     assert task.train.images.shape[1:] == (32, 32, 3)
     assert run("--config.data.tasks=my ward", f"--config.data.folders={own}") == 2
     assert "did you mean 'my ward [a]'" in capsys.readouterr().err
+
+
+def test_what_a_message_tells_to_run_does_it(images, tmp_path, capsys):
+    """The command is run as it stands there, by a shell, whatever names it holds."""
+    own = tmp_path / "my images & [others]"
+    dataset(own, "left; right", 2)
+    words = [
+        "--config.data.tasks=left; right",
+        f"--config.data.folders={own}",
+        "--config.model.architecture",
+        "vit_b16",
+        "--config.model.head=trained",
+        "--config.model.checkpoint=random",
+    ]
+    assert train.main(["train", "--config", EXPERIMENT, *words]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "matu_jax.prepare" in line]
+    program, *rest = shlex.split(told[0])
+    assert (program, *rest[:2]) == ("python", "-m", "matu_jax.prepare")
+    assert prepare.main(rest[1:]) == 0
+    capsys.readouterr()
+    config, file, _ = read_config(["train", "--config", EXPERIMENT, *words], "")
+    train.check_inputs(config, file)
+    # What a program says that has no file of the experiment's holds all that matters.
+    (own / "left; right/train/0/0.png").unlink()
+    with pytest.raises(ValueError, match="FILE") as caught:
+        rounds.load_tasks(config)
+    told = shlex.split(str(caught.value).partition("; run ")[2])
+    assert prepare.main([EXPERIMENT if word == "FILE" else word for word in told[2:]]) == 0
+    assert rounds.load_tasks(config)
 
 
 def test_without_a_folder_it_is_tfds(images, capsys):

@@ -4,6 +4,7 @@ Importing this file loads neither Flax nor a checkpoint library, so that data pr
 it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matu_jax.config import ModelConfig, did_you_mean
@@ -171,3 +172,30 @@ def transform_of(config: ModelConfig) -> Transform:
     from matu_jax.models.checkpoint_config import architecture_of
 
     return architecture_of(config).transform
+
+
+def check_heads(config: ModelConfig, tasks: Sequence[str]) -> None:
+    """Checks that real tasks with a frozen head have a text tower to make it of.
+
+    Said by the config alone, before images are prepared; where it takes the checkpoint to know,
+    `models.build` checks.
+
+    Args:
+      config: architecture and heads.
+      tasks: names of tasks that are not of the embedded benchmark.
+
+    Raises:
+      ValueError: names the tasks without one, and what to set.
+    """
+    known = config.architecture == "embedded" or config.architecture in ARCHITECTURES
+    if not known or getattr(ARCHITECTURES.get(config.architecture), "text", None):
+        return
+    own = dict(pair for pair in config.task_heads if isinstance(pair, tuple) and len(pair) == 2)
+    frozen = [name for name in tasks if own.get(name, config.head) == "frozen"]
+    if frozen:
+        some = ", ".join(frozen[:3]) + ", ..." * (len(frozen) > 3)
+        raise ValueError(
+            f"config.model.head: found 'frozen' for {some}, a head made of class names by a text "
+            f"tower, which architecture {config.architecture!r} does not have. Set "
+            "config.model.head = 'trained'."
+        )
