@@ -454,7 +454,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--client",
         type=int,
-        help="whose download (default: the holder with the best validation accuracy)",
+        help="whose model (default: the holder with the best validation accuracy)",
     )
     parser.add_argument(
         "--round",
@@ -474,16 +474,18 @@ def main(argv: Sequence[str]) -> int:
             run_file(options.config)  # for what it registers; the config is the run's own
         try:
             exported = read_run(options.workdir, options.task, options.client, options.round)
+        except OSError as error:
+            raise UserError(f"{error.filename or options.workdir}: {error.strerror}") from None
+        try:
             examples = len(exported.task.test.labels)
-            console.print(f"Measuring on up to {examples} test examples first.", highlight=False)
+            console.print(f"Measuring on up to {examples} test examples first.")
             write(exported, options.format, options.out)
         except OSError as error:
             raise UserError(f"--out {options.out}: {error}") from None
         console.print(
             f"{options.out}: task {exported.task.name}, client {exported.client}, after round "
             f"{exported.round}, as {options.format}. README.md there says how to load it.\n"
-            f"Round {exported.round} of {exported.config.rounds}: {exported.why}.",
-            markup=False,
+            f"Round {exported.round} of {exported.config.rounds}: {exported.why}."
         )
 
     return run_program(work, interrupted="Interrupted. Nothing is left in --out.")
