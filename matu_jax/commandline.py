@@ -122,6 +122,21 @@ def command(program: str, file: Path | str, words: Sequence[str] = ()) -> str:
     return shlex.join(["python", "-m", f"matu_jax.{program}", "--config", str(file), *words])
 
 
+def check_words(words: Sequence[str]) -> None:
+    """Refuses words that are no UTF-8, such as names of files of another encoding.
+
+    Raises:
+      UserError: since they could be neither printed nor noted in results.
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"found {word!a}, which is no UTF-8. Rename the file, or give another name."
+            ) from None
+
+
 def read_words(
     argv: Sequence[str], doc: str, options: Sequence[str] = (), flags: Sequence[str] = ()
 ) -> tuple[Path, dict[str, str], dict[str, str]]:
@@ -143,6 +158,7 @@ def read_words(
     """
     given: dict[str, str] = {}
     words = list(argv[1:])
+    check_words(words)
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):

@@ -34,7 +34,7 @@ from safetensors.numpy import save_file
 from matu_jax import algorithms, models, rounds
 from matu_jax.aggregation import Slots
 from matu_jax.checkpoint import Checkpoints
-from matu_jax.commandline import UserError, run_file, run_program
+from matu_jax.commandline import UserError, check_words, run_file, run_program
 from matu_jax.config import Config, did_you_mean, freeze
 from matu_jax.data import Task
 from matu_jax.json_files import checked, read_json
@@ -470,6 +470,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv[1:])
 
     def work(console: Console) -> None:
+        check_words(argv[1:])
         if options.config:
             run_file(options.config)  # for what it registers; the config is the run's own
         try:

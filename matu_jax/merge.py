@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from matu_jax.commandline import UserError, plain_console, run_program
+from matu_jax.commandline import UserError, check_words, plain_console, run_program
 from matu_jax.config import did_you_mean
 from matu_jax.merging import (
     PASSES,
@@ -97,6 +97,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     two = parser.add_argument_group("to rebuild one model")
     two.add_argument("--unified", type=Path, metavar="FILE", help=f"{UNIFIED}, or its folder")
     two.add_argument("--task", metavar="NAME", help="the name of the model to rebuild")
+    check_words(argv[1:])
     given, unknown = parser.parse_known_args(list(argv[1:]))
     if unknown:
         hint = did_you_mean(unknown[0].lstrip("-"), list(vars(given)))
@@ -144,6 +145,9 @@ def name_models(paths: Sequence[Path], names: Sequence[str] | None) -> dict[str,
     """
     if names is not None and len(names) != len(paths):
         raise UserError(f"--names: found {len(names)}, expected {len(paths)}, one per model.")
+
+    if names is not None and not all(names):
+        raise UserError("--names: found an empty name, expected one or more letters.")
 
     def default(path: Path) -> str:
         path = path.absolute()

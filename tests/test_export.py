@@ -292,6 +292,7 @@ def test_every_holder_can_be_asked_for(clip_run):
         ({"workdir": "nowhere"}, "config.json cannot be read"),
         ({"out": "taken"}, "is there already"),
         ({"client": "9"}, "does not hold"),
+        ({"out": "o\udcff"}, "which is no UTF-8"),
     ],
 )
 def test_mistakes_are_one_message(tmp_path, clip_run, capsys, change, words):

@@ -728,6 +728,9 @@ REBUILD = ["--base", "b", "--unified", "u", "--task", "t", "--out", "o"]
         ([*MERGE, "--method", "ties", "--density", "few"], "invalid float value: 'few'"),
         ([*MERGE, "--method", "ties", "--scale", "inf"], "--scale: found inf"),
         ([*MERGE, "--only", "a,,b"], "--only: found an empty prefix"),
+        ([*MERGE, "--only", "a,!"], "--only: found an empty prefix"),
+        ([*MERGE, "--names", ""], "--names: found an empty name"),
+        (["--base", "b", "--models", "m\udcff", "--out", "o"], "'m\\udcff', which is no UTF-8"),
         (["--base", "b", "--out", "o", "--models"], "--models: expected at least one argument"),
     ],
 )
