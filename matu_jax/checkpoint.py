@@ -15,17 +15,23 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import BaseModel, Field
 
 from matu_jax.json_files import checked, read_json
 from matu_jax.trees import PyTree, leaf_items
 
 _CHECKSUMS = "checksums.json"
 _log = logging.getLogger(__name__)
+
+
+class _Notes(BaseModel):
+    leaves: list[Annotated[list[str], Field(min_length=2, max_length=2)]]  # path and kind
+    meta: dict[str, Any]
 
 
 class Checkpoints:
@@ -173,7 +179,8 @@ class Checkpoints:
     def _notes(self, round_index: int) -> dict[str, Any]:
         with _quiet() as ocp:
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            return self._manager.restore(round_index, args=args)["meta"]
+            notes = self._manager.restore(round_index, args=args)["meta"]
+        return checked(_Notes, notes, f"{self._folder(round_index)}: damaged").model_dump()
 
     def _read(self, round_index: int, target_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
         target = _by_path(target_state)
@@ -185,7 +192,11 @@ class Checkpoints:
         if wanted:
             with _quiet() as ocp:
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-                arrays = self._manager.restore(round_index, args=args)["state"]
+                try:
+                    arrays = self._manager.restore(round_index, args=args)["state"]
+                except KeyError:  # the files are as they are listed, and the list is short
+                    folder = self._folder(round_index)
+                    raise ValueError(f"{folder}: damaged: it has no state. Remove it.") from None
         leaves = [
             _like(leaf, arrays[number[path]] if leaf.size else np.zeros(leaf.shape, leaf.dtype))
             for path, leaf in target.items()
@@ -196,7 +207,7 @@ class Checkpoints:
         return self.directory / str(round_index)
 
     def _folders(self) -> list[int]:
-        names = [path.name for path in self.directory.iterdir()]
+        names = [path.name for path in self.directory.iterdir() if path.is_dir()]
         return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
     def complete(self) -> list[int]:
@@ -205,7 +216,8 @@ class Checkpoints:
 
     def _remove(self, rounds: list[int]) -> None:
         for number in rounds:
-            (self._folder(number) / _CHECKSUMS).unlink(missing_ok=True)  # no longer complete
+            if (self._folder(number) / _CHECKSUMS).is_file():
+                (self._folder(number) / _CHECKSUMS).unlink()  # no longer complete
             shutil.rmtree(self._folder(number))
         if rounds:
             self._manager.reload()

@@ -68,6 +68,8 @@ def disk_errors(workdir: Path) -> Iterator[None]:
         if file and not Path(file).resolve().is_relative_to(workdir.resolve()):
             raise
         if file and isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
+            above = [path for path in Path(file).parents if path.exists() and not path.is_dir()]
+            file = above[0] if above else file
             raise UserError(
                 f"{file}: {error.strerror}. Move it away; then the same command with the same "
                 "--workdir goes on."

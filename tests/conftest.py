@@ -24,16 +24,15 @@ def _keep_programs(folder: Path) -> None:
     process that starts the workers removes what is not whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lockfile"):
+        for program in folder.glob("*-cache"):
+            used = program.with_name(program.name.removesuffix("-cache") + "-atime")
+            if not (_is_whole(program) and used.exists() and used.stat().st_size == 8):
+                program.unlink()
+                used.unlink(missing_ok=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2 * 1024**3)
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(512 * 1024**2)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        with FileLock(folder / ".lockfile"):
-            for program in folder.glob("*-cache"):
-                used = program.with_name(program.name.removesuffix("-cache") + "-atime")
-                if not (_is_whole(program) and used.exists() and used.stat().st_size == 8):
-                    program.unlink()
-                    used.unlink(missing_ok=True)
 
 
 def _is_whole(program: Path) -> bool:
@@ -46,7 +45,7 @@ def _is_whole(program: Path) -> bool:
     return unpacking.eof
 
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as it is in workers
     with contextlib.suppress(OSError):  # a home that cannot be written: slower, no more
         _keep_programs(Path.home() / ".cache" / "matu_jax" / "tests")
 

@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import json
 import logging
 import os
 import shutil
@@ -380,3 +381,54 @@ def test_errors_that_orbax_drops_are_not_logged(tmp_path, caplog, file, logged):
 def test_orbax_is_imported_only_when_needed():
     program = "import sys, matu_jax.checkpoint; assert 'orbax.checkpoint' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def listed_without(kept, folder):
+    """Lists fewer files, as they are: what is left out of the list is removed."""
+    sums = json.loads((folder / "checksums.json").read_text())
+    sums = {name: value for name, value in sums.items() if name.startswith(kept)}
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    shutil.rmtree(folder / "state")
+
+
+def a_folder_in_its_place(file):
+    file.unlink()
+    file.mkdir()
+
+
+ODD = {
+    "a file where a checkpoint goes": lambda folder: (folder.parent / "7").write_text("x"),
+    "a folder of another": lambda folder: (folder.parent / "mine").mkdir(),
+    "a folder without files": lambda folder: (folder.parent / "3").mkdir(),
+}
+DAMAGED = {
+    "a folder for checksums": lambda folder: a_folder_in_its_place(folder / "checksums.json"),
+    "no checksums listed": lambda folder: (folder / "checksums.json").write_text("{}"),
+    "files elsewhere": lambda folder: (folder / "checksums.json").write_text('{"/dev/zero": "x"}'),
+    "files above": lambda folder: (folder / "checksums.json").write_text('{"../1": "x"}'),
+    "a name with NUL": lambda folder: (folder / "checksums.json").write_text('{"a\\u0000": "x"}'),
+    "no state": lambda folder: shutil.rmtree(folder / "state"),
+}
+
+
+@pytest.mark.parametrize("name", [*ODD, *DAMAGED])
+def test_odd_things_are_passed_over_and_damage_falls_back(tmp_path, name):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for number in (1, 2):
+            checkpoints.save(number, {"a": np.arange(number + 0.0)}, {"round": number})
+    (ODD | DAMAGED)[name](tmp_path / "2")
+    expected = 2 if name in ODD else 1
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        found = checkpoints.restore({"a": np.zeros(expected)})
+        assert found is not None
+        assert found[0] == expected
+        checkpoints.save(expected + 1, {"a": np.zeros(1)}, {})
+        assert checkpoints.complete() == [expected, expected + 1]
+
+
+def test_a_list_of_files_that_is_short_is_said(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(2, {"a": np.arange(2.0)}, {})
+        listed_without("meta", tmp_path / "2")
+        with pytest.raises(ValueError, match="2: damaged: it has no state"):
+            checkpoints.restore({"a": np.zeros(2)})

@@ -324,7 +324,9 @@ def test_the_program_compares_tunes_and_reports(write, tmp_path, capsys):
 
     arguments.append("--settings=pairs")
     assert compare.main(["compare", *arguments, "--seeds=0"]) == 0
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
+    for arm in tuned["arms"]:  # without a terminal, a line a round
+        assert f"pairs / {arm} / seed 0: round 2 of 2: loss " in progress
     assert "2 runs: 1 settings, 2 arms, 1 seeds; 0 are done." in text
     assert "take about 2 minutes" in text
     found = json.loads((out / "comparison.json").read_text())
@@ -340,9 +342,10 @@ def test_the_program_compares_tunes_and_reports(write, tmp_path, capsys):
     assert (out / "report.md").exists()
 
     assert compare.main(["compare", *arguments, "--seeds=0,1"]) == 0
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
     assert "4 runs: 1 settings, 2 arms, 2 seeds; 2 are done." in text
-    assert "seed 0: " not in text
+    assert "seed 1: round 1 of 2: " in progress
+    assert "seed 0: " not in progress
     assert json.loads((out / "comparison.json").read_text())["seeds"] == [0, 1]
 
 

@@ -1,6 +1,7 @@
 """A run's directory after damage: what is missing, changed or of another kind is said."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -80,6 +81,8 @@ def test_a_run_goes_on_from_the_round_that_the_message_names(
     assert f"to go on after round 2, remove the newer ones in {workdir}/checkpoints" in text
     shutil.rmtree(workdir / "checkpoints" / "3")
     assert train.main(["train", experiment, *words]) == 0
+    progress = capsys.readouterr().err  # without a terminal, a line a round
+    assert re.fullmatch(r"round 3 of 3: loss [\d.]+, accuracy [\d.]+ %, [\d.]+ s\n", progress)
     results = json.loads((workdir / "summary.json").read_text("utf-8"))
     assert results["communication"] == whole["communication"]
     assert results["similarity"]["matrix"] == whole["similarity"]["matrix"]
