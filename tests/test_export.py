@@ -187,7 +187,8 @@ def test_a_plain_vision_transformer_leaves_with_its_trained_head(tmp_path, kind)
         transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=7))
     )
     tiny_clip.save(torch_model, folder)
-    config = config_of("tiny_vit", folder, head="trained")
+    architecture = "vit" if kind == "merged" else "tiny_vit"
+    config = config_of(architecture, folder, head="trained")
     workdir, out = run(tmp_path / "run", config), tmp_path / "out"
     exported = export.read_run(workdir, "svhn")
     export.write(exported, kind, out)
@@ -210,6 +211,29 @@ def test_a_plain_vision_transformer_leaves_with_its_trained_head(tmp_path, kind)
             features = adapted.base_model.model.vit.layernorm(states)[:, 0].numpy()
             head = load_file(out / "head.safetensors")
             close(features @ head["weight"].T + head["bias"], expected)
+
+
+def test_a_vision_tower_of_any_shape_without_projection_leaves(tmp_path):
+    """Its family read from config.json; patches leave a margin; adapters fit its own class."""
+    folder, images = tmp_path / "tower", np.tile(tiny_clip.images(), (1, 2, 2, 1))[:, :18, :18]
+    sizes = tiny_clip.vision_sizes(hidden_size=24, num_attention_heads=3, image_size=18)
+    config = transformers.CLIPVisionConfig(**sizes, hidden_act="relu")
+    tiny_clip.save(tiny_clip.randomised(transformers.CLIPVisionModel(config)), folder)
+    workdir = run(tmp_path / "run", config_of("clip", folder, head="trained"))
+    exported = export.read_run(workdir, "svhn")
+    expected = our_logits(workdir, exported, images)
+    for kind in ("merged", "peft"):
+        out = tmp_path / kind
+        export.write(exported, kind, out)
+        model = load(transformers.CLIPVisionModel, folder if kind == "peft" else out)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if kind == "peft":
+                model = peft.PeftModel.from_pretrained(model, out).eval()
+            features = model(tiny_clip.pixel_values(images, tiny_clip.TINY_CLIP)).pooler_output
+        head = load_file(out / "head.safetensors")
+        close(features.numpy() @ head["weight"].T + head["bias"], expected)
+        assert "CLIPVisionModel.from_pretrained" in (out / "README.md").read_text()
 
 
 def test_the_raw_task_vector_is_tuned_minus_base(tmp_path, clip_run):

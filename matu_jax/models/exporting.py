@@ -37,6 +37,13 @@ _MODULES = {
 }
 
 
+def _modules(architecture: Architecture) -> tuple[str, dict[str, str], str]:
+    """Prefix and names of the modules, and the transformers class that has them."""
+    if architecture.family == "clip" and architecture.projection is None:
+        return "encoder.layers", CLIP_PROJECTIONS, "CLIPVisionModel"
+    return _MODULES[architecture.family]
+
+
 def base_model(checkpoint: str) -> tuple[str, str | None]:
     """A base model as others find it: an absolute folder, or a hub name and its revision.
 
@@ -66,7 +73,7 @@ def write_adapter(
     Raises:
       ValueError: if every lora_b is zero, so that the adapter would change nothing.
     """
-    prefix, names, model_class = _MODULES[architecture.family]
+    prefix, names, model_class = _modules(architecture)
     tensors = {}
     for projection, pair in adapters["blocks"].items():
         for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
@@ -143,11 +150,11 @@ def write_merged(
     """
     kind = "clip_vision" if architecture.family == "clip" else "vit"
     tensors = to_huggingface(tower, kind)
-    model_class = _MODULES[architecture.family][2]
+    model_class = _modules(architecture)[2]
     config = _config_json(architecture) if source is None else None
     if source is not None:
         config = huggingface.read_json(source / "config.json")
-        for name in ("preprocessor_config.json", *huggingface.TOKENIZER_FILES):
+        for name in (*huggingface.IMAGE_FILES, *huggingface.TOKENIZER_FILES):
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
     assert config is not None
@@ -163,9 +170,7 @@ def write_merged(
         kept = huggingface.read_tensors(files, others)
         tensors = {files[name][1] if name in files else name: x for name, x in tensors.items()}
         tensors |= {files[name][1]: tensor for name, tensor in kept.items()}
-        if architecture.projection is None:
-            model_class = "CLIPVisionModel"
-        elif "vision_config" in config:
+        if architecture.projection is not None and "vision_config" in config:
             # Where CLIPVisionModelWithProjection looks for it; some checkpoints leave it out there.
             config["vision_config"]["projection_dim"] = architecture.projection
     save_file(
@@ -231,7 +236,7 @@ def without_dtypes(config: Any) -> Any:
 def _config_json(architecture: Architecture) -> dict[str, Any]:
     """config.json of an image tower alone."""
     shape = dataclasses.asdict(architecture.vision)
-    model_class = _MODULES[architecture.family][2]
+    model_class = _modules(architecture)[2]
     return {
         "architectures": [model_class],
         "model_type": "clip_vision_model" if architecture.family == "clip" else "vit",
