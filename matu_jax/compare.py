@@ -32,6 +32,7 @@ from matu_jax import algorithms, train
 from matu_jax.commandline import (
     UserError,
     changes,
+    command,
     plain_console,
     read_words,
     run_file,
@@ -178,7 +179,7 @@ def tune(
         "setting": setting,
         "seed": comparison.tuning_seed,
         "trials_per_algorithm": comparison.trials,
-        "command": f"python -m matu_jax.compare --config {file} --tune",
+        "command": command("compare", file, [*changed, "--tune"]),
         "machine": machine(),
         "versions": versions(),
     }
@@ -220,7 +221,7 @@ def compare(
                 news = False
                 with disk_errors(workdir):
                     try:
-                        found = collect(comparison, workdir, file, tuning=tuning)
+                        found = collect(comparison, workdir, file, tuning=tuning, changed=changed)
                     except ValueError as error:
                         raise UserError(str(error)) from None
                     write_json(workdir / "comparison.json", found)

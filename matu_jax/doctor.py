@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import jax
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from matu_jax import algorithms, models, rounds, train
@@ -225,13 +224,12 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(str(error)) from None
         use_cores()
         workdir = Path(options["workdir"]) if "workdir" in options else None
-        table = Table(box=None, show_header=False, pad_edge=False)
         worst = 0
         changed = changes(argv)
         for level, subject, text in examine(config, file, workdir, changed):
-            table.add_row(Text(level, style=_STYLE[level]), subject, Text(text))
+            # Lines of any length, and no table, whose cells would break the commands in them.
+            console.print(Text.assemble((f"{level:9}", _STYLE[level]), f"{subject:21}{text}"))
             worst = max(worst, list(_STYLE).index(level))
-        console.print(table)
         if worst < 2:
             words = [*changed, *(["--workdir", str(workdir)] if workdir else [])]
             console.print(f"{command('train', file, words)} can be run.")

@@ -427,7 +427,8 @@ def _card(exported: Exported, kind: str, loaded_by: str, measured: float) -> str
         "clients": f"{data.clients}, {data.tasks_per_client} tasks each; this is the model of "
         f"client {exported.client}",
         "test accuracy": f"{100 * measured:.1f} % (of these files, in float32{recorded})",
-        "data": f"{data.source} {data.tasks}, fingerprint {task.fingerprint or 'none'}",
+        "data": f"{data.source} {data.tasks or 'folders'}, "
+        f"fingerprint {task.fingerprint or 'none'}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     return exporting.model_card(

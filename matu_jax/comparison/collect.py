@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from matu_jax import commandline
 from matu_jax.comparison.plan import Comparison, Run, arms_of, runs
 from matu_jax.metrics import MetricsLog, read_summary
 
@@ -17,7 +18,12 @@ _NEAR = 0.95  # of the reference's accuracy
 
 
 def collect(
-    comparison: Comparison, workdir: Path, file: Path, *, tuning: Mapping[str, Any] | None
+    comparison: Comparison,
+    workdir: Path,
+    file: Path,
+    *,
+    tuning: Mapping[str, Any] | None,
+    changed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Gathers what comparison.json holds, from the runs that are finished.
 
@@ -26,6 +32,7 @@ def collect(
       workdir: where the runs are.
       file: the comparison's file, for the commands.
       tuning: what the search's file holds.
+      changed: `commandline.changes`, for the commands.
 
     Returns:
       Plain values; see `comparison.report` for their use. Accuracies are fractions, of the test
@@ -34,7 +41,7 @@ def collect(
     Raises:
       ValueError: if a run's files are damaged, with what to do.
     """
-    command = f"python -m matu_jax.compare --config {file}"
+    command = commandline.command("compare", file, changed)
     results = {run: _result(run.folder(workdir)) for run in runs(comparison)}
     return {
         "name": file.stem,

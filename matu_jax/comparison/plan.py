@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from matu_jax.commandline import command
 from matu_jax.config import Config, did_you_mean, freeze, set_field
 from matu_jax.json_files import read_json
 
@@ -258,7 +259,7 @@ def with_tuned(comparison: Comparison, file: Path) -> tuple[Comparison, dict[str
     if not comparison.tuned:
         return comparison, None
     path = file.parent / comparison.tuned
-    advice = f"Make it with: python -m matu_jax.compare --config {file} --tune"
+    advice = f"Make it with: {command('compare', file, ['--tune'])}"
     try:
         found = read_tuned(path)
     except FileNotFoundError:
