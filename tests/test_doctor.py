@@ -74,7 +74,7 @@ def test_a_run_is_seen_before_in_the_middle_of_and_after_it(ask, tmp_path):
 
     (run / "config.json").write_text("{")
     code, text = ask(*words)
-    assert (code, "is damaged" in text) == (2, True)
+    assert (code, "config.json: damaged" in text) == (2, True)
 
 
 def test_a_folder_of_something_else_and_one_with_a_config_alone(ask, tmp_path):
