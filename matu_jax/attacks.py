@@ -14,8 +14,10 @@ or something else that the client controls:
     label_flip  the client trains on wrong labels: class c of C becomes C - 1 - c
     masks       every bit of the upload's masks is inverted
     scales      the upload's scales are s times as large
+    hidden      the upload's vector is 1e-25 times as long, its scales 1e25 s times as large: the
+                same as "scales" for whoever multiplies the two, but not for whoever squares one
 
-The last two need an algorithm whose uploads have masks and scales. A liar lies about all of its
+The last three need an algorithm whose uploads have masks and scales. A liar lies about all of its
 tasks, in every round. What liars hold is evaluated like what all others hold.
 """
 
@@ -31,7 +33,8 @@ from matu_jax.config import AttackConfig
 from matu_jax.privacy import gaussian, slot_keys
 from matu_jax.trees import PyTree
 
-OF_UPLOADS = ("masks", "scales")
+OF_UPLOADS = ("masks", "scales", "hidden")
+_HIDDEN = 1e-25
 _SALT = 0x11A5
 
 
@@ -103,16 +106,30 @@ def lied(
     return jax.tree.map(choose, said, changes)
 
 
-def lied_upload(config: AttackConfig, uploads: Any, lies: jax.Array) -> Any:
-    """Uploads with lying masks or scales; every `Unified` in them is changed."""
+def lied_upload(config: AttackConfig, uploads: Any, lies: jax.Array, slots: Slots) -> Any:
+    """Uploads with lying vectors, masks or scales; every `Unified` in them is changed.
+
+    Args:
+      config: the kind of lie.
+      uploads: of an algorithm.
+      lies: bool `[slots]`.
+      slots: the slots.
+    """
+    liar = jnp.zeros(slots.num_clients, jnp.bool_).at[slots.client].max(lies)
 
     def change(x):
         if not isinstance(x, Unified):
             return x
+        if config.kind == "masks":
+            inverted = jax.tree.map(lambda bits: jnp.where(lies[:, None], ~bits, bits), x.masks)
+            return x._replace(masks=inverted)
+        factor = config.strength if config.kind == "scales" else config.strength / _HIDDEN
+        x = x._replace(scales=jnp.where(lies, factor, 1.0) * x.scales)
         if config.kind == "scales":
-            return x._replace(scales=jnp.where(lies, config.strength, 1.0) * x.scales)
+            return x
+        factors = jnp.where(liar, _HIDDEN, 1.0)
         return x._replace(
-            masks=jax.tree.map(lambda bits: jnp.where(lies[:, None], ~bits, bits), x.masks)
+            vector=jax.tree.map(lambda v: per_row(factors, v).astype(v.dtype) * v, x.vector)
         )
 
     return jax.tree.map(change, uploads, is_leaf=lambda x: isinstance(x, Unified))

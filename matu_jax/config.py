@@ -224,8 +224,8 @@ class AttackConfig:
     """Clients that lie, to find out what they can do; `matu_jax.attacks` says what each kind does.
 
     Attributes:
-      kind: "none", "sign_flip", "scaling", "noise", "constant", "label_flip", "masks", "scales" or
-        "garbage".
+      kind: "none", "sign_flip", "scaling", "noise", "constant", "label_flip", "masks", "scales",
+        "hidden" or "garbage".
       share: of every task's holders at most this part lies, and as many as that allows.
       strength: how many times longer than an honest one a lie is.
       colludes: whether the liars of a task agree on one lie, made from the mean of what they
@@ -243,6 +243,7 @@ class AttackConfig:
             "label_flip",
             "masks",
             "scales",
+            "hidden",
             "garbage",
         ),
     )
@@ -260,11 +261,14 @@ class PrivacyConfig:
         Euclidean length; 0 = no privacy.
       noise_multiplier: standard deviation of the Gaussian noise on every number, in clip_norms.
       delta: of (epsilon, delta).
+      seed: -1 = noise from the operating system's entropy, which nobody can draw again; from 0 on,
+        noise is drawn from this seed, so that a run can be repeated, and nothing is private.
     """
 
     clip_norm: float = _field(0.0, at_least=0)
     noise_multiplier: float = _field(0.0, at_least=0)
     delta: float = _field(1e-5, above=0, at_most=0.5)
+    seed: int = _field(-1, at_least=-1, at_most=2**31 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -498,7 +502,7 @@ def _cross_checks(config: Config) -> list[str]:
             "config.failures.slowness too."
         )
     attack = config.attack
-    if attack.colludes and attack.kind in ("none", "label_flip", "masks", "scales"):
+    if attack.colludes and attack.kind in ("none", "label_flip", "masks", "scales", "hidden"):
         problems.append(
             f"config.attack.colludes: found True, but of kind {attack.kind!r} liars say the same "
             "anyway, or nothing; leave it False."

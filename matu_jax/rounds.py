@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from matu_jax import attacks, failures, privacy
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm, frame_bits, message_bits
+from matu_jax.algorithms.base import zeros
 from matu_jax.commandline import command
 from matu_jax.config import Config
 from matu_jax.data import Task, embedded, prepared, selection, synthetic
@@ -24,7 +25,7 @@ from matu_jax.data.feed import Grid, grid, prefetched
 from matu_jax.data.partition import assign, partition
 from matu_jax.data.rendering import SIZE
 from matu_jax.evaluate import EvaluationSet, evaluation, per_task
-from matu_jax.hosts import agreed, gathered, highest
+from matu_jax.hosts import agreed, gathered, highest, is_first
 from matu_jax.local import Trained, local_training
 from matu_jax.metrics import relatedness_auc
 from matu_jax.models import Model, linearised
@@ -453,10 +454,16 @@ def _run(
     disturbed = lies_in_changes or config.privacy.clip_norm > 0
 
     at_server = NamedSharding(server, WHOLE)
+    changes = jax.eval_shape(lambda: zeros(base, len(slots.client)))
 
     @functools.partial(jax.jit, out_shardings=(None, at_server))
     def upload(
-        state: Any, trained: list[PyTree], slots: Slots, rows: jax.Array, index: jax.Array
+        state: Any,
+        trained: list[PyTree],
+        slots: Slots,
+        rows: jax.Array,
+        index: jax.Array,
+        noise: PyTree | None,
     ) -> tuple[Any, jax.Array]:
         """What clients send, and the weights of what is taken."""
 
@@ -469,7 +476,10 @@ def _run(
             before = algorithm.download(state, slots)
             vectors = jax.tree.map(jnp.subtract, vectors, before)
             if config.privacy.clip_norm:
-                vectors = privacy.privatised(config.privacy, vectors, slots, index, config.seed)
+                seed = config.privacy.seed if noise is None else None
+                vectors = privacy.privatised(
+                    config.privacy, vectors, slots, index, seed, noise=noise
+                )
             if lies_in_changes:
                 vectors = attacks.lied(
                     config.attack, vectors, jnp.asarray(lies), slots, index, config.seed
@@ -485,7 +495,7 @@ def _run(
                 vectors = jax.tree.map(jnp.add, before, vectors)
         uploads = algorithm.upload(vectors, slots)
         if config.attack.kind in attacks.OF_UPLOADS:
-            uploads = attacks.lied_upload(config.attack, uploads, jnp.asarray(lies))
+            uploads = attacks.lied_upload(config.attack, uploads, jnp.asarray(lies), slots)
         return uploads, slots.weight
 
     flat_shapes = jax.eval_shape(algorithm.init, base, slots)
@@ -549,7 +559,15 @@ def _run(
         reasons |= dict.fromkeys(failed, "training loss or a parameter is not a finite number")
         present = _weighted(slots, np.isin(range(len(gone)), rows[takes_part & finite]) & ~gone)
 
-        uploads, taken = upload(state, trained, present, rows, np.int32(index))
+        noise = None
+        if config.privacy.clip_norm and config.privacy.seed < 0:
+            if is_first():
+                noise = privacy.drawn(config.privacy, changes, present)
+            else:  # which takes what the first has drawn
+                noise = jax.tree.map(lambda x: np.zeros(x.shape, np.int32), changes)
+            noise = on_server(agreed(noise), server)
+            clock.lap("client_noise", noise)
+        uploads, taken = upload(state, trained, present, rows, np.int32(index), noise)
         clock.lap("client_unify", uploads)
         messages = messages or jax.eval_shape(algorithm.sent, state, uploads)
         counted = _weighted(slots, np.asarray(taken) > 0)
@@ -571,7 +589,7 @@ def _run(
         clock.lap("server_aggregation", (state, metrics))
         state = on_server(agreed(state), server)  # no process drifts away by its rounding
         clock.lap("exchange", state)
-        del downloads, results, trained, uploads, carry, examples
+        del downloads, results, trained, uploads, carry, examples, noise
 
         senders, receivers = present, _weighted(slots, chosen[slots.client])
         if algorithm.one_shot:  # everybody, after the last round

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 
 import matu_jax as matu
-from matu_jax.aggregation.robust import agreement_weights
+from matu_jax.aggregation.robust import agreement_weights, clip_factors, smallest_length
 from matu_jax.algorithms import ALGORITHMS, build
 from matu_jax.algorithms.base import defended_mean
-from matu_jax.config import NO_DEFENCE, Config, DefenceConfig
+from matu_jax.algorithms.matu import aggregation_config
+from matu_jax.config import NO_DEFENCE, Config, DefenceConfig, MatuConfig
 
 # Task 0 has five holders, task 1 three, task 2 one, task 3 two; clients hold one or two tasks.
 CLIENT = np.array([0, 0, 1, 1, 2, 2, 3, 4, 5, 5, 6])
@@ -153,6 +154,128 @@ def test_one_liar_moves_a_task_no_further_than_clip_allows(seed, factor, through
     )
     assert distance[0] <= 2 * share * bound + slack + 1e-5
     chex.assert_tree_all_finite(lied.downloads)
+
+
+def in_another_form(unified, client, vector, scales):
+    """A client's upload with its vector and its scales multiplied."""
+    rows = np.where(np.arange(CLIENTS) == client, vector, 1).astype(np.float32)
+    slots = np.where(client == CLIENT, scales, 1).astype(np.float32)
+    return unified._replace(
+        vector=jax.tree.map(lambda v: v * rows.reshape(-1, *[1] * (v.ndim - 1)), unified.vector),
+        scales=unified.scales * slots,
+    )
+
+
+@pytest.mark.parametrize("power", [-110, -70, -40, 40, 70])
+def test_an_upload_counts_the_same_in_whatever_form_it_is_written(power):
+    """Powers of 2 move from vector to scales without rounding: so must what comes out."""
+    config = aggregation_config(MatuConfig(), DefenceConfig())
+    uploads = matu.unify(as_tree(changes(1)), SLOTS, magnitude="mean")
+    expected = matu.aggregate(uploads, SLOTS, config)
+    other = in_another_form(uploads, 1, 2.0**power, 2.0**-power)
+    assert float(jnp.abs(other.vector["a"][1]).min()) >= 0  # nothing has become infinite
+    found = matu.aggregate(other, SLOTS, config)
+    chex.assert_trees_all_equal(found.task_vectors, expected.task_vectors)
+    chex.assert_trees_all_equal(found.state.energy, expected.state.energy)
+    assert bool(found.accepted.all())
+
+
+@given(
+    st.integers(0, 10_000),
+    st.floats(-44, 38),
+    st.floats(-44, 38),
+    st.sampled_from(["as it is", "one number", "everywhere the same"]),
+)
+def test_what_a_server_keeps_is_bounded_by_clip_whatever_one_sends(seed, vector, scales, form):
+    """Task vectors, agreement and energy, for vectors and scales of any size, those of 0 too."""
+    limit = 1.5
+    config = aggregation_config(MatuConfig(), DefenceConfig(clip=limit, weighting="examples"))
+    uploads = matu.unify(as_tree(changes(seed)), SLOTS, magnitude="mean")
+    lengths = np.asarray(uploads.scales) * np.linalg.norm(as_rows(uploads.vector), axis=1)[CLIENT]
+    lie = {
+        "as it is": lambda v: v,
+        "one number": lambda v: jnp.zeros_like(v).at[..., 0].set(1.0),
+        "everywhere the same": jnp.ones_like,
+    }[form]
+    said = uploads._replace(vector=jax.tree.map(lambda v: v.at[0].set(lie(v[0])), uploads.vector))
+    with np.errstate(over="ignore"):
+        factors = [min(float(np.float32(10.0**x)), 3e38) for x in (vector, scales)]
+    said = in_another_form(said, 0, *factors)
+    said = jax.tree.map(lambda x: jnp.nan_to_num(x) if x.dtype == jnp.float32 else x, said)
+    found = matu.aggregate(said, SLOTS, config)
+    # A liar with two slots can move the median by two places.
+    longest = limit * np.sort(lengths)[len(lengths) // 2 + 2]
+    moved = np.linalg.norm(as_rows(found.task_vectors), axis=1)
+    assert moved.max() <= longest * (1 + 1e-4)
+    for evidence in (found.state.energy, found.state.agreement):
+        assert np.abs(evidence).max() <= longest**2 * (1 + 1e-4)
+
+
+def test_numbers_that_some_devices_take_for_zero_pass_no_clip():
+    """No length sees them there; a scale makes them long where they are none."""
+    lengths = jnp.array([1.0, 1.0, 0.0])
+    unseen = jnp.array([1.0, 1.0, 3e38]) * smallest_length(10_000)
+    there = jnp.ones(3, bool)
+    np.testing.assert_allclose(clip_factors(lengths, there, 1.5, unseen)[:2], 1.0)
+    assert clip_factors(lengths, there, 1.5, unseen)[2] * unseen[2] <= 1.5 * (1 + 1e-6)
+    assert clip_factors(jnp.zeros(3), there, 1.5, unseen)[2] == 0
+
+
+MEAN = jax.jit(defended_mean, static_argnums=(4, 5))
+HUGE = st.sampled_from([1e3, 1e6, 1e10, 1e19, 1e30, 3.4e38])
+
+
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 9),
+    st.sampled_from([1, 3]),
+    st.lists(st.tuples(HUGE, st.sampled_from([-1, 1])), max_size=4),
+)
+def test_what_trim_leaves_out_leaves_no_trace(seed, holders, trim, lies):
+    """The trimmed mean of numbers near 0.01 among those of liars, against float64."""
+    rng = np.random.default_rng(seed)
+    x = (0.01 + 0.001 * rng.standard_normal((9, 12))).astype(np.float32)
+    liars = rng.permutation(holders)[: len(lies)]
+    for row, (size, sign) in zip(liars, lies, strict=False):
+        x[row] = sign * size * (1 if rng.random() < 0.5 else rng.random(12))
+    cut = min(trim, (holders - 1) // 2)
+    kept = np.sort(x[:holders].astype(np.float64), axis=0)[cut : holders - cut]
+    weight = np.where(np.arange(9) < holders, 9.0, 0.0).astype(np.float32)
+    slots = matu.Slots(np.arange(9), np.zeros(9, int), weight, 9, 2)
+    config = matu.AggregationConfig(
+        trim=trim, agreement_threshold=0.0, uploads="change", transfer="shrinkage"
+    )
+    found = matu.aggregate(matu.unify({"w": x}, slots), slots, config)
+    rule = DefenceConfig(clip=0.0, trim=trim, weighting="examples")
+    other, _ = MEAN({"w": x}, {"w": np.zeros((2, 12), np.float32)}, weight, slots.task, 2, rule)
+    limit = np.finfo(np.float32).max
+    for mean in (found.task_vectors["w"], other["w"]):
+        # Two numbers that count and nearly cancel may leave the rounding of the larger.
+        slack = 1e-6 * np.abs(kept).max(axis=0)
+        expected = np.clip(kept.mean(axis=0), -limit, limit)
+        assert (np.abs(np.asarray(mean, np.float64)[0] - expected) <= slack).all()
+    if holders > 1 and np.abs(kept).max() < 1e10:
+        energy = (kept**2).mean(axis=0).sum()
+        np.testing.assert_allclose(found.state.energy[0, 0], energy, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_no_finite_upload_leaves_a_number_that_is_not(name):
+    """Opposite liars with the largest numbers there are: sums of them are infinite, or not one."""
+    algorithm = build(Config(algorithm=name, defence=NO_DEFENCE))
+    base = {"blocks": {"w": {"lora_a": jnp.zeros((2, 3, 2)), "lora_b": jnp.zeros((2, 2, 3))}}}
+    sign = np.where(np.arange(len(CLIENT)) % 2, -1, 1)
+    vectors = jax.tree.map(
+        lambda x: jnp.asarray(
+            np.broadcast_to(3.4e38 * sign.reshape(-1, *[1] * x.ndim), (len(CLIENT), *x.shape)),
+            jnp.float32,
+        ),
+        base,
+    )
+    state = algorithm.init(base, SLOTS)
+    for _ in range(2):
+        state, _ = algorithm.aggregate(state, algorithm.upload(vectors, SLOTS), SLOTS)
+    chex.assert_tree_all_finite(jax.tree.map(lambda x: x, algorithm.download(state, SLOTS)))
 
 
 def test_who_agrees_half_as_much_as_the_median_keeps_its_weight():

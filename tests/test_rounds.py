@@ -4,6 +4,7 @@ import shutil
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_rivals
@@ -90,6 +91,25 @@ def test_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, federation, mod
     assert [r.round for r in resumed] == [*range(done + 1, 4)]
     chex.assert_trees_all_equal(resumed[-1].state, uninterrupted[-1].state)
     assert resumed[-1].record["accuracy"] == uninterrupted[-1].record["accuracy"]
+
+
+@pytest.mark.parametrize("shares_server", [False, True])
+def test_what_replaces_a_part_of_an_algorithm_runs(federation, model, shares_server, monkeypatch):
+    """On several devices too, with as many parameters as the server is shared out from."""
+    monkeypatch.setattr(rounds, "SHARED_FROM", 0 if shares_server else 10**12)
+    mesh = jax.make_mesh((4,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    built = algorithms.build(TINY)
+    assert rounds._shares_server(model, built, mesh) == shares_server
+    before = jax.tree.leaves(built.kept(built.init(model.base, federation.slots)))
+    for mine in (
+        built._replace(aggregate=lambda state, uploads, slots: (state, {})),
+        built._replace(upload=lambda v, s: jax.tree.map(jnp.zeros_like, built.upload(v, s))),
+    ):
+        (result,) = rounds.run(
+            dataclasses.replace(TINY, rounds=1), mine, model, federation, mesh=mesh
+        )
+        for found, expected in zip(jax.tree.leaves(mine.kept(result.state)), before, strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(("devices", "shares_server"), [(4, False), (8, False), (4, True)])

@@ -1,7 +1,10 @@
-"""Defences of the server: bounded lengths, weights by agreement, and what both are made of."""
+"""Defences of the server: bounded lengths, weights by agreement, trimmed means."""
+
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from matu_jax.aggregation.fold import (
     joined_eighths,
@@ -9,38 +12,77 @@ from matu_jax.aggregation.fold import (
     modulated,
     over_blocks,
 )
-from matu_jax.aggregation.sharing import Axes, total_over
+from matu_jax.aggregation.sharing import Axes, largest_over, total_over
 from matu_jax.aggregation.types import Slots
 
 
-def clip_factors(lengths: jax.Array, present: jax.Array, limit: float) -> jax.Array:
+def clip_factors(
+    lengths: jax.Array, present: jax.Array, limit: float, unseen: jax.Array | float = 0.0
+) -> jax.Array:
     """Factors that bring lengths down to `limit` times their median, and raise none.
 
     Args:
-      lengths: float32 `[rows]`, not negative; infinite where a sum has overflowed.
+      lengths: float32 `[rows]`, not negative; infinite where one is beyond float32.
       present: bool `[rows]`; the median is over those present whose length is not 0.
       limit: how many medians long a row may stay.
+      unseen: float32 `[rows]`, what a row may be longer than its length says, see
+        `smallest_length`. It does not count for the median.
 
     Returns:
       float32 `[rows]`, in [0, 1].
     """
     counted = jnp.where(present & (lengths > 0), lengths, jnp.nan)
-    longest = limit * jnp.nanmedian(counted)
-    # False where nobody is there, and the median is not a number.
+    # Where nobody has a length there is no median, and nothing that could be let through.
+    longest = jnp.nan_to_num(limit * jnp.nanmedian(counted), nan=0.0, posinf=jnp.inf)
+    lengths = lengths + unseen
     return jnp.where(lengths > longest, longest / lengths, 1.0)
 
 
-def vector_lengths(vector: list[jax.Array], axes: Axes) -> jax.Array:
-    """Euclidean lengths of the rows of flat leaves `[rows, n]`, over all leaves: `[rows]`."""
+def vector_lengths(vector: list[jax.Array], axes: Axes = ()) -> tuple[jax.Array, jax.Array]:
+    """Euclidean lengths of the rows of flat leaves `[rows, n]`, over all leaves, in two factors.
 
-    def squares(leaf):
+    Numbers are squared relative to the row's largest: squares as they are would vanish in float32
+    below 1e-19, and overflow above 1e19, so that a scale could hide how long a vector is. The unit
+    is a power of 2, by which nothing is rounded.
+
+    Args:
+      vector: flat leaves `[rows, n]`, n shared out over `axes`.
+      axes: see `Sharing`.
+
+    Returns:
+      Unit and length in units, float32 `[rows]` each; the length is their product, which may
+      overflow. To be multiplied by a scale, unit first.
+    """
+
+    def over(leaf, of_block, combine):
         def add(start, length, carry):
             x = jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=1)
-            return carry + jnp.square(x.astype(jnp.float32)).sum(axis=1)
+            return combine(carry, of_block(x.astype(jnp.float32)))
 
         return over_blocks(leaf.shape[1], add, loop_zeros(leaf.shape[:1], jnp.float32, leaf))
 
-    return jnp.sqrt(total_over(jnp.stack([squares(leaf) for leaf in vector]).sum(axis=0), axes))
+    largest = [over(leaf, lambda x: jnp.abs(x).max(axis=1), jnp.maximum) for leaf in vector]
+    unit = _power_of_two(largest_over(jnp.stack(largest).max(axis=0), axes))
+
+    def squares(x):
+        return jnp.square(x * (1 / unit)[:, None]).sum(axis=1)
+
+    total = jnp.stack([over(leaf, squares, jnp.add) for leaf in vector]).sum(axis=0)
+    return unit, jnp.sqrt(total_over(total, axes))
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The largest power of 2 that is at most x, from 2^-126 to 2^120; float32 `[rows]`."""
+    exponent = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
+    return jnp.clip(jax.lax.bitcast_convert_type(exponent, jnp.float32), 2.0**-126, 2.0**120)
+
+
+def smallest_length(size: int) -> float:
+    """How long a vector of `size` numbers can be of which none is a normal float32.
+
+    Devices differ in whether they take such numbers for 0, and then a length does not see them.
+    """
+    return float(np.finfo(np.float32).tiny) * math.sqrt(size)
 
 
 FEWEST = 5  # rows; of fewer, one liar is more than a fifth, and who differs may well be honest
@@ -140,33 +182,49 @@ def sign_sums(
     return common, nonzero
 
 
-def with_extremes(extremes: jax.Array, x: jax.Array, first: jax.Array) -> jax.Array:
-    """Sorts numbers into the largest and smallest so far, for a trimmed mean.
+def within_trim(
+    extremes: jax.Array, x: jax.Array, members: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Takes one more number into a trimmed mean, parameter by parameter.
+
+    What is left out never enters a sum, so that no number, however large, leaves its rounding.
 
     Args:
-      extremes: float32 `[2, trim, n]`: the largest numbers, falling, and the negated smallest.
-      x: float32 `[n]`.
-      first: bool scalar, whether these are the first numbers.
-    """
-    held = jnp.where(first, -jnp.inf, extremes)
-    rows, entering = [], jnp.stack([x, -x])
-    for i in range(extremes.shape[1]):
-        rows.append(jnp.maximum(held[:, i], entering))
-        entering = jnp.minimum(held[:, i], entering)
-    return jnp.stack(rows, axis=1)
+      extremes: float32 `[2, trim, n]`, the largest numbers so far, falling, and of the others the
+        negated smallest; `-inf` at first.
+      x: float32 `[n]`, finite.
+      members: int32 scalar, how many numbers there are in all.
 
-
-def trimmed_mean(mean: jax.Array, extremes: jax.Array, members: jax.Array) -> jax.Array:
-    """The mean without the `trim` largest and smallest numbers, or without as many as leave one.
-
-    Args:
-      mean: float32 `[n]`, of all members, equally weighted.
-      extremes: from `with_extremes`, of all members, `[2, trim, n]`.
-      members: int32 scalar, how many there are.
+    Returns:
+      The extremes with x among them, or what x has driven out of them, and that: float32 `[n]`, a
+      number that counts, or 0 where none is known to count yet. When all have been taken,
+      `counted(trim, members)` of them have come out.
     """
     trim = extremes.shape[1]
-    cut = jnp.minimum(trim, jnp.maximum(members - 1, 0) // 2)
-    counted = (jnp.arange(trim) < cut)[None, :, None]
-    high, low = jnp.where(counted, extremes, 0.0).sum(axis=1)
-    count = members.astype(jnp.float32)
-    return (mean * count - (high - low)) / jnp.maximum(count - 2 * cut.astype(jnp.float32), 1.0)
+    cut = _cut(trim, members)
+    high, low = extremes
+
+    def through(held, entering):
+        """Keeps the largest numbers, and lets the smallest of all pass."""
+        rows = []
+        for i in range(trim):
+            used = i < cut
+            rows.append(jnp.where(used, jnp.maximum(held[i], entering), held[i]))
+            entering = jnp.where(used, jnp.minimum(held[i], entering), entering)
+        return jnp.stack(rows), entering
+
+    high, passed = through(high, x)
+    there = passed != -jnp.inf
+    kept, left = through(low, -passed)
+    extremes = jnp.stack([high, jnp.where(there, kept, low)])
+    return extremes, jnp.where(there & (left != -jnp.inf), -left, 0.0)
+
+
+def counted(trim: int, members: jax.Array) -> jax.Array:
+    """How many of so many numbers a trimmed mean is made of, as float32; 1 at least."""
+    return jnp.maximum(members - 2 * _cut(trim, members), 1).astype(jnp.float32)
+
+
+def _cut(trim: int, members: jax.Array) -> jax.Array:
+    """How many numbers are left out on either side: `trim`, or as many as leave one."""
+    return jnp.minimum(trim, jnp.maximum(members - 1, 0) // 2)

@@ -26,10 +26,11 @@ from matu_jax.aggregation.joining import joining
 from matu_jax.aggregation.robust import (
     agreement_weights,
     clip_factors,
+    counted,
     sign_sums,
-    trimmed_mean,
+    smallest_length,
     vector_lengths,
-    with_extremes,
+    within_trim,
 )
 from matu_jax.aggregation.sharing import Axes, Sharing, all_over, any_over, checked, total_over
 from matu_jax.aggregation.shrinkage import shrinkage
@@ -94,24 +95,26 @@ def _same_task(
             place = (slot % 2, 0, 0)
             rows = jax.lax.dynamic_update_slice(rows, jnp.where(ok, x, 0.0), place)
             x = joined_eighths(jax.lax.dynamic_slice(rows, place, (1, *rows.shape[1:])), length)
-            mean = jnp.where(first, 0.0, mean) + share[slot] * x
             sign = jnp.where(first, 0.0, sign) + jnp.sign(x)
             held = holders[task]
             agreement = jnp.abs(sign) / jnp.maximum(held, 1).astype(jnp.float32)
             gate = jnp.where(agreement >= config.agreement_threshold, 1.0, agreement)
-            middle = mean
+            part, energy = share[slot], 1.0
             if config.trim:
-                grown = with_extremes(extremes, x[0], first)
                 absent = jnp.where(first, -jnp.inf, extremes)
+                grown, passed = within_trim(absent, x[0], held)
                 extremes = jnp.where(ok, grown, absent)
-                middle = trimmed_mean(mean[0], extremes, held)[None]
+                x = jnp.where(ok, passed, 0.0)[None]
+                part = 1 / counted(config.trim, held)
+                energy = held.astype(jnp.float32) * part
+            mean = jnp.where(first, 0.0, mean) + part * x
             before = jax.lax.dynamic_slice(own, (task, start), (1, length))
-            value = jnp.where(held > 0, as_bits(clip_to(gate * middle, dtype)), before)
+            value = jnp.where(held > 0, as_bits(clip_to(gate * mean, dtype)), before)
             own = jax.lax.dynamic_update_slice(own, value, (task, start))
             if compares:
                 signs = jax.lax.dynamic_update_slice(signs, sign, (task, 0))
             if config.transfer == "shrinkage":
-                energies = energies.at[task].add(jnp.square(x).sum())
+                energies = energies.at[task].add(energy * jnp.square(x).sum())
             return own, signs, energies, mean, sign, rows, extremes
 
         signs = loop_zeros((tasks, length if compares else 0), jnp.float32, *inputs)
@@ -186,8 +189,10 @@ def _server(
     weight = jnp.where(accepted, slots.weight, 0.0)
     weight = weight / jnp.maximum(weight.max(), jnp.finfo(jnp.float32).tiny)
     if config.clip:
-        lengths = jnp.where(accepted, scales * vector_lengths(vector, axes)[slots.client], 0.0)
-        scales = scales * clip_factors(lengths, accepted, config.clip)
+        unit, length = (part[slots.client] for part in vector_lengths(vector, axes))
+        lengths = jnp.where(accepted, scales * unit * length, 0.0)
+        unseen = jnp.where(accepted, scales * smallest_length(size), 0.0)
+        scales = scales * clip_factors(lengths, accepted, config.clip, unseen)
     if config.trim:
         weight = accepted.astype(jnp.float32)
     elif config.weighting == "agreement":

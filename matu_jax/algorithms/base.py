@@ -1,5 +1,6 @@
 """The contract of a federated algorithm, and what several of them share: means and splits."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from matu_jax.aggregation import Slots
-from matu_jax.aggregation.robust import agreement_weights, clip_factors, trimmed_mean, with_extremes
+from matu_jax.aggregation.fold import clip_to
+from matu_jax.aggregation.robust import (
+    agreement_weights,
+    clip_factors,
+    counted,
+    vector_lengths,
+    within_trim,
+)
 from matu_jax.config import NO_DEFENCE, DefenceConfig
 from matu_jax.trees import PyTree, leaf_items
 
@@ -49,7 +57,27 @@ class Message(NamedTuple):
     per_shared_slot: PyTree = None
 
 
-class Algorithm(NamedTuple):
+class _Parts(NamedTuple):
+    """The fields of an `Algorithm`, where they are described."""
+
+    init: Callable[[PyTree, Slots], Any]
+    download: Callable[[Any, Slots], PyTree]
+    upload: Callable[[PyTree, Slots], Any]
+    aggregate: Callable[[Any, Any, Slots], tuple[Any, dict[str, jax.Array]]]
+    sent: Callable[[Any, Any], tuple[Message, Message]]
+    local: LocalRule = LocalRule()
+    shares_heads: bool = True
+    kept: Callable[[Any], PyTree] = lambda state: state
+    kept_per_client: bool = False
+    evaluated: Callable[[Any, Slots], PyTree] | None = None
+    one_shot: bool = False
+    sends_change: bool = False
+    defence: DefenceConfig | None = None
+    frame_bytes: Callable[[int], tuple[int, int]] | None = None
+    shared_over: Callable[[Mesh], "Algorithm"] | None = None
+
+
+class Algorithm(_Parts):
     """A federated algorithm: pure functions, state first in and out; all of them jit.
 
     Task vectors are stacked over slots (leaves `[slots, ...]`); absent slots have weight 0, and
@@ -82,24 +110,14 @@ class Algorithm(NamedTuple):
       shared_over: makes the same algorithm with the parameters of the server's arithmetic, and of
         folding, shared out over the devices of a mesh, whose base, vectors and state have flat
         leaves (`[n]`, `[rows, n]`); None where it runs on one device, or needs the leaves' shapes.
-        Whoever makes an algorithm of this one by `_replace` sets it to None, or makes it anew.
+        `_replace` leaves it out unless it is given anew: what it makes knows nothing of the change.
     """
 
-    init: Callable[[PyTree, Slots], Any]
-    download: Callable[[Any, Slots], PyTree]
-    upload: Callable[[PyTree, Slots], Any]
-    aggregate: Callable[[Any, Any, Slots], tuple[Any, dict[str, jax.Array]]]
-    sent: Callable[[Any, Any], tuple[Message, Message]]
-    local: LocalRule = LocalRule()
-    shares_heads: bool = True
-    kept: Callable[[Any], PyTree] = lambda state: state
-    kept_per_client: bool = False
-    evaluated: Callable[[Any, Slots], PyTree] | None = None
-    one_shot: bool = False
-    sends_change: bool = False
-    defence: DefenceConfig | None = None
-    frame_bytes: Callable[[int], tuple[int, int]] | None = None
-    shared_over: Callable[[Mesh], "Algorithm"] | None = None
+    __slots__ = ()
+
+    def _replace(self, **fields: Any) -> "Algorithm":
+        """The algorithm with other fields; every one of them runs, on however many devices."""
+        return super()._replace(**({"shared_over": None} | fields))
 
 
 def weighted_mean(
@@ -162,16 +180,13 @@ def defended_mean(
     present = weight > 0
 
     def change(x, b):
-        rows = x.astype(jnp.float32) - b.astype(jnp.float32)[group]
+        rows = clip_to(x.astype(jnp.float32) - b.astype(jnp.float32)[group], jnp.float32)
         return jnp.where(present[:, None], rows.reshape(rows.shape[0], -1), 0.0)
 
     changes = jax.tree.map(change, vectors, before)
     if defence.clip:
         factors = clip_factors(row_lengths(changes), present, defence.clip)
-        # A length that has overflowed has the factor 0.
-        changes = jax.tree.map(
-            lambda x: jnp.where(factors[:, None] > 0, factors[:, None] * x, 0.0), changes
-        )
+        changes = jax.tree.map(lambda x: factors[:, None] * x, changes)
     if defence.weighting == "agreement":
 
         def signs(x):
@@ -184,22 +199,25 @@ def defended_mean(
         nonzero = nonzero.astype(jnp.float32)
         weight = agreement_weights(common, nonzero, weight, group, num_groups)
     if defence.trim:
-        weight = present.astype(jnp.float32)
-    moved, _ = weighted_mean(changes, weight, group, num_groups)
-    if defence.trim:
         members = jnp.zeros(num_groups, jnp.int32).at[group].add(present.astype(jnp.int32))
+        share = 1 / counted(defence.trim, members)
 
-        def trimmed(mean, x):
-            def add(extremes, row):
+        def trimmed(x):
+            def add(carry, row):
+                extremes, mean = carry
                 values, where, there = row
-                grown = with_extremes(extremes[where], values, jnp.bool_(False))
-                return extremes.at[where].set(jnp.where(there, grown, extremes[where])), None
+                grown, passed = within_trim(extremes[where], values, members[where])
+                extremes = extremes.at[where].set(jnp.where(there, grown, extremes[where]))
+                mean = mean.at[where].add(jnp.where(there, share[where] * passed, 0.0))
+                return (extremes, mean), None
 
-            shape = (num_groups, 2, defence.trim, x.shape[1])
-            extremes, _ = jax.lax.scan(add, jnp.full(shape, -jnp.inf), (x, group, present))
-            return jax.vmap(trimmed_mean)(mean, extremes, members)
+            extremes = jnp.full((num_groups, 2, defence.trim, x.shape[1]), -jnp.inf)
+            mean = jnp.zeros((num_groups, x.shape[1]), jnp.float32)
+            return jax.lax.scan(add, (extremes, mean), (x, group, present))[0][1]
 
-        moved = jax.tree.map(trimmed, moved, changes)
+        moved = jax.tree.map(trimmed, changes)
+    else:
+        moved, _ = weighted_mean(changes, weight, group, num_groups)
 
     def add(b, x):
         return (b.astype(jnp.float32) + x.reshape(b.shape)).astype(b.dtype)
@@ -209,11 +227,13 @@ def defended_mean(
 
 def row_lengths(vectors: PyTree) -> jax.Array:
     """Euclidean lengths of the rows of a stacked tree, over all its leaves: float32 `[rows]`."""
-    squares = [
-        jnp.square(x.astype(jnp.float32)).reshape(x.shape[0], -1).sum(axis=1)
-        for x in jax.tree.leaves(vectors)
-    ]
-    return jnp.sqrt(jnp.stack(squares).sum(axis=0))
+    unit, length = vector_lengths([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(vectors)])
+    return unit * length
+
+
+def headroom(rows: int) -> float:
+    """A power of 2, which rounds nothing, by which the sum of so many float32 rows stays finite."""
+    return 2.0 ** -math.ceil(math.log2(max(rows, 2)))
 
 
 def per_row(values: jax.Array, like: jax.Array) -> jax.Array:

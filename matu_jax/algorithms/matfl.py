@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from matu_jax.aggregation.directions import gram
-from matu_jax.algorithms.base import Algorithm, Message, keep_where_absent, zeros
+from matu_jax.algorithms.base import Algorithm, Message, headroom, keep_where_absent, zeros
 from matu_jax.config import Config
 
 
@@ -55,9 +55,10 @@ def matfl(config: Config) -> Algorithm:
         flat = [leaf.reshape(count, -1).astype(jnp.float32) for leaf in leaves]
         flat = [jnp.where(present[:, None], leaf, 0.0) for leaf in flat]
         number = jnp.maximum(present.sum(), 1).astype(jnp.float32)
+        small = [leaf * headroom(count + 1) for leaf in flat]  # cosines are of directions alone
         deviations = [
-            jnp.where(present[:, None], leaf - leaf.sum(axis=0, keepdims=True) / number, 0.0)
-            for leaf in flat
+            jnp.where(present[:, None], x - x.sum(axis=0, keepdims=True) / number, 0.0)
+            for x in small
         ]
         largest = jnp.stack([jnp.abs(x).max(axis=1) for x in deviations]).max(axis=0)
         unit = jnp.where(largest > 0, largest, 1.0)[:, None]  # so that no square overflows

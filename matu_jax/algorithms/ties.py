@@ -19,7 +19,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from matu_jax.algorithms.base import Algorithm, Message
+from matu_jax.algorithms.base import Algorithm, Message, headroom
 from matu_jax.algorithms.fedavg import fedavg
 from matu_jax.config import Config
 
@@ -31,6 +31,7 @@ def ties(config: Config) -> Algorithm:
         present = slots.weight > 0
         leaves = jax.tree.leaves(uploads)
         size = sum(leaf[0].size for leaf in leaves)
+        room = headroom(present.shape[0])
         kept = math.ceil(Fraction(str(config.ties_keep)) * size)
 
         def threshold(row):
@@ -44,10 +45,11 @@ def ties(config: Config) -> Algorithm:
             across = (-1, *([1] * (leaf.ndim - 1)))
             large = jnp.abs(x) >= least.reshape(across)
             x = jnp.where(large & present.reshape(across), x, 0.0)
+            x = x * room
             sign = jnp.sign(x.sum(axis=0))
             agrees = jnp.sign(x) * sign[None] > 0
             count = jnp.maximum(agrees.sum(axis=0), 1).astype(jnp.float32)
-            mean = jnp.where(agrees, x, 0.0).sum(axis=0) / count
+            mean = jnp.where(agrees, x, 0.0).sum(axis=0) / count / room
             return jnp.where(present.any(), mean.astype(old.dtype), old)
 
         return jax.tree.map(merge, uploads, state), {}
