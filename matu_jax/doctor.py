@@ -24,7 +24,7 @@ import jax
 from rich.console import Console
 from rich.text import Text
 
-from matu_jax import algorithms, models, rounds, train
+from matu_jax import algorithms, models, privacy, rounds, train
 from matu_jax import workdir as workdirs
 from matu_jax.checkpoint import Checkpoints, unreadable
 from matu_jax.commandline import (
@@ -50,7 +50,7 @@ _EXTRAS = {
         ("tensorflow", "tensorflow_datasets", "array_record"),
         "to download and prepare datasets",
     ),
-    "privacy": (("dp_accounting",), "for config.privacy"),
+    "privacy": (privacy.PACKAGES, "for config.privacy"),
 }
 _STYLE = {"ok": "green", "note": "yellow", "problem": "bold red"}
 

@@ -123,11 +123,13 @@ def check_inputs(config: Config, file: Path, changed: Sequence[str] = ()) -> Non
       UserError: one message with everything that is missing, and how to get it.
     """
     problems = []
-    if config.privacy.clip_norm and not importlib.util.find_spec("dp_accounting"):
-        problems.append(
-            "config.privacy: dp-accounting, which computes epsilon, is not installed. Install it "
-            "with\n    pip install 'matu_jax[privacy]'"
-        )
+    if config.privacy.clip_norm and config.privacy.seed < 0:
+        absent = [name for name in privacy.PACKAGES if not importlib.util.find_spec(name)]
+        if absent:
+            problems.append(
+                f"config.privacy: not installed, of what draws noise and computes epsilon: "
+                f"{' and '.join(absent)}. Install with\n    pip install 'matu_jax[privacy]'"
+            )
     try:
         names = rounds.task_names(config)
         data = config.data
@@ -440,10 +442,15 @@ def _privacy(config: Config, records: list[dict]) -> dict:
     """What the clients' noise has bought; of the client that took part most often."""
     times = collections.Counter(client for r in records for client in r["clients"])
     releases = max(times.values(), default=0)
+    secret = config.privacy.seed < 0
     return {
-        "epsilon": privacy.epsilon(config.privacy, releases),
-        "delta": config.privacy.delta,
+        "private": secret,
+        "epsilon": privacy.epsilon(config.privacy, releases) if secret else None,
+        "delta": config.privacy.delta if secret else None,
         "releases": releases,
+        "noise": "discrete Gaussian, from the operating system's entropy"
+        if secret
+        else f"from config.privacy.seed = {config.privacy.seed}: not private",
         "definition": "client-level, zero-out adjacency, towards the server; see matu_jax.privacy",
     }
 

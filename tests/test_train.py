@@ -1,5 +1,6 @@
 """The program as its user meets it: mistakes, results, kill -9 and resume."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -16,6 +17,7 @@ from dp_accounting import dp_event
 from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
 from matu_jax import train
+from matu_jax.config import Config, PrivacyConfig
 from matu_jax.workdir import opened
 
 EXPERIMENT = """
@@ -78,11 +80,18 @@ def test_the_summary_says_what_privacy_was_bought_and_who_lied(experiment, tmp_p
     releases = max(present.count(client) for client in range(3))
     assert summary["privacy"]["releases"] == releases
     assert summary["privacy"]["delta"] == 1e-4
+    assert summary["privacy"]["private"] is True
+    assert "operating system" in summary["privacy"]["noise"]
     # dp-accounting itself, for so many Gaussian mechanisms without sampling.
     accountant = rdp.RdpAccountant()
     accountant.compose(dp_event.GaussianDpEvent(2.0), releases)
     assert summary["privacy"]["epsilon"] <= accountant.get_epsilon(1e-4) * (1 + 1e-6)
     assert summary["privacy"]["epsilon"] > 0.5 * accountant.get_epsilon(1e-4)
+
+    config = dataclasses.replace(Config(), privacy=PrivacyConfig(1.0, 2.0, 1e-4, seed=5))
+    said = train._privacy(config, records)
+    assert (said["private"], said["epsilon"], said["delta"]) == (False, None, None)
+    assert said["noise"] == "from config.privacy.seed = 5: not private"
 
     client, task = (np.array(summary["slots"][key]) for key in ("client", "task"))
     liars = summary["liars"]["clients"]
