@@ -23,7 +23,8 @@ DEFENCES = {  # the first is the default of every experiment
     ", clip and trim": {"defence.clip": 1.5, "defence.trim": 1},
     ", undefended": {},
 }
-ALL = ()
+TRIM = {", trim": {"defence.trim": 1}}  # alone, against the numbers that it is there for
+ALL = (*(f"{name}{words}" for name in ("matu", "fedavg") for words in DEFENCES), "matu, maximum")
 OF_MATU = tuple(f"matu{name}" for name in DEFENCES)
 DEFENDED = (*OF_MATU, *(f"fedavg{name}" for name in DEFENCES))
 SOME = ("matu", "matu, undefended", "fedavg")
@@ -58,6 +59,18 @@ ATTACKS = {
         f"One holder in five sends scales a hundred times too large. {FIVE}",
         {"kind": "scales", "strength": 100.0},
         OF_MATU,
+    ),
+    "hidden scales x 100": (
+        "One holder in five sends a vector 1e-25 times as long and scales 1e27 times as large. "
+        + FIVE,
+        {"kind": "hidden", "strength": 100.0},
+        (*OF_MATU, "matu, trim"),
+    ),
+    "constant x 1e10": (
+        "One holder in five sends one number everywhere, 1e10 times as long as what it trained. "
+        + FIVE,
+        {"kind": "constant", "strength": 1e10},
+        ("matu", "matu, trim", "matu, undefended", "fedavg", "fedavg, trim"),
     ),
     "collusion": (
         f"Two holders in five agree on the opposite of their mean. {FIVE}",
@@ -112,7 +125,7 @@ def get_config():
         arms={
             algorithm + name: {"algorithm": algorithm, **fields}
             for algorithm in ("matu", "fedavg")
-            for name, fields in DEFENCES.items()
+            for name, fields in (DEFENCES | TRIM).items()
         }
         | {"matu, maximum": {"matu.magnitude": "max"}},
         reference="matu, undefended",
