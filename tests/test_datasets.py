@@ -1,5 +1,6 @@
 """The table of datasets: consistent with itself, and with what TFDS says about its builders."""
 
+import functools
 import inspect
 import sys
 
@@ -185,9 +186,15 @@ def test_stand_ins_of_an_own_folder_have_its_classes(tmp_path):
 
 
 def test_stand_ins_look_like_their_dataset():
-    small = {"train_examples": 40, "validation_examples": 20, "test_examples": 20}
-    transform = Transform(16)
-    tasks = synthetic.load(["mnist", "dtd"], transform=transform, **small)
+    load = functools.partial(
+        synthetic.load,
+        ["mnist", "dtd"],
+        transform=Transform(16),
+        train_examples=40,
+        validation_examples=20,
+        test_examples=20,
+    )
+    tasks = load()
     for task, name in zip(tasks, ("mnist", "dtd"), strict=True):
         dataset = DATASETS[name]
         assert task.name == name
@@ -195,7 +202,6 @@ def test_stand_ins_look_like_their_dataset():
         assert task.templates == dataset.templates
         assert task.train.images.shape[1:] == (16, 16, 3)
         assert task.fingerprint
-    again = synthetic.load(["mnist", "dtd"], transform=transform, **small)
-    other = synthetic.load(["mnist", "dtd"], transform=transform, seed=1, **small)
+    again, other = load(), load(seed=1)
     assert [task.fingerprint for task in again] == [task.fingerprint for task in tasks]
     assert not {task.fingerprint for task in other} & {task.fingerprint for task in tasks}

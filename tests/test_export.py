@@ -7,6 +7,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -268,6 +269,7 @@ def test_the_card_says_how_it_was_made(tmp_path, clip_run, clip_folder):
         if task == 1
     ]
     assert (exported.client, exported.accuracy) in holders
+    assert exported.accuracy is not None
     percent = f"{100 * exported.accuracy:.1f} %"
     assert f"{percent} (of these files, in float32; recorded in training: {percent})" in card
     assert "2 of 2: the round with the best mean validation accuracy" in card
@@ -367,7 +369,7 @@ def test_the_embedded_model_leaves_as_a_task_vector_only(tmp_path):
 # ------------------------------------------------------------------ what is measured is exported
 
 
-def embedded_config(tmp_path, algorithm="per_task", **fields):
+def embedded_config(tmp_path, algorithm="per_task", **fields: Any):
     config = default()
     config.algorithm, config.rounds = algorithm, 4
     config.data.tasks = "hue/grating,hue/plaid,tilt/grating"
@@ -427,7 +429,7 @@ def test_a_linearised_model_is_refused_with_the_reason(tmp_path):
 def long_run(tmp_path_factory):
     """Of a learning rate so high that the last rounds are worse than an earlier one."""
     folder = tmp_path_factory.mktemp("long")
-    fields = {"rounds": 6, "local.learning_rate": 1.0, "checkpoint.keep": 1}
+    fields: dict[str, Any] = {"rounds": 6, "local.learning_rate": 1.0, "checkpoint.keep": 1}
     workdir = run(
         folder / "run", embedded_config(folder, **fields, **{"checkpoint.every_rounds": 4})
     )

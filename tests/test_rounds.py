@@ -164,7 +164,7 @@ def test_a_server_shared_out_goes_on_from_its_checkpoint_on_one_device(
         {},
         {"model": {"trainable": "full"}, "matu": {"precision": "int8"}},
         {"matu": {"downloads": "task_vectors", "precision": "int8"}},
-        {"privacy": {"clip_norm": 1.0, "noise_multiplier": 0.1}},
+        {"privacy": {"clip_norm": 1.0, "noise_multiplier": 0.1, "seed": 0}},
         {"attack": {"kind": "noise", "share": 0.4}},
     ],
     ids=str,
