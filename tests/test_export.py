@@ -429,10 +429,13 @@ def test_a_linearised_model_is_refused_with_the_reason(tmp_path):
 def long_run(tmp_path_factory):
     """Of a learning rate so high that the last rounds are worse than an earlier one."""
     folder = tmp_path_factory.mktemp("long")
-    fields: dict[str, Any] = {"rounds": 6, "local.learning_rate": 1.0, "checkpoint.keep": 1}
-    workdir = run(
-        folder / "run", embedded_config(folder, **fields, **{"checkpoint.every_rounds": 4})
-    )
+    fields: dict[str, Any] = {
+        "rounds": 6,
+        "local.learning_rate": 1.0,
+        "checkpoint.keep": 1,
+        "checkpoint.every_rounds": 4,
+    }
+    workdir = run(folder / "run", embedded_config(folder, **fields))
     records = MetricsLog(workdir / "metrics.jsonl").records()
     means = [record["accuracy"]["validation_mean"] for record in records]
     best = 1 + int(np.argmax(means))
