@@ -67,10 +67,10 @@ ATTACKS = {
         (*OF_MATU, "matu, trim"),
     ),
     "constant x 1e10": (
-        "One holder in five sends one number everywhere, 1e10 times as long as what it trained. "
-        + FIVE,
+        "One holder in five sends one number everywhere, 1e10 times as long as what it trained; "
+        f"undefended, training fails from the second round on. {FIVE}",
         {"kind": "constant", "strength": 1e10},
-        ("matu", "matu, trim", "matu, undefended", "fedavg", "fedavg, trim"),
+        ("matu", "matu, trim", "fedavg", "fedavg, trim"),
     ),
     "collusion": (
         f"Two holders in five agree on the opposite of their mean. {FIVE}",

@@ -70,7 +70,7 @@ from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
 from matu_jax.progress import Rounds
 from matu_jax.provenance import commit, machine, versions
-from matu_jax.workdir import check_origin, opened
+from matu_jax.workdir import check_data, check_origin, opened
 
 _FINISHING = "Stopping after this round, which is saved then; once more ends at once and loses it."
 INTERRUPTED = "Interrupted. The same command with the same --workdir goes on."
@@ -202,7 +202,7 @@ def train(
     # While it is imported, etils replaces Python's import, on which a bar drawn meanwhile fails.
     importlib.import_module("grain")
     log = MetricsLog(workdir / "metrics.jsonl")
-    meta = {"config": dataclasses.asdict(config)}
+    meta = {"config": dataclasses.asdict(config), "data": _fingerprints(federation)}
     if profile and first and not (workdir / "profile").is_dir() and (workdir / "profile").exists():
         raise UserError(f"--profile: {workdir / 'profile'} is no folder. Move it away.")
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
@@ -213,7 +213,7 @@ def train(
             if first:
                 folder = workdir / "checkpoints"
                 checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
-        start, similarity_sum = _restored(checkpoints, log, config, target, zero)
+        start, similarity_sum = _restored(checkpoints, log, config, meta["data"], target, zero)
         best = selected(log.records()) if first else None
         if start:
             console.print(f"Going on after round {start[0]} of {config.rounds}.")
@@ -330,6 +330,7 @@ def _restored(
     checkpoints: Checkpoints | None,
     log: MetricsLog,
     config: Config,
+    data: dict[str, Any],
     target: Any,
     zero: np.ndarray,
 ) -> tuple[tuple[int, Any] | None, np.ndarray]:
@@ -341,6 +342,7 @@ def _restored(
                 found = checkpoints.restore(target)
                 if found:
                     check_origin(checkpoints.directory, found[2], config)
+                    check_data(checkpoints.directory, found[2], data)
                 _keep_records(log, checkpoints, found)
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -535,14 +537,17 @@ def _summary(config, federation, records, similarity) -> dict:
             "task": federation.slots.task.tolist(),
             "examples": federation.slots.weight.tolist(),
         },
-        "data_fingerprint": {
-            task.name: task.fingerprint or embedded.fingerprint(task) for task in federation.tasks
-        },
+        "data_fingerprint": _fingerprints(federation),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
     }
+
+
+def _fingerprints(federation: rounds.Federation) -> dict[str, Any]:
+    """What tells one state of each task's data from another, as JSON holds it."""
+    return {task.name: task.fingerprint or embedded.fingerprint(task) for task in federation.tasks}
 
 
 def _frames(records: list[dict]) -> dict | None:

@@ -164,6 +164,28 @@ def check_origin(directory: Path, meta: dict[str, Any], config: Config) -> None:
         )
 
 
+def check_data(directory: Path, meta: dict[str, Any], fingerprints: dict[str, Any]) -> None:
+    """Refuses checkpoints of a run whose data was another.
+
+    Args:
+      directory: where they are.
+      meta: what was saved with the checkpoint; older versions put no fingerprints there.
+      fingerprints: of the tasks' data as it is now, by name.
+
+    Raises:
+      UserError: with the tasks whose data differs.
+    """
+    before = meta.get("data", fingerprints)
+    names = [*fingerprints, *(name for name in before if name not in fingerprints)]
+    changed = [repr(name) for name in names if before.get(name) != fingerprints.get(name)]
+    if changed:
+        raise UserError(
+            f"{directory}: the data of this run has changed since it began: task "
+            f"{', '.join(changed)}. Bring it back as it was, or remove that folder to start from "
+            "round 0 with the data of now."
+        )
+
+
 def differences(found: Any, config: Config) -> list[str]:
     """Where a config that was written as JSON differs from the one here, a line for each field."""
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))

@@ -16,8 +16,9 @@ import tiny
 from dp_accounting import dp_event
 from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
-from matu_jax import train
+from matu_jax import rounds, train
 from matu_jax.config import Config, PrivacyConfig
+from matu_jax.data import Split
 from matu_jax.workdir import opened
 
 EXPERIMENT = """
@@ -265,3 +266,25 @@ def test_summary_has_what_it_promises(experiment, tmp_path):
     assert summary["config"]["rounds"] == 1
     assert summary["versions"]["jax"]
     assert len(summary["data_fingerprint"]["hue/plaid"]["test"]) == 64
+
+
+def test_a_run_whose_data_has_changed_is_not_gone_on_with(
+    experiment, tmp_path, monkeypatch, capsys
+):
+    words = ["train", experiment, "--config.rounds=1", f"--workdir={tmp_path / 'run'}"]
+    assert train.main(words) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    load = rounds.load_tasks
+
+    def changed(config):
+        first, *rest = load(config)
+        images = first.test.images.copy()
+        images[0, 0, 0, 0] ^= 1
+        return (dataclasses.replace(first, test=Split(images, first.test.labels)), *rest)
+
+    monkeypatch.setattr(rounds, "load_tasks", changed)
+    assert train.main(words) == 2
+    said = capsys.readouterr().err
+    assert "has changed since it began: task 'hue/grating'. Bring it back" in " ".join(said.split())
+    monkeypatch.undo()
+    assert train.main(words) == 0
