@@ -276,6 +276,94 @@ def test_a_begun_preparation_of_other_data_is_not_gone_on_with(places, monkeypat
     assert 99 in shown(load(OFFICIAL, places).train) + shown(load(OFFICIAL, places).validation)
 
 
+def changed_state(partial, how):
+    """Damages what an interrupted preparation of 42 images has left."""
+    file = partial / "progress.json"
+    found = json.loads(file.read_text())
+    if how.startswith("file: "):
+        file.write_bytes(how.removeprefix("file: ").encode("latin-1"))
+    elif how.startswith("unsigned: "):
+        file.write_text(json.dumps(found | json.loads(how.removeprefix("unsigned: "))))
+    elif how.startswith("signed: "):  # as if it had been written so
+        found |= json.loads(how.removeprefix("signed: "))
+        file.write_text(json.dumps(found | {"checksum": prepared.checksum(found)}))
+    elif how.startswith("without: "):
+        (partial / how.removeprefix("without: ")).unlink()
+    elif how.startswith("short: "):
+        array = partial / how.removeprefix("short: ")
+        os.truncate(array, array.stat().st_size - 1)
+    else:
+        np.save(partial / "test_images.npy", np.zeros((3, 8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("done", [20, 42])
+@pytest.mark.parametrize(
+    "how",
+    [
+        'unsigned: {"done": 41}',
+        'unsigned: {"white_levels": {"0": 1023}}',
+        'signed: {"done": 9999}',
+        'signed: {"done": -10}',
+        'signed: {"done": true}',
+        'signed: {"done": 20.0}',
+        'signed: {"done": "20"}',
+        'signed: {"done": null}',
+        'signed: {"white_levels": {"0": 0}}',
+        'signed: {"white_levels": {"0": true}}',
+        'signed: {"white_levels": {"many": 255}}',
+        'signed: {"white_levels": {"-1": 255}}',
+        'signed: {"white_levels": []}',
+        'signed: {"plan": null}',
+        "file: ",
+        "file: [1]",
+        "file: \xff{}",
+        "file: {}",
+        "without: progress.json",
+        "without: train_images.npy",
+        "without: test_all_labels.npy",
+        "short: test_images.npy",
+        "short: train_all_contents.npy",
+        "another shape",
+    ],
+)
+def test_what_was_begun_is_believed_only_if_it_is_whole(places, monkeypatch, done, how):
+    official(places["folders"])
+    monkeypatch.setattr(preparation, "CHUNK", 10)
+
+    def interrupt(now, total):
+        if now == done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(OFFICIAL, places, progress=interrupt)
+    (partial,) = places["cache_dir"].glob("prepared/*.partial")
+    changed_state(partial, how)
+    seen = []
+    prepare(OFFICIAL, places, progress=lambda now, total: seen.append((now, total)))
+    assert seen[0] == (0, 42)
+    assert shown(load(OFFICIAL, places).test) == [
+        100 * label + 50 + i for label in range(6) for i in range(2)
+    ]
+
+
+def test_training_images_shortened_to_another_number_are_told(places):
+    official(places["folders"])
+    paint(places["folders"] / OFFICIAL / "train/class_0/copy.png", 0)
+
+    def interrupt(done, total):
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(OFFICIAL, places, progress=interrupt)
+    (partial,) = places["cache_dir"].glob("prepared/*.partial")
+    preparation._shorten(partial / "train_images.npy", 7)
+    with pytest.raises(ValueError, match=r"found 7 images, expected 30; remove .*\.partial and"):
+        prepare(OFFICIAL, places)
+    shutil.rmtree(partial)
+    assert prepare(OFFICIAL, places)["splits"]["train"]["examples"] == 30
+
+
 def test_folders_of_ones_own_are_told_apart_by_their_place(places, tmp_path):
     other = {**places, "folders": tmp_path / "elsewhere"}
     official(places["folders"], name="ward")
@@ -468,6 +556,8 @@ def damage(folder, file, how):
         ("metadata.json", "list", r"metadata\.json cannot be read .*damaged"),
         ("metadata.json", "signed: splits={}", r"splits\.train: missing"),
         ("metadata.json", "signed: test_twice=-1", r"test_twice: found -1"),
+        ("metadata.json", "signed: format=1", r"format: found 1"),
+        ("metadata.json", "signed: white_levels={'0': 0}", r"white_levels\.0: found 0"),
         ("metadata.json", "signed: class_names=3", r"class_names: found 3"),
         ("metadata.json", "signed: transform=null", r"transform: found None"),
         ("metadata.json", "signed: name='mnist'", r"metadata\.json is of 'mnist'"),

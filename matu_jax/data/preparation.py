@@ -21,15 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 
-from matu_jax.data import Transform, folders, images, prepared, selection, tfds
+from matu_jax.data import Transform, folders, images, prepared, resuming, selection, tfds
 from matu_jax.data.datasets import Dataset, Example, Source
 from matu_jax.data.prepared import FORMAT, PARTS
-from matu_jax.json_files import read_json
 
 __all__ = ["TEST_FRACTION", "open_source", "prepare"]
 
@@ -37,6 +36,8 @@ TEST_FRACTION = 0.2
 """Of a dataset without an official test split, what is tested on."""
 SEED = 0
 """What the order of training images, and test splits that are not official, are drawn from."""
+SEEDED = f"seeded, no official test split ({TEST_FRACTION:g} of all images, seed {SEED})"
+"""What is said of a test split that is not official."""
 CHUNK = 256
 """Images between two flushes to the disk."""
 _REPORTED = 20
@@ -164,18 +165,6 @@ def _places(source: Source) -> _Places:
     return _Places(part, rank - trained * part, (trained, tested))
 
 
-class _Progress(NamedTuple):
-    """How far a preparation is.
-
-    Attributes:
-        done: Images that are written, in the source's order.
-        white_levels: See `matu_jax.data.images.white_levels`; decided once, before the first image.
-    """
-
-    done: int
-    white_levels: dict[int, int]
-
-
 def _at(source: Source, index: int) -> Example:
     """An example by its place among those of train, and then of test."""
     trained = len(source.train)
@@ -199,17 +188,6 @@ def _white_levels(source: Source, total: int) -> dict[int, int]:
         return images.white_levels(threads.map(measured, range(total)))
 
 
-def _begun(noted: Path, plan: dict) -> _Progress | None:
-    """How far an interrupted preparation of the same plan had come."""
-    try:
-        found = read_json(noted)
-        levels = {int(key): value for key, value in found["white_levels"].items()}
-        whole = isinstance(found["done"], int) and all(type(v) is int for v in levels.values())
-        return _Progress(found["done"], levels) if whole and found["plan"] == plan else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # Nothing that could be gone on with.
-
-
 def _write(
     dataset: Dataset,
     source: Source,
@@ -227,8 +205,7 @@ def _write(
         "examples": list(places.counts),
         "class_names": list(source.class_names),
     }
-    noted = partial / "progress.json"
-    begun = _begun(noted, plan)
+    begun = resuming.begun(partial, plan)
     if begun is None or not begun.done:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -236,7 +213,7 @@ def _write(
     progress(done, total)
     if done == total:
         return levels
-    arrays = _arrays(dataset, partial, places, size, "r+" if done else "w+", total - done)
+    arrays = _arrays(dataset, partial, places, size, done)
 
     def prepared_at(index: int) -> tuple[np.ndarray, int, bytes, bytes] | ValueError:
         try:
@@ -271,8 +248,8 @@ def _write(
             if not errors:
                 for array in (*arrays[0], *arrays[1]):
                     array.flush()
-                state = {"plan": plan, "done": indices.stop, "white_levels": levels}
-                _write_json(noted, state)
+                state = resuming.state(plan, resuming.Progress(indices.stop, levels))
+                _write_json(partial / "progress.json", state)
             progress(indices.stop, total)
     if errors:
         raise ValueError(
@@ -283,15 +260,11 @@ def _write(
 
 
 def _arrays(
-    dataset: Dataset,
-    partial: Path,
-    places: _Places,
-    size: int,
-    mode: Literal["r+", "w+"],
-    left: int,
+    dataset: Dataset, partial: Path, places: _Places, size: int, done: int
 ) -> list[tuple[np.memmap, ...]]:
-    """The arrays of both splits, if there is room for the images that are left."""
-    needed, free = left * size * size * 3, shutil.disk_usage(partial).free
+    """The arrays of both splits, if there is room for the images that are not done."""
+    needed = (len(places.part) - done) * size * size * 3
+    free = shutil.disk_usage(partial).free
     full = ValueError(
         f"dataset {dataset.name!r}: {needed / 1e9:.1f} GB are needed in {partial}, and "
         f"{free / 1e9:.1f} are free; set MATU_JAX_CACHE to a larger disk"
@@ -299,27 +272,9 @@ def _arrays(
     if needed > free:
         raise full
     try:
-        return [_open_arrays(partial, part, mode, places.counts, size) for part in (0, 1)]
+        return resuming.open_arrays(partial, "r+" if done else "w+", places.counts, size)
     except OSError as error:
         raise full from error
-
-
-def _open_arrays(partial: Path, part: int, mode, counts, size: int) -> tuple[np.memmap, ...]:
-    """Images, and labels and hashes (of pixels, and of files) by rows, of one split."""
-    arrays = []
-    for what, dtype, shape in (
-        ("images", np.uint8, (size, size, 3)),
-        ("all_labels", np.int32, ()),
-        ("all_hashes", np.uint8, (32,)),
-        ("all_contents", np.uint8, (32,)),
-    ):
-        file = partial / f"{PARTS[part]}_{what}.npy"
-        arrays.append(npy.open_memmap(file, mode, dtype, (counts[part], *shape)))
-        if hasattr(os, "posix_fallocate"):
-            # Writing through a map to a disk that has become full would kill the process.
-            with file.open("r+b") as stream:
-                os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
-    return tuple(arrays)
 
 
 def _finish(
@@ -345,14 +300,7 @@ def _finish(
         for part, row in zip(places.part, places.row, strict=True)
     ]
     keys = [[row.tobytes() for row in part] for part in hashes]
-    tested, seen = set(keys[1]), set()
-    keep = np.zeros(len(keys[0]), bool)
-    in_test = 0
-    for row in places.row[places.part == 0]:  # in the source's order
-        key = keys[0][row]
-        in_test += key in tested
-        keep[row] = key not in tested and key not in seen
-        seen.add(key)
+    keep, in_test = _distinct(places, *keys)
     kept = int(keep.sum())
     if kept < 2:
         raise ValueError(
@@ -366,42 +314,33 @@ def _finish(
         for gap, mover in zip(gaps, movers, strict=True):
             images[gap] = images[mover]
         images.flush()
+    elif len(images) != kept:
+        raise ValueError(
+            f"dataset {dataset.name!r}: {file}: found {len(images)} images, expected {kept}; "
+            f"remove {partial} and prepare it again"
+        )
     del images
     for array in (labels[0], hashes[0]):
         array[gaps] = array[movers]
     _shorten(file, kept)
     rows = (kept, len(keys[1]))
     notes = [*source.notes, *_notes(source.class_names, [labels[0][:kept], labels[1]], levels)]
-    splits = {}
-    for part, count, label, digest in zip(PARTS, rows, labels, hashes, strict=True):
-        label = label[:count]
-        np.save(partial / f"{part}_labels.npy", label)
-        content = np.concatenate([digest[:count], label.astype("<i4")[:, None].view(np.uint8)], 1)
-        splits[part] = {
-            "examples": count,
-            "bytes": {
-                what: (partial / f"{part}_{what}.npy").stat().st_size
-                for what in ("images", "labels")
-            },
-            "labels_sha256": hashlib.sha256(label.tobytes()).hexdigest(),
-            "sha256": hashlib.sha256(content.tobytes()).hexdigest(),
-        }
-        for what in ("images", "labels"):
-            _sync(partial / f"{part}_{what}.npy")
+    splits = {
+        part: _described(partial, part, label[:count], digest[:count])
+        for part, count, label, digest in zip(PARTS, rows, labels, hashes, strict=True)
+    }
     metadata = {
         "name": dataset.name,
         "format": FORMAT,
         "version": source.version,
         "contents": prepared.contents_digest(source, published),
         "origin": source.origin,
-        "test_split": "official"
-        if source.test is not None
-        else f"seeded, no official test split ({TEST_FRACTION:g} of all images, seed {SEED})",
+        "test_split": "official" if source.test is not None else SEEDED,
         "transform": dataclasses.asdict(transform),
         "class_names": list(source.class_names),
         "published": {"train": len(source.train), "test": len(source.test or ())},
         "left_out": {"train_in_test": in_test, "train_twice": len(keep) - kept - in_test},
-        "test_twice": len(keys[1]) - len(tested),
+        "test_twice": len(keys[1]) - len(set(keys[1])),
         "white_levels": {str(declared): level for declared, level in levels.items()},
         "notes": notes,
         "splits": splits,
@@ -411,6 +350,47 @@ def _finish(
     _write_json(partial / "metadata.json", metadata)
     _sync(partial)
     return metadata
+
+
+def _distinct(
+    places: _Places, trained: Sequence[bytes], tested: Sequence[bytes]
+) -> tuple[np.ndarray, int]:
+    """Which training images occur neither in the test split nor earlier in the source's order.
+
+    Args:
+        places: Where the examples are.
+        trained: Hashes of the pixels of all training images, by rows.
+        tested: The same of the test split.
+
+    Returns:
+        bool `[examples]`, whether a row of the training images is kept; and how many are not since
+        they are in the test split.
+    """
+    in_test, seen = set(tested), set()
+    keep, left_out = np.zeros(len(trained), bool), 0
+    for row in places.row[places.part == 0]:  # in the source's order
+        key = trained[row]
+        left_out += key in in_test
+        keep[row] = key not in in_test and key not in seen
+        seen.add(key)
+    return keep, left_out
+
+
+def _described(partial: Path, part: str, labels: np.ndarray, hashes: np.ndarray) -> dict:
+    """Writes a split's labels, and returns what metadata.json says of the split."""
+    np.save(partial / f"{part}_labels.npy", labels)
+    content = np.concatenate([hashes, labels.astype("<i4")[:, None].view(np.uint8)], 1)
+    sizes = {}
+    for what in ("images", "labels"):
+        file = partial / f"{part}_{what}.npy"
+        sizes[what] = file.stat().st_size
+        _sync(file)
+    return {
+        "examples": len(labels),
+        "bytes": sizes,
+        "labels_sha256": hashlib.sha256(labels.tobytes()).hexdigest(),
+        "sha256": hashlib.sha256(content.tobytes()).hexdigest(),
+    }
 
 
 def _notes(

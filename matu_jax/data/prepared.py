@@ -7,6 +7,8 @@
         train_labels.npy    int32 [examples]
         test_images.npy, test_labels.npy
         metadata.json       counts, sizes, hashes, class names, where it all came from
+        seen_again          the version of an image folder whose sizes or times have changed since,
+                            and whose images were found to be the same; often not there
 
 The key is a hash of the dataset's name and of what its row in the table says of splits and classes,
 its version in TFDS (or that it is a folder; its path too, of one that is not in the table), the
@@ -23,7 +25,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -258,6 +260,10 @@ def check(name: str, folder: Path) -> dict:
 
 _Count = Annotated[int, Field(ge=0)]
 _Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+WhiteLevels = dict[
+    Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")], Annotated[int, Field(ge=1)]
+]
+"""What `matu_jax.data.images.white_levels` decided, as JSON holds it."""
 
 
 class _Transform(BaseModel):
@@ -297,7 +303,7 @@ class _Metadata(BaseModel):
     """What metadata.json holds."""
 
     name: str
-    format: Literal[2]
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     version: str
     contents: _Hash
     origin: str
@@ -307,7 +313,7 @@ class _Metadata(BaseModel):
     published: _Published
     left_out: _LeftOut
     test_twice: _Count
-    white_levels: dict[str, _Count]
+    white_levels: WhiteLevels
     notes: list[str]
     splits: _Splits
     sha256: _Hash
@@ -315,7 +321,7 @@ class _Metadata(BaseModel):
 
 
 def checksum(metadata: dict) -> str:
-    """SHA-256 of all of a dataset's metadata but the field `checksum`."""
+    """SHA-256 of all of a dataset's metadata, or of its progress, but the field `checksum`."""
     rest = {key: value for key, value in metadata.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
