@@ -173,7 +173,7 @@ def test_an_upload_counts_the_same_in_whatever_form_it_is_written(power):
     uploads = matu.unify(as_tree(changes(1)), SLOTS, magnitude="mean")
     expected = matu.aggregate(uploads, SLOTS, config)
     other = in_another_form(uploads, 1, 2.0**power, 2.0**-power)
-    assert float(jnp.abs(other.vector["a"][1]).min()) >= 0  # nothing has become infinite
+    chex.assert_tree_all_finite(other.vector)
     found = matu.aggregate(other, SLOTS, config)
     chex.assert_trees_all_equal(found.task_vectors, expected.task_vectors)
     chex.assert_trees_all_equal(found.state.energy, expected.state.energy)
@@ -275,7 +275,7 @@ def test_no_finite_upload_leaves_a_number_that_is_not(name):
     state = algorithm.init(base, SLOTS)
     for _ in range(2):
         state, _ = algorithm.aggregate(state, algorithm.upload(vectors, SLOTS), SLOTS)
-    chex.assert_tree_all_finite(jax.tree.map(lambda x: x, algorithm.download(state, SLOTS)))
+    chex.assert_tree_all_finite(algorithm.download(state, SLOTS))
 
 
 def test_who_agrees_half_as_much_as_the_median_keeps_its_weight():
