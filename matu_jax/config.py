@@ -522,6 +522,10 @@ def _cross_checks(config: Config) -> list[str]:
             f"config.privacy: found clip_norm = {config.privacy.clip_norm} and noise_multiplier = "
             f"{config.privacy.noise_multiplier}; privacy needs both, or neither."
         )
+    if config.privacy.clip_norm and not 1e-30 <= config.privacy.clip_norm <= 1e30:
+        problems.append(
+            f"config.privacy.clip_norm: found {config.privacy.clip_norm:g}, expected 1e-30 to 1e30."
+        )
     if config.clients_per_round > config.data.clients:
         problems.append(
             f"config.clients_per_round: found {config.clients_per_round}, expected at most "

@@ -376,7 +376,8 @@ def run(
       a run that goes on from a state equals one that was never interrupted.
 
     Raises:
-      ValueError: at once, for an attack on masks or scales where uploads have none.
+      ValueError: at once, for an attack on masks or scales where uploads have none, or noise of
+        `config.privacy` that is too large.
       StoppedError: in the round in which the training of too many slots fails.
     """
     if config.attack.kind in attacks.OF_UPLOADS:
@@ -388,7 +389,14 @@ def run(
                 f"config.attack.kind: found {config.attack.kind!r}, but the uploads of "
                 f"{config.algorithm!r} have no masks and scales; choose another kind."
             )
+    if config.privacy.clip_norm:
+        privacy.grid_step(config.privacy, _changes(model.base, federation.slots))
     return _run(config, algorithm, model, federation, mesh or slot_mesh(), start)
+
+
+def _changes(base: PyTree, slots: Slots) -> PyTree:
+    """Shapes of what all slots may change: leaves `[slots, ...]`."""
+    return jax.eval_shape(lambda: zeros(base, len(slots.client)))
 
 
 def _run(
@@ -454,7 +462,7 @@ def _run(
     disturbed = lies_in_changes or config.privacy.clip_norm > 0
 
     at_server = NamedSharding(server, WHOLE)
-    changes = jax.eval_shape(lambda: zeros(base, len(slots.client)))
+    changes = _changes(base, slots)
 
     @functools.partial(jax.jit, out_shardings=(None, at_server))
     def upload(

@@ -453,7 +453,9 @@ def _privacy(config: Config, records: list[dict]) -> dict:
         "noise": "discrete Gaussian, from the operating system's entropy"
         if secret
         else f"from config.privacy.seed = {config.privacy.seed}: not private",
-        "definition": "client-level, zero-out adjacency, towards the server; see matu_jax.privacy",
+        "definition": "client-level, zero-out adjacency, towards the server; see matu_jax.privacy; "
+        "a round that was run again after a crash, or after going back to an older checkpoint, has "
+        "released once more, which is not counted",
     }
 
 

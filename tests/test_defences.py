@@ -211,14 +211,62 @@ def test_what_a_server_keeps_is_bounded_by_clip_whatever_one_sends(seed, vector,
         assert np.abs(evidence).max() <= longest**2 * (1 + 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("client", "task"),
+    [
+        ([0, 0, 1, 1], [0, 1, 0, 1]),
+        ([0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 3], [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]),
+    ],
+    ids=["half of the clients", "one client with most slots"],
+)
+def test_neither_half_of_the_clients_nor_one_with_many_slots_sets_what_is_clipped(client, task):
+    """Client 0 sends scales a billion times too large; without clip that is what the state gets."""
+    client, task = np.array(client), np.array(task)
+    clients, tasks = client.max() + 1, task.max() + 1
+    slots = matu.Slots(client, task, np.full(len(client), 9.0, np.float32), clients, tasks)
+    x = np.random.default_rng(0).normal(size=(len(client), 30)).astype(np.float32)
+    config = aggregation_config(MatuConfig(), DefenceConfig())
+    uploads = matu.unify(as_tree(x), slots, magnitude="mean")
+    scales = uploads.scales * np.where(client == 0, 1e9, 1).astype(np.float32)
+    found = matu.aggregate(uploads._replace(scales=scales), slots, config)
+    honest = np.asarray(uploads.scales) * np.linalg.norm(as_rows(uploads.vector), axis=1)[client]
+    longest = 1.5 * 2 * honest[client > 0].max()
+    assert np.linalg.norm(as_rows(found.task_vectors), axis=1).max() <= longest * (1 + 1e-4)
+    assert float(found.state.energy.max()) <= longest**2 * (1 + 1e-4)
+    moved, _ = defended_mean(
+        as_tree(np.where((client == 0)[:, None], 1e9 * x, x)),
+        as_tree(np.zeros((tasks, 30), np.float32)),
+        jnp.asarray(slots.weight),
+        jnp.asarray(task),
+        int(tasks),
+        DefenceConfig(weighting="examples"),
+        slots,
+    )
+    longest = 1.5 * 2 * np.linalg.norm(x[client > 0], axis=1).max()
+    assert np.linalg.norm(as_rows(moved), axis=1).max() <= longest * (1 + 1e-4)
+
+
+def test_means_of_the_largest_numbers_there_are_stay_finite():
+    """Shares of 1/6 add up to a little more than 1."""
+    largest = np.full((6, 5), np.finfo(np.float32).max)
+    one = jnp.zeros(6, jnp.int32)
+    for rule in (NO_DEFENCE, DefenceConfig(clip=2.0, weighting="examples"), RULES[1]):
+        before = {"w": jnp.full((1, 5), np.finfo(np.float32).max)}
+        moved, _ = defended_mean({"w": jnp.asarray(largest)}, before, jnp.ones(6), one, 1, rule)
+        chex.assert_tree_all_finite(moved)
+        before = {"w": jnp.zeros((1, 5))}
+        moved, _ = defended_mean({"w": jnp.asarray(largest)}, before, jnp.ones(6), one, 1, rule)
+        chex.assert_tree_all_finite(moved)
+
+
 def test_numbers_that_some_devices_take_for_zero_pass_no_clip():
     """No length sees them there; a scale makes them long where they are none."""
     lengths = jnp.array([1.0, 1.0, 0.0])
     unseen = jnp.array([1.0, 1.0, 3e38]) * smallest_length(10_000)
-    there = jnp.ones(3, bool)
-    np.testing.assert_allclose(clip_factors(lengths, there, 1.5, unseen)[:2], 1.0)
-    assert clip_factors(lengths, there, 1.5, unseen)[2] * unseen[2] <= 1.5 * (1 + 1e-6)
-    assert clip_factors(jnp.zeros(3), there, 1.5, unseen)[2] == 0
+    rest = jnp.ones(3, bool), 1.5, jnp.arange(3), 3, unseen
+    np.testing.assert_allclose(clip_factors(lengths, *rest)[:2], 1.0)
+    assert clip_factors(lengths, *rest)[2] * unseen[2] <= 1.5 * (1 + 1e-6)
+    assert clip_factors(jnp.zeros(3), *rest)[2] == 0
 
 
 MEAN = jax.jit(defended_mean, static_argnums=(4, 5))

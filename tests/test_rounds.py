@@ -104,6 +104,7 @@ def test_what_replaces_a_part_of_an_algorithm_runs(federation, model, shares_ser
     for mine in (
         built._replace(aggregate=lambda state, uploads, slots: (state, {})),
         built._replace(upload=lambda v, s: jax.tree.map(jnp.zeros_like, built.upload(v, s))),
+        built.__replace__(aggregate=lambda state, uploads, slots: (state, {})),
     ):
         (result,) = rounds.run(
             dataclasses.replace(TINY, rounds=1), mine, model, federation, mesh=mesh

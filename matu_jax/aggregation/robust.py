@@ -17,24 +17,39 @@ from matu_jax.aggregation.types import Slots
 
 
 def clip_factors(
-    lengths: jax.Array, present: jax.Array, limit: float, unseen: jax.Array | float = 0.0
+    lengths: jax.Array,
+    present: jax.Array,
+    limit: float,
+    client: jax.Array,
+    num_clients: int,
+    unseen: jax.Array | float = 0.0,
 ) -> jax.Array:
     """Factors that bring lengths down to `limit` times their median, and raise none.
 
+    The median over rows is the mean of the middle two where their number is even, and a client may
+    have many rows. So that neither half of the clients nor one of them sets it, it counts for no
+    more than twice the lower median over clients of their longest row.
+
     Args:
       lengths: float32 `[rows]`, not negative; infinite where one is beyond float32.
-      present: bool `[rows]`; the median is over those present whose length is not 0.
+      present: bool `[rows]`; the medians are over those present whose length is not 0.
       limit: how many medians long a row may stay.
+      client: int32 `[rows]`, whose a row is.
+      num_clients: number of clients.
       unseen: float32 `[rows]`, what a row may be longer than its length says, see
-        `smallest_length`. It does not count for the median.
+        `smallest_length`. It does not count for the medians.
 
     Returns:
       float32 `[rows]`, in [0, 1].
     """
-    counted = jnp.where(present & (lengths > 0), lengths, jnp.nan)
+    counts = present & (lengths > 0)
+    median = jnp.nanmedian(jnp.where(counts, lengths, jnp.nan))
+    longest_of = jnp.zeros(num_clients, jnp.float32).at[client].max(jnp.where(counts, lengths, 0.0))
+    group = (longest_of == 0).astype(jnp.int32)
+    of_clients = _lower_median(longest_of, group, 1)[0]
     # Where nobody has a length there is no median, and nothing that could be let through.
-    longest = jnp.nan_to_num(limit * jnp.nanmedian(counted), nan=0.0, posinf=jnp.inf)
-    lengths = lengths + unseen
+    median = jnp.where(counts.any(), jnp.minimum(median, 2 * of_clients), 0.0)
+    longest, lengths = limit * median, lengths + unseen
     return jnp.where(lengths > longest, longest / lengths, 1.0)
 
 

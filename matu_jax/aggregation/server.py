@@ -192,7 +192,9 @@ def _server(
         unit, length = (part[slots.client] for part in vector_lengths(vector, axes))
         lengths = jnp.where(accepted, scales * unit * length, 0.0)
         unseen = jnp.where(accepted, scales * smallest_length(size), 0.0)
-        scales = scales * clip_factors(lengths, accepted, config.clip, unseen)
+        scales = scales * clip_factors(
+            lengths, accepted, config.clip, slots.client, slots.num_clients, unseen
+        )
     if config.trim:
         weight = accepted.astype(jnp.float32)
     elif config.weighting == "agreement":

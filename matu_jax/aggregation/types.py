@@ -84,8 +84,10 @@ class AggregationConfig:
         without settling.
       clip: 0 = off. Bounds what one slot can do to the others: its vector is scaled down where
         scale times length of its client's unified vector exceeds `clip` times the median over the
-        round's slots. That product bounds the length of what the slot's mask lets through, so that
-        neither a long vector nor a large scale nor a full mask gets past it.
+        round's slots (and that for no more than twice the lower median over clients of their
+        longest slot, which neither half of them nor one with many slots can set). That product
+        bounds the length of what the slot's mask lets through, so that neither a long vector nor a
+        large scale nor a full mask gets past it.
       trim: how many of a task's largest and smallest numbers eq. 6 leaves out, parameter by
         parameter (the trimmed mean of Yin et al. 2018, arXiv 1803.01498; all but the middle ones
         where a task has too few holders: the median). Every holder counts the same then, whatever

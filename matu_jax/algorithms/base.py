@@ -119,6 +119,8 @@ class Algorithm(_Parts):
         """The algorithm with other fields; every one of them runs, on however many devices."""
         return super()._replace(**({"shared_over": None} | fields))
 
+    __replace__ = _replace  # of `copy.replace`, from Python 3.13 on
+
 
 def weighted_mean(
     vectors: PyTree, weight: jax.Array, group: jax.Array, num_groups: int
@@ -144,7 +146,7 @@ def weighted_mean(
             return carry.at[where].add(jnp.where(part > 0, part * x.astype(jnp.float32), 0.0)), None
 
         zero = jnp.zeros((num_groups, *leaf.shape[1:]), jnp.float32)
-        return jax.lax.scan(add, zero, (leaf, share, group))[0].astype(leaf.dtype)
+        return clip_to(jax.lax.scan(add, zero, (leaf, share, group))[0], leaf.dtype)
 
     return jax.tree.map(mean, vectors), total
 
@@ -156,6 +158,7 @@ def defended_mean(
     group: jax.Array,
     num_groups: int,
     defence: DefenceConfig,
+    slots: Slots | None = None,
 ) -> tuple[PyTree, jax.Array]:
     """`before` plus the mean of changes per group, by the rules of a defence; in float32.
 
@@ -167,6 +170,7 @@ def defended_mean(
       group: int32 `[rows]`.
       num_groups: number of groups.
       defence: see `matu_jax.AggregationConfig`, with rows for slots and groups for tasks.
+      slots: where rows are slots, whose client each is; None = each row is a client's only one.
 
     Returns:
       Leaves `[groups, ...]` in the storage dtype, `before` for a group without weight; and the
@@ -185,7 +189,11 @@ def defended_mean(
 
     changes = jax.tree.map(change, vectors, before)
     if defence.clip:
-        factors = clip_factors(row_lengths(changes), present, defence.clip)
+        rows = weight.shape[0]
+        client, clients = jnp.arange(rows), rows
+        if slots is not None:
+            client, clients = slots.client, slots.num_clients
+        factors = clip_factors(row_lengths(changes), present, defence.clip, client, clients)
         changes = jax.tree.map(lambda x: factors[:, None] * x, changes)
     if defence.weighting == "agreement":
 
@@ -220,7 +228,7 @@ def defended_mean(
         moved, _ = weighted_mean(changes, weight, group, num_groups)
 
     def add(b, x):
-        return (b.astype(jnp.float32) + x.reshape(b.shape)).astype(b.dtype)
+        return clip_to(b.astype(jnp.float32) + x.reshape(b.shape), b.dtype)
 
     return keep_where_absent(jax.tree.map(add, before, moved), before, total > 0), total
 
@@ -422,7 +430,7 @@ def with_heads(inner: Algorithm) -> Algorithm:
         if inner.shares_heads:
             defence = inner.defence or NO_DEFENCE
             groups = slots.weight, slots.task, slots.num_tasks
-            return (shared, defended_mean(head, before, *groups, defence)[0]), metrics
+            return (shared, defended_mean(head, before, *groups, defence, slots)[0]), metrics
         return (shared, keep_where_absent(head, before, slots.weight > 0)), metrics
 
     def sent(state, uploads):

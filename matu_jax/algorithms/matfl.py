@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from matu_jax.aggregation.directions import gram
+from matu_jax.aggregation.fold import clip_to
 from matu_jax.algorithms.base import Algorithm, Message, headroom, keep_where_absent, zeros
 from matu_jax.config import Config
 
@@ -75,9 +76,10 @@ def matfl(config: Config) -> Algorithm:
         alone = jnp.eye(count, dtype=jnp.float32)  # where no weight is left
         weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), alone)
         mixed = [
-            jnp.matmul(weights, leaf, precision=jax.lax.Precision.HIGHEST)
-            .reshape(old.shape)
-            .astype(old.dtype)
+            clip_to(
+                jnp.matmul(weights, leaf, precision=jax.lax.Precision.HIGHEST).reshape(old.shape),
+                old.dtype,
+            )
             for leaf, old in zip(flat, leaves, strict=True)
         ]
         return keep_where_absent(structure.unflatten(mixed), state, present), {}

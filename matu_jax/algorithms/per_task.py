@@ -18,7 +18,7 @@ def per_task(config: Config) -> Algorithm:
 
     def aggregate(state, uploads, slots):
         groups = slots.weight, slots.task, slots.num_tasks
-        return defended_mean(uploads, state, *groups, config.defence)[0], {}
+        return defended_mean(uploads, state, *groups, config.defence, slots)[0], {}
 
     return Algorithm(
         init=lambda base, slots: zeros(base, slots.num_tasks),

@@ -19,6 +19,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
+from matu_jax.aggregation.fold import clip_to
 from matu_jax.algorithms.base import Algorithm, Message, headroom
 from matu_jax.algorithms.fedavg import fedavg
 from matu_jax.config import Config
@@ -50,7 +51,7 @@ def ties(config: Config) -> Algorithm:
             agrees = jnp.sign(x) * sign[None] > 0
             count = jnp.maximum(agrees.sum(axis=0), 1).astype(jnp.float32)
             mean = jnp.where(agrees, x, 0.0).sum(axis=0) / count / room
-            return jnp.where(present.any(), mean.astype(old.dtype), old)
+            return jnp.where(present.any(), clip_to(mean, old.dtype), old)
 
         return jax.tree.map(merge, uploads, state), {}
 
