@@ -219,7 +219,8 @@ class _Summary(BaseModel):
     seconds: _Seconds
     similarity: _Similarity | None
     label_spaces: list[str]
-    chance: dict[str, _Fraction] | None = None  # older versions lack it
+    chance: dict[str, _Fraction] | None = None  # older versions lack it, and what follows
+    metrics: str | None = None
     config: _Config
     server: _Kept
 

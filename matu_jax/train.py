@@ -294,6 +294,7 @@ def _results(config, algorithm, federation, target, log, similarity_sum) -> tupl
         raise UserError(f"{error}. The same command says how to go on.") from None
     similarity = similarity_sum / max(sum(r["aggregated"] for r in records), 1)
     summary = _summary(config, federation, records, similarity)
+    summary["metrics"] = log.fingerprint  # so that results are read beside no other records
     summary["config"] = dataclasses.asdict(config)
     summary["chance"] = {task.name: 1 / task.num_classes for task in federation.tasks}
     summary["label_spaces"] = [task.label_space for task in federation.tasks]

@@ -1,6 +1,7 @@
 """The comparison program: its plan, the search with equal effort, what it gathers, and resuming."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -243,6 +244,20 @@ def fake_run(folder: Path, accuracy, *, bits=8.0, rounds=(0.2, 0.4)):
         for i, value in enumerate(rounds)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_number_that_was_changed_after_the_run_is_in_no_comparison(tmp_path):
+    made = comparison(settings={"a": plan.Setting("A.", {})}, seeds=(0,))
+    folder = plan.Run("a", "matu", 0).folder(tmp_path)
+    fake_run(folder, 0.5)
+    lines = (folder / "metrics.jsonl").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["metrics"] = hashlib.sha256(lines.encode()).hexdigest()
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert collect(made, tmp_path, Path("small.py"), tuning=None)["settings"][0]["arms"]
+    (folder / "metrics.jsonl").write_text(lines.replace('"loss": ', '"loss": 1', 1))
+    with pytest.raises(ValueError, match=r"was changed later\. Bring the file back"):
+        collect(made, tmp_path, Path("small.py"), tuning=None)
 
 
 @pytest.mark.parametrize(

@@ -677,6 +677,13 @@ def test_from_few_seeds_nothing_is_concluded(tmp_path, undrawn, seeds, counted):
     assert result_rows(page)["fedavg"]["points against ours (p-value)"] == "−10.0"
 
 
+def test_the_arm_with_the_fewest_seeds_decides_whether_one_is_best(tmp_path, undrawn):
+    comparison = make_comparison(ARMS[:7])
+    assert "- Best: " in written(comparison, tmp_path / "all")[2]
+    arm_of(comparison, "fedavg")["accuracy"]["per_seed"] = [0.3, None, None, None, None]
+    assert "- Highest accuracy: " in written(comparison, tmp_path / "one")[2]
+
+
 @pytest.mark.parametrize(
     ("tested", "seeds", "expected"),
     [

@@ -130,7 +130,9 @@ def _result(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         summary = read_summary(folder / "summary.json")
-        records = MetricsLog(folder / "metrics.jsonl").rounds(summary["rounds"])
+        log = MetricsLog(folder / "metrics.jsonl")
+        log.check(summary["rounds"], summary.get("metrics"))
+        records = log.rounds(summary["rounds"])
     except ValueError as error:
         raise ValueError(
             f"{error}. Bring the file back from a copy, or remove {folder}: the same command makes "
@@ -151,27 +153,24 @@ def _arm(
     summaries = [result["summary"] for result in there]
     per_seed = [r["summary"]["accuracy"]["mean"] if r else None for r in found.values()]
     tasks = summaries[0]["accuracy"]["per_task"]
-    curves = [
-        {r["round"]: r["accuracy"]["test_mean"] for r in result["records"] if r["accuracy"]}
-        for result in there
-    ]
-    common = sorted(set.intersection(*map(set, curves)))
-    points = [[curve[round_index] for curve in curves] for round_index in common]
+    curves = {
+        seed: {
+            r["round"]: r["accuracy"]["test_mean"]
+            for r in result["records"]
+            if r["accuracy"] and r["accuracy"]["test_mean"] is not None
+        }
+        for seed, result in found.items()
+        if result
+    }
+    common = sorted(set.intersection(*map(set, curves.values())))
+    points = [[curve[round_index] for curve in curves.values()] for round_index in common]
     reached = []
-    for seed, result in found.items():
+    for seed, curve in curves.items():
         reference = results.get((comparison.reference, seed))
-        if result and reference:
-            goal = _NEAR * reference["summary"]["accuracy"]["mean"]
-            reached.append(
-                next(
-                    (
-                        r["round"]
-                        for r in result["records"]
-                        if r["accuracy"] and r["accuracy"]["test_mean"] >= goal
-                    ),
-                    None,
-                )
-            )
+        best = reference and reference["summary"]["accuracy"]["mean"]
+        if best is not None:
+            goal = _NEAR * best
+            reached.append(next((at for at, mean in curve.items() if mean >= goal), None))
     rounds = [r for r in reached if r is not None]
     kinds = ("local_training", "client_unify", "server_aggregation", "total")
     bits = summaries[0]["communication"]

@@ -160,7 +160,7 @@ def _in_short(setting: Mapping[str, Any], ours: str, reference: str) -> Iterator
     if not best:
         yield ["No arm has a result yet."]
         return
-    seeds = max(sum(v is not None for v in arm["accuracy"].get("per_seed") or []) for arm in best)
+    seeds = min(_seeds(arm) for arm in arms if mean_accuracy(arm) is not None)
     word = "Best" if seeds >= FEWEST_SEEDS else "Highest accuracy"
     for arm in best:
         yield [f"{word}: ", Bold(arm["label"]), " with ", Bold(_accuracy(arm)), "."]
@@ -207,9 +207,14 @@ def _verdict(arm: Mapping[str, Any]) -> str:
     """What ours does to the arm; see `collect.verdict`."""
     tested = arm.get("against_ours") or {}
     known = {key: number(tested.get(key)) for key in ("difference", "p_value", "rank_correlation")}
+    seeds = tested.get("seeds")  # those that both have; older files do not count them
+    return verdict(known, seeds if type(seeds) is int else 0)
+
+
+def _seeds(arm: Mapping[str, Any]) -> int:
+    """How many seeds an arm has a result of."""
     measured = (arm.get("accuracy") or {}).get("per_seed") or []
-    seeds = tested.get("seeds", sum(value is not None for value in measured))  # older: not counted
-    return verdict(known, seeds)
+    return sum(value is not None for value in measured)
 
 
 def _about(setting: Mapping[str, Any]) -> Iterator[Block]:
