@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from matu_jax.config import Config, did_you_mean, freeze, override
+from matu_jax.data.selection import is_utf8
 from matu_jax.interruption import end_on_sigterm
 
 
@@ -129,12 +130,10 @@ def check_words(words: Sequence[str]) -> None:
       UserError: since they could be neither printed nor noted in results.
     """
     for word in words:
-        try:
-            word.encode()
-        except UnicodeEncodeError:
+        if not is_utf8(word):
             raise UserError(
                 f"found {word!a}, which is no UTF-8. Rename the file, or give another name."
-            ) from None
+            )
 
 
 def read_words(

@@ -22,7 +22,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
@@ -36,6 +35,12 @@ from matu_jax.config import Config, override
 from matu_jax.data import Transform, preparation, prepared, selection
 from matu_jax.models.architectures import check_heads, transform_of
 from matu_jax.report import human_bytes
+
+_TO_DO = "to be prepared"
+_LATER = (
+    "Decided while preparing: which images are left out of train, which value becomes white in "
+    "images of more than 8 bits, and which classes are left without an image."
+)
 
 
 @dataclass
@@ -57,7 +62,7 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
 
     Args:
       config: the experiment; its `data` and the transform of its architecture count.
-      console: what to print to.
+      console: what to print to, from `commandline.plain_console`.
       dry_run: whether only to tell what would be done.
 
     Returns:
@@ -85,15 +90,13 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
         return True
     try:
         check_heads(config.model, names)
+        if data.folders:
+            selection.check_directory(data.folders)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if config.data.folders and not Path(config.data.folders).is_dir():
-        raise UserError(f"config.data.folders: {config.data.folders}: there is no such directory.")
     console.print(
         f"Images of {transform.size} pixels ({transform.resize}, {transform.resample}), into "
-        f"{selection.cache() / 'prepared'}.",
-        markup=False,
-        highlight=False,
+        f"{selection.cache() / 'prepared'}."
     )
     rows = []
     for name in names:
@@ -104,15 +107,15 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
         except (ValueError, OSError) as error:
             row.state, row.failed = "not prepared", True
             where = "" if repr(name) in str(error) else f"dataset {name!r}: "
-            console.print(f"{where}{error}", style="red", markup=False, highlight=False)
+            console.print(f"{where}{error}", style="red")
     console.print(_table(rows))
+    if any(row.state.startswith(_TO_DO) for row in rows):
+        console.print(_LATER)
     failed = [row.name for row in rows if row.failed]
     if failed:
         console.print(
             f"{len(failed)} of {len(rows)} datasets cannot be prepared: {', '.join(failed)}; the "
-            "reasons stand above. Mend them, and the same command goes on.",
-            markup=False,
-            highlight=False,
+            "reasons stand above. Mend them, and the same command goes on."
         )
     return not failed
 
@@ -132,11 +135,13 @@ def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_ru
             anew = "anew, since the image folder has changed"
         except ValueError as error:
             anew = "anew, since it is damaged"
-            console.print(str(error), markup=False, highlight=False)
+            console.print(str(error))
     if dry_run:
-        row.state = f"to be prepared {anew}".strip()
+        row.state = f"{_TO_DO} {anew}".strip()
         if images is None:
             row.state += ", downloaded if need be"
+            if not dataset.test:
+                row.state += f"; test: {preparation.SEEDED}"
             return
         source = preparation.open_source(dataset, image_folders=folders)
         count = len(source.train) + len(source.test or ())
@@ -144,6 +149,8 @@ def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_ru
         fifth = max(1, round(preparation.TEST_FRACTION * count))
         row.test = fifth if source.test is None else len(source.test)
         row.train = count - row.test
+        notes = [] if source.test is not None else [f"test: {preparation.SEEDED}"]
+        row.state = "; ".join((row.state, *notes, *source.notes))
         return
     _fill(row, _run(row.name, transform, folders, console), f"prepared {anew or 'now'}")
     console.print(f"{row.name}: {row.train:,} images for train, {row.test:,} for test")
@@ -181,13 +188,7 @@ def _fill(row: _Row, metadata: dict, state: str) -> None:
     row.train, row.test = splits["train"]["examples"], splits["test"]["examples"]
     row.size = sum(size for split in splits.values() for size in split["bytes"].values())
     row.left_out = f"{left_out['train_in_test']} + {left_out['train_twice']}"
-    notes = [state]
-    if metadata["test_split"] != "official":
-        notes.append(f"test: {metadata['test_split']}")
-    notes += metadata["notes"]
-    if metadata["test_twice"]:
-        notes.append(f"{metadata['test_twice']} images are in test more than once")
-    row.state = "; ".join(notes)
+    row.state = "; ".join((state, *prepared.notes(metadata)))
 
 
 def _table(rows: Sequence[_Row]) -> Table:

@@ -17,7 +17,7 @@ class Rounds:
     """Says after each round how far a run is; a context manager once `begin` was called.
 
     Args:
-      console: where to say it.
+      console: where to say it, from `commandline.plain_console`.
       label: stands before every line; "" where there is one run only.
       bar: whether a bar is drawn on terminals; False where another one is there already.
     """
@@ -71,7 +71,7 @@ class Rounds:
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
-        self._bar.console.print(f"{self._label}{text}", markup=False, highlight=False)
+        self._bar.console.print(f"{self._label}{text}")
 
 
 def duration(seconds: float) -> str:

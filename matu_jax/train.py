@@ -55,7 +55,7 @@ from matu_jax.commandline import (
     run_program,
 )
 from matu_jax.config import Config
-from matu_jax.data import embedded, prepared, selection
+from matu_jax.data import Task, embedded, prepared, selection
 from matu_jax.interruption import Stopped, StopRequest
 from matu_jax.metrics import (
     SELECTION,
@@ -431,6 +431,8 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
         "workdir": str(workdir),
     }
     console.print(report.plan_table(plan))
+    for line in _data_notes(federation.tasks):
+        console.print(line)
     there, needed = memory_there(device), sum(memory.values()) // mesh.size
     if there and needed > there:
         console.print(
@@ -439,6 +441,16 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
             f"{max(memory, key=lambda part: memory[part])}. Lower config.local.parallel_slots, or "
             "set config.model.remat=True or config.model.compute_dtype=bfloat16."
         )
+
+
+def _data_notes(tasks: Sequence[Task]) -> Iterator[str]:
+    """What people should know of the data, a line for each note, with the tasks that share it."""
+    named: dict[str, list[str]] = {}
+    for task in tasks:
+        for note in task.notes:
+            named.setdefault(note, []).append(task.name)
+    for note, names in named.items():
+        yield f"data: {', '.join(names)}: {note}"
 
 
 def _privacy(config: Config, records: list[dict]) -> dict:

@@ -1,14 +1,17 @@
 """Image files: every ugly one, the same pixels as Hugging Face's, and more than 8 bits a sample."""
 
+import ast
 import io
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import matu_jax
 from matu_jax.data import Transform, images
 
 WHITE = [255, 255, 255]
@@ -332,3 +335,14 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path):
         with pytest.raises(ValueError, match=rf"{name} cannot be read: it is no regular file"):
             images.decode(tmp_path / name, name)
         assert images.measure(tmp_path / name) is None
+
+
+def test_pictures_are_never_opened_as_whatever_pillow_knows():
+    """Without `formats`, Pillow hands PostScript to another program."""
+    package, opened = Path(matu_jax.__file__).parent, 0
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+                opened += 1
+                assert "formats" in [keyword.arg for keyword in node.keywords], file
+    assert opened

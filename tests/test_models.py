@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from matu_jax import models
 from matu_jax.config import ModelConfig
 from matu_jax.data import Split, Task
-from matu_jax.models import embedded
+from matu_jax.models import architectures, embedded
 from matu_jax.models.transformer import LoRASpec
 from matu_jax.models.vit import StridedConvolution, VisionTransformer, ViTShape
 from matu_jax.trees import leaf_items
@@ -293,9 +293,40 @@ def test_frozen_heads_of_tasks_with_prompts_need_a_text_tower(tiny_file):
     """The label vectors mean nothing to classes of one's own; no head is made of them silently."""
     own = dataclasses.replace(task("ward", 3), templates=("a photo of a {}.",))
     message = refusal(own, checkpoint=tiny_file)
-    assert "task 'ward' has a frozen head" in message
-    assert "config.model.head = 'trained'" in message
+    assert "found 'frozen' for ward, a head made of class names by a text tower" in message
+    assert "Set config.model.head = 'trained', or" in message
     build(own, checkpoint=tiny_file, head="trained")
+
+
+def test_frozen_heads_without_a_text_tower_are_one_message(tiny_file):
+    """Before images are prepared, and when a model is built; what it says to set is what helps."""
+    own = dataclasses.replace(task("ward", 3), templates=("a photo of a {}.",))
+    other = dataclasses.replace(own, name="other")
+    named = (("ward", "frozen"),)
+    where = (
+        "put 'trained' in place of 'frozen' in config.model.task_heads, where ('ward', 'frozen')"
+    )
+    for changes, remedy, mended in (
+        ({}, "Set config.model.head = 'trained', or", {"head": "trained"}),
+        (
+            {"head": "trained", "task_heads": named},
+            f"P{where[1:]}",
+            {"task_heads": (("ward", "trained"),)},
+        ),
+        (
+            {"task_heads": named},
+            f"Set config.model.head = 'trained' and {where}",
+            {"head": "trained", "task_heads": (("ward", "trained"),)},
+        ),
+    ):
+        for which in ({"checkpoint": tiny_file}, {"architecture": "vit_b16"}):
+            message = refusal(own, other, **{"checkpoint": "random", **which, **changes})
+            assert remedy in message
+            asked = ModelConfig(**{"checkpoint": "random", **which, **changes})
+            with pytest.raises(ValueError, match=r"config\.model\.head") as before:
+                architectures.check_heads(asked, ["ward", "other"])
+            assert str(before.value) == message
+        build(own, other, checkpoint=tiny_file, **{**changes, **mended})
 
 
 def test_mistakes_in_heads_and_tasks_are_named(tiny_file):

@@ -31,6 +31,7 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("my images [1]")
     for task in ("digits", "digits turned"):
         script("make_example_folders").write(folder, task, {"train": 200, "test": 100})
+        (folder / task / "read me.txt").touch()
     return folder
 
 
@@ -46,12 +47,17 @@ def words(folders, tmp_path, monkeypatch):
     ]
 
 
-def test_what_is_learnt_is_more_than_chance_and_than_the_untrained_model(words, tmp_path, capsys):
+def test_what_is_learnt_is_more_than_chance_and_than_the_untrained_model(
+    words, folders, tmp_path, capsys
+):
     run, small = tmp_path / "run", ["--config.data.clients=2", "--config.rounds=3"]
     small += ["--config.local.steps=40", "--config.local.learning_rate=0.01"]
     assert prepare.main([*words, *small]) == 0
     assert doctor.main([*words, *small]) == 0
     assert train.main([*words, *small, f"--workdir={run}"]) == 0
+    out = capsys.readouterr().out
+    for task in ("digits", "digits turned"):
+        assert f"data: {task}: 1 files are no images, such as {folders / task}/read me.txt" in out
     config, _, _ = read_config([*words, *small], "")
     before = dict(script("own_folders_baselines").baselines(config))
     after = json.loads((run / "summary.json").read_text())["accuracy"]["per_task"]

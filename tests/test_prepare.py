@@ -202,11 +202,37 @@ def test_a_test_split_that_is_not_official_is_said(images, capsys):
     dataset(images / "all", "train", 6, train=5, test=1)
     (images / "all/train/train").rename(images / "garbage")
     assert run("--config.data.tasks=garbage", "--dry-run") == 0
-    assert row(capsys.readouterr().out, "garbage")[2:4] == ["24", "6"]
+    out = capsys.readouterr().out
+    assert row(out, "garbage")[2:4] == ["24", "6"]
+    assert "to be prepared; test: seeded, no official test split (0.2 of" in out.replace("│", "")
     assert run("--config.data.tasks=garbage") == 0
     out = capsys.readouterr().out
     assert row(out, "garbage")[2:4] == ["24", "6"]
     assert "prepared now; test: seeded, no official test split" in " ".join(row(out, "garbage"))
+
+
+def test_a_dry_run_tells_what_is_known_and_what_is_not(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    (tmp_path / "elsewhere.png").write_bytes((images / "mnist/train/3/0.png").read_bytes())
+    (images / "mnist/train/3/linked.png").symlink_to(tmp_path / "elsewhere.png")
+    (images / "mnist/train/3/notes.txt").touch()
+    later = "Decided while preparing: which images are left out of train, which value becomes white"
+    assert run("--config.data.tasks=mnist,dtd,eurosat", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert row(out, "mnist")[-1] == (
+        f"to be prepared; 1 files are no images, such as {images}/mnist/train/3/notes.txt; "
+        f"1 links lead out of the folder, such as {images}/mnist/train/3/linked.png"
+    )
+    assert row(out, "dtd")[-1] == "to be prepared, downloaded if need be"
+    assert row(out, "eurosat")[-1] == (
+        "to be prepared, downloaded if need be; "
+        "test: seeded, no official test split (0.2 of all images, seed 0)"
+    )
+    assert later in out
+    assert run("--config.data.tasks=mnist") == 0
+    capsys.readouterr()
+    assert run("--config.data.tasks=mnist", "--dry-run") == 0
+    assert later not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,7 @@ def test_a_missing_test_split_is_seeded_and_said(places):
     assert len(task.test.labels) == 12
     assert len(set(task.test.labels.tolist())) > 3
     assert metadata["test_split"].startswith("seeded, no official test split")
+    assert task.notes == (f"test: {metadata['test_split']}",)
     again = places["cache_dir"].with_name("old")
     places["cache_dir"].rename(again)
     prepare(SEEDED, places)
@@ -153,6 +154,7 @@ def test_duplicates_leave_train_and_stay_in_test(places):
     kept = shown(task.train) + shown(task.validation)
     assert sorted(kept) == [100 * label + i for label in range(6) for i in range(5)]
     assert shown(task.test).count(50) == 2
+    assert task.notes == ("1 images are in test more than once",)
     labels = [*task.train.labels, *task.validation.labels]
     assert labels == [value // 100 for value in kept], "labels moved with their images"
 
@@ -442,6 +444,40 @@ def test_copied_and_touched_images_are_the_same(places, monkeypatch):
     assert prepared.missing([OFFICIAL], transform=SMALL, **places) == [OFFICIAL], "another order"
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_process_reads_a_folder_once_where_the_cache_cannot_be_written(
+    places, monkeypatch, changed
+):
+    official(places["folders"])
+    prepare(OFFICIAL, places)
+    for file in files(places):
+        os.utime(file, ns=(0, 0))
+    if changed:
+        paint(files(places)[0], 77)
+
+    def refused(file, *args, **options):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    read, names = images.read, []
+    monkeypatch.setattr(Path, "write_text", refused)
+    monkeypatch.setattr(
+        images, "read", lambda content, name: names.append(name) or read(content, name)
+    )
+    absent = [OFFICIAL] if changed else []
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == absent
+    assert sorted(names) == sorted(map(str, files(places)))
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == absent
+    assert len(names) == 42
+    if not changed:
+        load(OFFICIAL, places)
+        prepare(OFFICIAL, places)
+        assert len(names) == 42
+    # What has changed since is read again.
+    paint(files(places)[0], 78)
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == [OFFICIAL]
+    assert len(names) == 84
+
+
 def test_what_the_table_says_belongs_to_what_is_prepared(places, monkeypatch):
     root = official(places["folders"]) / OFFICIAL
     for split in ("train", "test"):
@@ -477,6 +513,7 @@ def test_all_splits_are_scaled_alike_and_it_is_said(places, monkeypatch):
         " ".join(metadata["notes"])
     )
     task = load("scans", whole)
+    assert task.notes == prepared.notes(metadata) == tuple(metadata["notes"])
     assert task.test.images[0].max() > 230
     assert 40 < task.train.images.max() < 70, "as dark as they are beside the test's"
     # An interrupted preparation keeps to what was decided.

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from matu_jax.data import embedded
+from matu_jax.data import embedded, selection
 from matu_jax.data.datasets import DATASETS, GENERAL_TEMPLATES, SETS
 from matu_jax.data.selection import find, image_folder, is_generated, resolve
 
@@ -123,3 +123,15 @@ def test_names_that_are_not_utf_8_are_refused(root):
     os.mkdir(os.fsencode(root) + b"/\xff")
     with pytest.raises(ValueError, match="is not UTF-8; rename it"):
         resolve("", root)
+
+
+def test_the_sets_of_the_embedded_benchmark_are_those_that_are_named_here():
+    assert tuple(embedded.SETS) == selection.GENERATED
+
+
+def test_a_directory_that_is_not_there_is_told(root):
+    with pytest.raises(ValueError, match=r"config\.data\.folders: .*/none: there is no such dir"):
+        selection.check_directory(root / "none")
+    with pytest.raises(ValueError, match=r"config\.data\.folders: .*/none: there is no such dir"):
+        selection.resolve("", root / "none")
+    selection.check_directory(root)

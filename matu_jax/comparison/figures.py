@@ -349,7 +349,7 @@ def _drawing(figure: Any) -> Drawing:
 
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=figure.dpi, metadata={"Software": None})
-    with Image.open(drawn) as picture:
+    with Image.open(drawn, formats=("PNG",)) as picture:
         # Maximum coverage keeps the colours that few dots have, such as that of ours.
         few = picture.convert("RGB").quantize(
             256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE

@@ -60,6 +60,7 @@ class Task:
         test: For reporting.
         templates: Prompts with `{}` where the class name goes, for frozen heads made of text.
         fingerprint: Hash of the data, where its source keeps one.
+        notes: What people should know of the data, a sentence each.
 
     Raises:
         ValueError: If a split has the wrong dtype or shape, no example, or a label that no class
@@ -75,6 +76,7 @@ class Task:
     test: Split
     templates: tuple[str, ...] = ()
     fingerprint: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for part in ("train", "validation", "test"):

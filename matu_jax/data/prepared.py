@@ -34,11 +34,13 @@ from matu_jax.data import Split, Task, Transform, selection
 from matu_jax.data.datasets import Dataset, Example, Source
 from matu_jax.json_files import checked, read_json
 
-__all__ = ["check", "load", "location", "missing", "outdated"]
+__all__ = ["check", "load", "location", "missing", "notes", "outdated"]
 
 FORMAT = 2
 """Of the cache; part of the key, to be raised by any change to what is written."""
 PARTS = ("train", "test")
+_COMPARED: dict[tuple[Path, Path, str, str], bool] = {}
+"""Whether images have changed, by what was compared, so that they are read once by a process."""
 
 
 def location(
@@ -88,7 +90,8 @@ def outdated(dataset: Dataset, folder: Path, images: Path | None) -> bool:
     """Whether an image folder is no longer what a prepared dataset was made from.
 
     Where sizes and times of all files are as they were, so are the images. Else the files are read
-    and their contents compared: copies and links of the same images are the same.
+    and their contents compared, once by a process: copies and links of the same images are the
+    same.
 
     Raises:
         ValueError: If what is prepared is damaged, or the folder is not laid out as it must be.
@@ -105,6 +108,9 @@ def outdated(dataset: Dataset, folder: Path, images: Path | None) -> bool:
         known.append(seen.read_text())
     if source.version in known:
         return False
+    compared = (folder, images, source.version, metadata["checksum"])
+    if compared in _COMPARED:
+        return _COMPARED[compared]
     published = metadata["published"]
     if [len(source.train), len(source.test or ())] != [published["train"], published["test"]]:
         return True
@@ -117,11 +123,13 @@ def outdated(dataset: Dataset, folder: Path, images: Path | None) -> bool:
             found = list(threads.map(content, (*source.train, *(source.test or ()))))
         except ValueError:
             return True  # What cannot be read was changed; preparing it tells.
-    if contents_digest(source, found) != metadata["contents"]:
-        return True
-    with contextlib.suppress(OSError):  # A cache that cannot be written is read again each time.
-        seen.write_text(source.version)
-    return False
+    changed = contents_digest(source, found) != metadata["contents"]
+    _COMPARED[compared] = changed
+    if not changed:
+        # Where the cache cannot be written, the next process reads them again.
+        with contextlib.suppress(OSError):
+            seen.write_text(source.version)
+    return changed
 
 
 def contents_digest(source: Source, published: Iterable[tuple[int, bytes]]) -> str:
@@ -203,9 +211,29 @@ def load(
                 test=Split(*_arrays(folder, "test")),
                 templates=selection.find(name, folders, cache_dir).templates,
                 fingerprint=metadata["sha256"],
+                notes=notes(metadata),
             )
         )
     return tuple(tasks)
+
+
+def notes(metadata: dict) -> tuple[str, ...]:
+    """What people should know of a prepared dataset before they trust its numbers.
+
+    Args:
+        metadata: From `check`.
+
+    Returns:
+        Sentences: where the test split is from if it is not official, how images of more than 8
+        bits were scaled, what was passed over, links that were followed, and images that the test
+        split holds more than once.
+    """
+    found = [*metadata["notes"]]
+    if metadata["test_split"] != "official":
+        found.insert(0, f"test: {metadata['test_split']}")
+    if metadata["test_twice"]:
+        found.append(f"{metadata['test_twice']} images are in test more than once")
+    return tuple(found)
 
 
 def check(name: str, folder: Path) -> dict:

@@ -16,10 +16,26 @@ from pathlib import Path
 
 from matu_jax.data.datasets import DATASETS, GENERAL_TEMPLATES, SETS, Dataset
 
-__all__ = ["SPLITS", "cache", "find", "image_folder", "is_generated", "is_hidden", "resolve"]
+__all__ = [
+    "GENERATED",
+    "SPLITS",
+    "cache",
+    "check_directory",
+    "check_once",
+    "check_utf8",
+    "find",
+    "image_folder",
+    "is_generated",
+    "is_hidden",
+    "is_utf8",
+    "place_of",
+    "resolve",
+    "short_name",
+]
 
 GENERATED = ("embedded8", "embedded30")
-"""Named sets of tasks of the embedded benchmark; `matu_jax.data.embedded` lists them."""
+"""Named sets of tasks of the embedded benchmark, the keys of `matu_jax.data.embedded.SETS`, which
+take Pillow to load."""
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("val", "valid", "validation"), "validation"
 )
@@ -190,8 +206,7 @@ def _root(folders: _Folder, cache_dir: _Folder | None) -> Path:
 
 def _all_folders(root: Path) -> tuple[str, ...]:
     """All image folders of a directory, as tasks."""
-    if not root.is_dir():
-        raise ValueError(f"config.data.folders: {root}: there is no such directory")
+    check_directory(root)
     names = _directories(root)
     if not names:
         raise ValueError(
@@ -216,16 +231,36 @@ def _all_folders(root: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_directory(folders: _Folder) -> None:
+    """Checks that the directory of image folders is there.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    if not Path(folders).is_dir():
+        raise ValueError(
+            f"config.data.folders: {os.fspath(folders)}: there is no such directory; give one that "
+            "holds a folder per task"
+        )
+
+
 def check_utf8(name: str, folder: Path) -> None:
     """Checks that the name of a file can be printed and stored.
 
     Raises:
         ValueError: Otherwise.
     """
+    if not is_utf8(name):
+        raise ValueError(f"{folder}: the name {name!a} in it is not UTF-8; rename it")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be printed and stored: names of files may hold bytes that are no UTF-8."""
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{folder}: the name {name!a} in it is not UTF-8; rename it") from None
+        return False
+    return True
 
 
 def is_hidden(name: str) -> bool:

@@ -190,12 +190,38 @@ def check_heads(config: ModelConfig, tasks: Sequence[str]) -> None:
     known = config.architecture == "embedded" or config.architecture in ARCHITECTURES
     if not known or getattr(ARCHITECTURES.get(config.architecture), "text", None):
         return
-    own = dict(pair for pair in config.task_heads if isinstance(pair, tuple) and len(pair) == 2)
+    own = _task_heads(config)
     frozen = [name for name in tasks if own.get(name, config.head) == "frozen"]
     if frozen:
-        some = ", ".join(frozen[:3]) + ", ..." * (len(frozen) > 3)
-        raise ValueError(
-            f"config.model.head: found 'frozen' for {some}, a head made of class names by a text "
-            f"tower, which architecture {config.architecture!r} does not have. Set "
-            "config.model.head = 'trained'."
+        raise without_text_tower(config, frozen)
+
+
+def without_text_tower(config: ModelConfig, frozen: Sequence[str]) -> ValueError:
+    """What to say of frozen heads for whose class names there is no text tower.
+
+    Args:
+      config: architecture, checkpoint and heads.
+      frozen: names of the tasks with such a head, one at least.
+    """
+    own = _task_heads(config)
+    some = ", ".join(frozen[:3]) + ", ..." * (len(frozen) > 3)
+    remedies = []
+    if any(name not in own for name in frozen):
+        remedies.append("set config.model.head = 'trained'")
+    if named := [name for name in frozen if name in own]:
+        pairs = " and ".join(repr((name, own[name])) for name in named[:3])
+        remedies.append(
+            f"put 'trained' in place of 'frozen' in config.model.task_heads, where {pairs} stands"
         )
+    remedy = " and ".join(remedies)
+    return ValueError(
+        f"config.model.head: found 'frozen' for {some}, a head made of class names by a text "
+        f"tower, which architecture {config.architecture!r} with checkpoint "
+        f"{config.checkpoint!r} does not have. {remedy[0].upper()}{remedy[1:]}, or take a whole "
+        "CLIP model, such as config.model.architecture = 'clip_vit_b32' with config.model."
+        "checkpoint = 'openai/clip-vit-base-patch32'."
+    )
+
+
+def _task_heads(config: ModelConfig) -> dict[str, str]:
+    return dict(pair for pair in config.task_heads if isinstance(pair, tuple) and len(pair) == 2)

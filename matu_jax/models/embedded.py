@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from matu_jax.config import ModelConfig
 from matu_jax.data import Task
 from matu_jax.json_files import checked, parse_json
+from matu_jax.models.architectures import without_text_tower
 from matu_jax.models.backbone import (
     Backbone,
     adapters,
@@ -72,13 +73,9 @@ def load(
     else:
         shape, tensors = _read(config.checkpoint)
         label_vectors = tensors.pop("label_vectors")
+    if prompted := [task.name for task in frozen_tasks if task.templates]:
+        raise without_text_tower(config, prompted)
     for task in frozen_tasks:
-        if task.templates:
-            raise ValueError(
-                f"config.model.head: task {task.name!r} has a frozen head, which is made of class "
-                "names by a text tower, and the embedded backbone has none. Set config.model.head "
-                "= 'trained'."
-            )
         if task.num_classes > len(label_vectors):
             raise ValueError(
                 f"config.model.head: task {task.name!r} has {task.num_classes} classes and the "

@@ -15,7 +15,7 @@ from flax import nnx
 from matu_jax.config import ModelConfig
 from matu_jax.data import Task
 from matu_jax.models import huggingface
-from matu_jax.models.architectures import Architecture
+from matu_jax.models.architectures import Architecture, without_text_tower
 from matu_jax.models.backbone import (
     Backbone,
     adapters,
@@ -58,11 +58,7 @@ def load(
     lora, how = adapters(config), computing(config)
     architecture, folder = architecture_of(config), huggingface.folder_of(config)
     if frozen_tasks and architecture.text is None:
-        raise ValueError(
-            f"config.model.head: task {frozen_tasks[0].name!r} has a frozen head, which needs a "
-            f"text tower; architecture {architecture.name} with checkpoint {config.checkpoint!r} "
-            "has none. Set config.model.head = 'trained', or use a whole CLIP model."
-        )
+        raise without_text_tower(config, [task.name for task in frozen_tasks])
 
     def module(rngs: nnx.Rngs) -> VisionTower:
         return VisionTower(architecture, lora, computing=how, rngs=rngs)
