@@ -90,7 +90,8 @@ def test_what_a_later_arm_lacks_is_said_before_the_first_run(
     private = '{"privacy.clip_norm": 1.0, "privacy.noise_multiplier": 1.0}'
     file.write_text(file.read_text().replace('{"algorithm": "per_task"}', private))
     text = mistake(capsys, f"--config={file}", f"--workdir={tmp_path / 'runs'}", *options)
-    assert "pairs / per_task: config.privacy: dp-accounting" in text
+    assert "pairs / per_task: config.privacy: not installed" in text
+    assert "dp_accounting" in text
     assert "pip install 'matu_jax[privacy]'" in text
     assert not (tmp_path / "runs").exists()
 
