@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tiny
 
 import matu_jax
@@ -331,15 +332,16 @@ def test_the_table_of_costs_says_what_was_measured():
     assert [row[2:] for row in rows_under("| | against |")] == expected
 
 
-def test_the_table_of_attacks_says_what_was_measured():
-    folder = ROOT / "experiments" / "results"
-    text = (folder / "reliability.md").read_text()
-    start = text.index("| | matu |")
+@pytest.mark.parametrize(("number", "folder"), enumerate(["attacks4", "attacks4_large"]))
+def test_the_tables_of_attacks_say_what_was_measured(number, folder):
+    results = ROOT / "experiments" / "results"
+    text = (results / "reliability.md").read_text()
+    start = [found.start() for found in re.finditer(r"^\| \| matu \|", text, re.MULTILINE)][number]
     header, _, *rows = (
         [cell.strip() for cell in row.split("|")[1:-1]]
         for row in text[start : text.index("\n\n", start)].splitlines()
     )
-    found = json.loads((folder / "attacks4" / "comparison.json").read_text())["settings"]
+    found = json.loads((results / folder / "comparison.json").read_text())["settings"]
     assert [row[0] for row in rows] == [setting["name"] for setting in found]
     for row, setting in zip(rows, found, strict=True):
         arms = {arm["label"]: arm for arm in setting["arms"]}
