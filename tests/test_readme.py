@@ -332,7 +332,7 @@ def test_the_table_of_costs_says_what_was_measured():
     assert [row[2:] for row in rows_under("| | against |")] == expected
 
 
-@pytest.mark.parametrize(("number", "folder"), enumerate(["attacks4", "attacks4_large"]))
+@pytest.mark.parametrize(("number", "folder"), list(enumerate(["attacks4", "attacks4_large"])))
 def test_the_tables_of_attacks_say_what_was_measured(number, folder):
     results = ROOT / "experiments" / "results"
     text = (results / "reliability.md").read_text()
