@@ -182,7 +182,7 @@ def png(samples, bits_said=0, key=None):
     return data + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
-def tiff(samples, bits=16, photometric=1, largest=0, order="<"):
+def tiff(samples, bits=16, photometric=1, largest=0, order="<", extra=None):
     """An uncompressed TIFF, written by hand: `[height, width]` or `[height, width, channels]`."""
     height, width, *rest = samples.shape
     channels = rest[0] if rest else 1
@@ -190,24 +190,22 @@ def tiff(samples, bits=16, photometric=1, largest=0, order="<"):
         shifts = np.arange(11, -1, -1)
         data = np.packbits((samples[..., None] >> shifts & 1).reshape(height, -1), axis=1).tobytes()
     else:
-        data = samples.astype(f"{order}u2").tobytes()
+        data = samples.astype(f"{order}i8").astype(f"{order}u{bits // 8}").tobytes()
     tags = {
-        256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: channels,
-        278: height, 279: len(data),
+        256: width, 257: height, 258: [bits] * channels, 259: 1, 262: photometric, 273: 8,
+        277: channels, 278: height, 279: len(data), **(extra or {}),
     }  # fmt: skip
     if largest:
         tags[341] = largest
-    if channels > 1:
-        tags[258] = 8 + len(data)
-        data += struct.pack(f"{order}{channels}H", *[bits] * channels)
-    out = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", 8 + len(data)) + data
-    out += struct.pack(order + "H", len(tags))
+    entries = b""
     for tag, value in sorted(tags.items()):
-        if tag == 258 and channels > 1:
-            out += struct.pack(order + "HHII", tag, 3, channels, value)
-        else:
-            out += struct.pack(order + "HHIHH", tag, 3, 1, value, 0)
-    return out + struct.pack(order + "I", 0)
+        values = value if isinstance(value, list) else [value]
+        packed = struct.pack(f"{order}{len(values)}H", *values)
+        if len(packed) > 4:
+            packed, data = struct.pack(order + "I", 8 + len(data)), data + packed
+        entries += struct.pack(order + "HHI", tag, 3, len(values)) + packed.ljust(4, b"\0")
+    out = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", 8 + len(data)) + data
+    return out + struct.pack(order + "H", len(tags)) + entries + struct.pack(order + "I", 0)
 
 
 def ramp(top, channels=0):
@@ -251,6 +249,63 @@ def test_every_bit_depth_fills_the_8_bits(what):
     assert images.measure(make()) in ((0, 2**bits - 1), (4095, 4095))
 
 
+def netpbm(samples, largest, text=False):
+    """A PGM, or of `[height, width, 3]` a PPM, written by hand."""
+    kind = {(2, False): 5, (2, True): 2, (3, False): 6, (3, True): 3}[samples.ndim, text]
+    head = b"P%d # a comment\n%d %d\n%d\n" % (kind, *samples.shape[1::-1], largest)
+    if not text:
+        return head + samples.astype(">u2" if largest > 255 else "u1").tobytes()
+    lines = [" ".join(map(str, line.ravel())) for line in samples]
+    return head + " # 7 samples\n".join(lines).encode()
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("channels", [0, 3])
+@pytest.mark.parametrize("bits", range(9, 17))
+def test_every_pgm_and_ppm_of_two_bytes_fills_the_8_bits(bits, channels, text):
+    samples, top = ramp(2**bits - 1, channels), 2**bits - 1
+    grey = (30, 30, 3 if channels else 1)
+    stored, said = netpbm(samples, 65535, text), netpbm(samples, top, text)
+    assert images.measure(stored) == (0, top)
+    assert images.measure(said) == (top if bits < 16 else 0, top)
+    for data in (stored, said):
+        assert (pixels(data) == high_byte(samples, bits).reshape(grey)).all()
+    dark = netpbm(ramp(400, channels), 65535, text)
+    levels = images.white_levels(map(images.measure, (stored, dark)))
+    assert pixels(dark, levels).max() == 400 * 256 >> bits, "one white level for the dataset"
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_colours_of_a_ppm_are_in_order_and_scaled_by_its_largest_value(text):
+    samples = np.array([[[0, 150, 300], [300, 1, 299]]])
+    expected = [[0, 150 * 256 // 301, 255], [255, 0, 299 * 256 // 301]]
+    assert pixels(netpbm(samples, 300, text))[0].tolist() == expected
+    small = np.array([[[0, 50, 100], [100, 100, 0]]])  # one byte each: Pillow's to scale
+    assert pixels(netpbm(small, 100, text))[0, 0].tolist() == [0, 128, 255]
+
+
+def test_damaged_pgm_and_ppm_are_told():
+    for channels in (0, 3):
+        data, count = netpbm(ramp(4095, channels), 65535), 900 * (channels or 1)
+        for cut, left in ((data[:-1], count - 1), (data[: -2 * count], 0)):
+            with pytest.raises(ValueError, match=rf"it ends, .* after {left} of {count} samples"):
+                pixels(cut)
+        text = netpbm(ramp(4095, channels), 4095, text=True)
+        for wrong, words in (
+            (text.rpartition(b" ")[0], f"after {count - 1} of"),
+            (text.replace(b" 4095", b" -4095"), r"after \d+ of"),
+            (text.replace(b" 4095", b" 4095.5"), r"after \d+ of"),
+            (text.replace(b" 4095", b" 65536"), "is 65536, expected 65535 at most"),
+            (text.replace(b" 4095", b" " + b"9" * 40), "expected 65535 at most"),
+            (b"P2 3 3 4095\n", "after 0 of 9"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                pixels(wrong)
+            assert images.measure(wrong) is None
+    with pytest.raises(ValueError, match="more than 8 bits a sample, stored as CMYK"):
+        pixels(b"P0CMYK 1 1 65535\n" + bytes(8))
+
+
 def test_integers_of_32_bits_are_scaled_too(tmp_path):
     for top in (255, 4095, 2**20 - 1):
         Image.fromarray(ramp(top).astype(np.int32)).save(tmp_path / "i.tif")
@@ -259,6 +314,26 @@ def test_integers_of_32_bits_are_scaled_too(tmp_path):
     Image.fromarray(ramp(255).astype(np.int32) - 9).save(tmp_path / "i.tif")
     with pytest.raises(ValueError, match="its pixels go from -9 to 246, expected 0 or more"):
         images.decode(tmp_path / "i.tif", "i")
+    unsigned = np.array([[0, 2**31, 2**32 - 1]])
+    assert pixels(tiff(unsigned, bits=32))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_signed_integers_of_8_bits_are_refused(order):
+    for lowest in (-128, 0):
+        data = tiff(ramp(127) + lowest, bits=8, order=order, extra={339: 2})
+        with pytest.raises(ValueError, match="signed integers of 8 bits, expected unsigned ones"):
+            pixels(data)
+    assert (pixels(tiff(ramp(255), bits=8, order=order)) == ramp(255)[..., None]).all()
+    assert (pixels(tiff(ramp(255), bits=8, order=order, extra={339: 1})).max()) == 255
+
+
+@pytest.mark.parametrize("unit", [1, 257])
+def test_the_palette_of_a_tiff_has_8_bits_or_16(unit):
+    red = np.arange(256)
+    palette = np.stack([red, 255 - red, red // 2])
+    data = tiff(ramp(255), bits=8, photometric=3, extra={320: (palette * unit).ravel().tolist()})
+    assert (pixels(data) == palette.T[ramp(255)]).all()
 
 
 def test_a_dataset_has_one_white_level():
@@ -283,7 +358,6 @@ def test_a_file_that_says_its_bits_is_believed_unless_it_holds_more():
     assert levels == {4095: 65535}
     assert pixels(full, levels).max() == 4095 >> 4
     assert pixels(tiff(ramp(900), largest=1000)).max() == 900 * 256 // 1001
-    # Where a PGM has another largest value than 65535, Pillow has scaled by it.
     half = b"P5 30 30 4095\n" + ramp(2047).astype(">u2").tobytes()
     assert abs(pixels(half).max() - 127) <= 1
 

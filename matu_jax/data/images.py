@@ -8,6 +8,7 @@ often kept in 16, and would be all but black. `white_levels` decides it for a wh
 
 import contextlib
 import io
+import math
 import re
 import stat
 import struct
@@ -41,7 +42,11 @@ _MAX_PIXELS = 2**27
 """Of an image after its shortest side was resized; 400 MB of RGB."""
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _PNG = b"\x89PNG\r\n\x1a\n"
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _LARGEST_SAMPLE = 258, 262, 341  # tags of TIFF
+# Tags of TIFF.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _COLOUR_MAP, _SAMPLE_FORMAT, _LARGEST_SAMPLE = (
+    258, 262, 320, 339, 341,
+)  # fmt: skip
+_SIGNED = 2  # a sample format
 _ORIENTATION = 0x0112  # of EXIF
 
 
@@ -64,16 +69,16 @@ def decode(
         An image in mode RGB.
 
     Raises:
-        ValueError: If there is no whole image in it, its samples are negative or no integers, or
-            there are more pixels than Pillow's `MAX_IMAGE_PIXELS` (89 million), which may be made
-            to fill the memory.
+        ValueError: If there is no whole image in it, its samples are negative, no integers or
+            signed ones of 8 bits, or there are more pixels than Pillow's `MAX_IMAGE_PIXELS` (89
+            million), which may be made to fill the memory.
     """
     with _told(name):
         data = _bytes(content)
         with _opened(data) as image:
             deep = _deep(image, data)
             if deep is None:
-                image.load()
+                _load(image)
                 return _rgb(ImageOps.exif_transpose(image))
             known = white_levels if white_levels and deep.declared in white_levels else None
             small = _scaled(deep, (known or _alone(deep))[deep.declared])
@@ -123,9 +128,9 @@ def measure(content: Path | bytes) -> tuple[int, int] | None:
 def white_levels(measured: Iterable[tuple[int, int] | None]) -> dict[int, int]:
     """Decides for a dataset which value of images with more than 8 bits a sample becomes 255.
 
-    Where files say how many bits are used (sBIT in PNG, BitsPerSample or SMaxSampleValue in TIFF;
-    the largest value in a PGM's header is seen to by Pillow), and none of them holds more, it is
-    that. Else it is the largest value of as many bits as the largest value of all needs, such as
+    Where files say how many bits are used (sBIT in PNG, BitsPerSample or SMaxSampleValue in TIFF,
+    another largest value than 65535 in the header of a PGM or PPM), and none of them holds more, it
+    is that. Else it is the largest value of as many bits as the largest value of all needs, such as
     4095 for 4000.
 
     Args:
@@ -209,6 +214,18 @@ def _opened(data: bytes) -> Image.Image:
     return image
 
 
+def _load(image: Image.Image) -> None:
+    """Loads an image of at most 8 bits a sample, with what Pillow takes wrongly in TIFF mended."""
+    image.load()
+    tags = getattr(image, "tag_v2", {})
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+        raise ValueError("its samples are signed integers of 8 bits, expected unsigned ones")
+    colours = tags.get(_COLOUR_MAP, (2**16 - 1,))
+    if image.mode in ("P", "PA") and max(colours) <= 255:
+        # The standard has 16 bits. Like libtiff, take numbers that all fit into 8 for 8 bits.
+        image.putpalette(np.reshape(colours, (3, -1)).T.astype(np.uint8).tobytes())
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -240,14 +257,23 @@ def _deep(image: Image.Image, data: bytes) -> _Deep | None:
     """The full samples of an image of more than 8 bits each; None of any other."""
     grey = image.mode == "I" or image.mode.startswith("I;16")
     tags = getattr(image, "tag_v2", {})
-    bits = data[24] if image.format == "PNG" else max(tags.get(_BITS_PER_SAMPLE, (8,)))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, expected 8 or 16 bits")
+    if image.format == "PNG":
+        bits = data[24]
+    elif image.format == "PPM":
+        bits = _largest_in_header(image).bit_length()
+    else:
+        bits = max(tags.get(_BITS_PER_SAMPLE, (8,)))
     if not grey and bits <= 8:
         return None
     declared = _declared(image, data, tags, bits)
-    if grey:
+    if image.format == "PPM":
+        values = _netpbm(image, data)
+    elif grey:
         values = np.asarray(image).astype(np.int64)
+        if _SIGNED not in tags.get(_SAMPLE_FORMAT, ()):
+            values &= 2**32 - 1  # Pillow has no unsigned integers of 32 bits
     elif image.format == "PNG" and data[25] == 4:  # grey with alpha
         values = _grey_and_alpha(data)
     else:
@@ -272,9 +298,8 @@ def _declared(image: Image.Image, data: bytes, tags: Mapping, bits: int) -> int:
     Of 16 bits or 32 nothing is said: that is how a sample is stored, whatever it holds.
     """
     if image.format == "PPM":
-        # Pillow scales what has a largest value of its own to 16 bits.
-        args = cast(ImageFile, image).tile[0].args
-        return 2**16 - 1 if isinstance(args, tuple) and args[-1] != 2**16 - 1 else 0
+        largest = _largest_in_header(image)
+        return largest if largest < 2**16 - 1 else 0
     largest = tags.get(_LARGEST_SAMPLE)
     if largest is not None:
         largest = max(np.atleast_1d(largest))
@@ -289,6 +314,38 @@ def _declared(image: Image.Image, data: bytes, tags: Mapping, bits: int) -> int:
                 break
             start += length + 12
     return 2**bits - 1 if 1 <= bits < 16 else 0
+
+
+def _largest_in_header(image: Image.Image) -> int:
+    """The largest value that the header of a PGM or PPM names; 255 of other files of their kind."""
+    args = cast(ImageFile, image).tile[0].args
+    if isinstance(args, tuple):
+        return args[-1]
+    return 2**16 - 1 if args == "I;16B" else 255
+
+
+def _netpbm(image: Image.Image, data: bytes) -> np.ndarray:
+    """The 16 bits of a PGM or PPM, of which Pillow keeps 8 in colours: int64.
+
+    Its samples follow the header: as text, or of two bytes each, the high one first.
+    """
+    if image.mode not in ("I", "RGB"):
+        raise ValueError(f"it has more than 8 bits a sample, stored as {image.mode}")
+    tile = cast(ImageFile, image).tile[0]
+    shape = (image.height, image.width, 3)[: 3 if image.mode == "RGB" else 2]
+    count, body = math.prod(shape), data[tile.offset :]
+    if tile.codec_name == "ppm_plain":
+        text = re.sub(rb"#[^\r\n]*", b"", body)  # comments
+        numbers = re.match(rb"[\d\s]*(?!\S)", text)
+        body = numbers[0].strip() if numbers else b""
+        values = np.fromstring(body, np.int64, sep=" ")[:count] if body else np.zeros(0, np.int64)
+        if values.size and values.max() >= 2**16:
+            raise ValueError(f"one of its samples is {values.max()}, expected 65535 at most")
+    else:
+        values = np.frombuffer(body[: 2 * min(count, len(body) // 2)], ">u2").astype(np.int64)
+    if values.size < count:
+        raise ValueError(f"it ends, or is damaged, after {values.size} of {count} samples")
+    return values.reshape(shape)
 
 
 def _both_bytes(image: Image.Image, data: bytes) -> np.ndarray:
