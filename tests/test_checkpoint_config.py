@@ -41,11 +41,11 @@ def refusal(folder, family):
 
 
 def test_sizes_are_config_jsons_and_the_rest_are_transformers_defaults(folder):
-    clip = read_architecture(folder({**CLIP, "text_config": {"vocab_size": 99}}), "clip")
+    clip = read_architecture(folder({**CLIP, "text_config": {"vocab_size": 50_000}}), "clip")
     assert (clip.image_size, clip.patch_size, clip.projection, clip.features) == (30, 7, 11, 11)
     assert clip.vision == TowerShape(24, 12, 3, 3072, "quick_gelu", 1e-5)
     assert clip.text == TowerShape(512, 12, 8, 2048, "quick_gelu", 1e-5)
-    assert (clip.vocabulary, clip.context, clip.end_token) == (99, 77, 49407)
+    assert (clip.vocabulary, clip.context, clip.end_token) == (50_000, 77, 49407)
     assert clip.transform == Transform(30, "shortest_side", "bicubic")
     assert clip.image_mean == CLIP_MEAN
     vit = read_architecture(folder({**VIT, "layer_norm_eps": 1e-6}), "vit")
@@ -138,6 +138,41 @@ def test_other_images_are_named_and_removing_the_file_helps(folder, change, word
     assert "remove it" in message
     (where / "preprocessor_config.json").unlink()
     read_architecture(where, "clip")
+
+
+def test_null_counts_as_absent(folder):
+    usual = read_architecture(folder({"model_type": "clip"}), "clip")
+    config = {"model_type": "clip", "vision_config": None, "text_config": None}
+    where = folder(config, processor_config={"image_processor": None})
+    assert read_architecture(where, "clip") == usual
+
+
+@pytest.mark.parametrize("value", [0, False, [], "", 0.0])
+def test_other_empty_values_are_named(folder, value):
+    for field in ("vision_config", "text_config"):
+        assert f"  {field}: found {value!r}" in refusal(folder({**CLIP, field: value}), "clip")
+    where = folder(CLIP, processor_config={"image_processor": value})
+    message = refusal(where, "clip")
+    assert f"{where / 'processor_config.json'}: images of this kind are not supported" in message
+    assert f"(image_processor):\n  value: found {value!r}" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ({"eos_token_id": 99}, 99),
+        ({"eos_token_id": 2**31}, 2**31),
+        ({"eos_token_id": 10**30}, "1000"),
+        ({"eos_token_id": -1}, -1),
+        ({}, 49407),  # transformers' default
+    ],
+)
+def test_the_end_token_is_of_the_vocabulary(folder, text, found):
+    config = {**CLIP, "text_config": {"vocab_size": 99, **text}}
+    assert f"text_config.eos_token_id: found {found}" in refusal(folder(config), "clip")
+    for end in (0, 2, 98):
+        config["text_config"]["eos_token_id"] = end
+        assert read_architecture(folder(config), "clip").end_token == end
 
 
 def test_every_activation_that_is_accepted_is_computed():

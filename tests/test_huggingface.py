@@ -214,6 +214,8 @@ def test_wrong_architectures_are_named_field_by_field(folder):
         ("config.json", {"vision_config__layer_norm_eps": float("nan")}, "layer_norm_eps: found"),
         ("config.json", {"vision_config__hidden_act": ["gelu"]}, "hidden_act: found"),
         ("config.json", {"text_config__eos_token_id": None}, "eos_token_id: found None"),
+        ("config.json", {"text_config__eos_token_id": 88}, "eos_token_id: found 88: expected a"),
+        ("config.json", {"text_config__eos_token_id": 2**31}, "eos_token_id: found 2147483648"),
         ("config.json", {"text_config__vocab_size": -1}, "vocab_size: found -1"),
         ("config.json", {"model_type": ["clip"]}, "model_type is ['clip']"),
         ("config.json", {"projection_dim": {}}, "projection_dim: found"),
@@ -292,6 +294,19 @@ def test_prompts_that_cannot_be_made(folder):
     assert "no {}" in refusal(folder, [tiny_clip.task(templates=("a photo",))])
     long = tiny_clip.task(classes=("cat", "dog", "x y " * 20))
     assert "tokens, but the text tower takes 48" in refusal(folder, [long])
+
+
+def test_prompts_end_with_the_token_at_which_features_are_taken(folder):
+    for end in (2, len(tiny_clip.TOKENS) - 1):
+        edit_json(folder / "config.json", text_config__eos_token_id=end)
+        heads = np.asarray(build(folder).frozen["heads"][0])
+        assert (heads @ heads.T)[~np.eye(3, dtype=bool)].max() < 0.999, "classes differ"
+    for end in (0, tiny_clip.TOKENS.index("p"), len(tiny_clip.TOKENS) - 2):
+        edit_json(folder / "config.json", text_config__eos_token_id=end)
+        message = refusal(folder)
+        assert "prompt 'a photo of a cat.' becomes the tokens [86, " in message
+        assert f"ending with 87, but the text tower takes its feature at {end} (eos_" in message
+    build(folder, head="trained")
 
 
 def test_images_of_another_size_are_refused_before_training(folder):

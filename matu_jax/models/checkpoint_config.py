@@ -52,6 +52,11 @@ def _square(value: Any) -> Any:
     return value
 
 
+def _given(value: Any) -> Any:
+    """An empty object for null, as for what is absent; whatever else was given is checked."""
+    return {} if value is None else value
+
+
 def _known_activation(value: Any) -> Any:
     if not isinstance(value, str) or value not in _ACTIVATIONS:
         raise ValueError(f"expected one of {', '.join(_ACTIVATIONS)}")
@@ -145,12 +150,24 @@ class _CLIPText(_Tower):
     hidden_act: _Activation = "quick_gelu"
     vocab_size: _Size = 49408
     max_position_embeddings: _Size = 77
-    eos_token_id: Annotated[int, Field(ge=0)] = 49407
+    eos_token_id: Annotated[int, Field(ge=0, validate_default=True)] = 49407
+
+    @field_validator("eos_token_id")
+    @classmethod
+    def _in_vocabulary(cls, value: int, info: ValidationInfo) -> int:
+        size = info.data.get("vocab_size")
+        # 2 stands for the highest token of a text: see TextTower.
+        if size is not None and value != 2 and value >= size:
+            raise ValueError(
+                f"expected a token of the vocabulary, 0 to {size - 1} (vocab_size is {size}); "
+                f"where config.json does not name it, it is 49407"
+            )
+        return value
 
 
 class _CLIP(BaseModel):
-    vision_config: Annotated[_CLIPVision, BeforeValidator(lambda x: x or {})] = _CLIPVision()
-    text_config: Annotated[_CLIPText, BeforeValidator(lambda x: x or {})] = _CLIPText()
+    vision_config: Annotated[_CLIPVision, BeforeValidator(_given)] = _CLIPVision()
+    text_config: Annotated[_CLIPText, BeforeValidator(_given)] = _CLIPText()
     projection_dim: _Size = 512
 
 
@@ -322,8 +339,10 @@ def _images(
     """The transform, mean and standard deviation of a checkpoint's images."""
     file = next((folder / x for x in IMAGE_FILES if (folder / x).is_file()), folder)
     found = {} if file == folder else read_json(file)
+    where = f"{file}: images of this kind are not supported"
     if file.name == IMAGE_FILES[1]:  # a whole processor's: the part for images is inside
-        found = found.get("image_processor") or {}
+        found = _given(found.get("image_processor"))
+        where = f"{where} (image_processor)"
     remedy = f"Mend the file, or remove it: then {family}'s usual images are taken."
     clip = family == "clip"
     mean, std = (CLIP_MEAN, CLIP_STD) if clip else ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -339,7 +358,7 @@ def _images(
         if not clip:  # which has no crop; some files name one all the same
             found |= {"crop_size": image_size, "do_center_crop": True}
     try:
-        images = checked(_Images, found, f"{file}: images of this kind are not supported")
+        images = checked(_Images, found, where)
     except ValueError as error:
         raise ValueError(f"{error}\n{remedy}") from None
     for field, size in (("size", images.size), ("crop_size", images.crop_size)):

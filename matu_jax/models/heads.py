@@ -3,6 +3,7 @@
 Radford et al. 2021, arXiv 2103.00020, section 3.1.4 (prompts are averaged in embedding space).
 """
 
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ def zero_shot_heads(
     tasks: Sequence[Task],
     *,
     context: int,
+    end_token: int,
 ) -> list[np.ndarray]:
     """Text features of every class: those of its prompts, normalised, averaged, normalised.
 
@@ -30,13 +32,15 @@ def zero_shot_heads(
       tokenizer: a CLIPTokenizer: called with a list of texts, it yields "input_ids".
       tasks: their class names and templates.
       context: the most tokens a prompt may have, start and end included.
+      end_token: what each prompt must end with, since the tower takes the feature there; 2 = the
+        highest token of the prompt.
 
     Returns:
       For each task, float32 `[classes, features]` of unit length.
 
     Raises:
       ValueError: for a task without templates, a template without "{}", or a prompt that is too
-        long.
+        long or does not end with the end token.
     """
     prompts = [text for task in tasks for text in _prompts(task)]
     ids = tokenizer(prompts)["input_ids"]
@@ -45,6 +49,14 @@ def zero_shot_heads(
             raise ValueError(
                 f"prompt {text!r} has {len(row)} tokens, but the text tower takes {context}. "
                 "Shorten the class name or the template."
+            )
+        if row[-1] != (max(row) if end_token == 2 else end_token):
+            wanted = "the highest of them" if end_token == 2 else f"{end_token}"
+            raise ValueError(
+                f"prompt {text!r} becomes the tokens {reprlib.repr(row)}, ending with {row[-1]}, "
+                f"but the text tower takes its feature at {wanted} (eos_token_id in the "
+                "checkpoint's config.json). Take config.json and the tokenizer's files from the "
+                "same checkpoint."
             )
     # What follows the end token changes nothing: padding only as far as the longest prompt needs.
     length = min(context, -(-max(map(len, ids)) // _TOKEN_STEP) * _TOKEN_STEP)

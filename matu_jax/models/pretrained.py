@@ -78,6 +78,7 @@ def load(
                 tokenizer,
                 frozen_tasks,
                 context=architecture.context,
+                end_token=architecture.end_token,
             )
     size = architecture.image_size
     backbone = build_backbone(
