@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import BaseModel, Field
 
-from matu_jax.json_files import checked, read_json
+from matu_jax.json_files import checked, read_json, regular_file
 from matu_jax.trees import PyTree, leaf_items
 
 _CHECKSUMS = "checksums.json"
@@ -321,7 +321,7 @@ def _like(leaf: Any, found: Any) -> Any:
 
 
 def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
+    with regular_file(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

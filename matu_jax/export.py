@@ -316,7 +316,8 @@ def _config_of(workdir: Path) -> Config:
     except OSError as error:
         raise UserError(
             f"--workdir {workdir}: {file} cannot be read ({error.strerror}); expected the workdir "
-            "of a run of matu_jax.train."
+            "of a run of matu_jax.train. If it is one, move away what is in the file's place: the "
+            "command that made the run, given once more, writes the file anew."
         ) from None
     except ValueError as error:
         raise UserError(

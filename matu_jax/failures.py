@@ -9,6 +9,7 @@ import numpy as np
 
 from matu_jax.aggregation import Slots
 from matu_jax.config import FailureConfig
+from matu_jax.json_files import regular_file
 
 _COLUMNS = ["round", "client", "reason"]
 
@@ -25,7 +26,9 @@ def read_trace(file: str, num_clients: int) -> dict[int, dict[int, str]]:
     """
     path = Path(file)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with the mark that spreadsheets begin with
+        text = regular_file(path).read_text(
+            encoding="utf-8-sig"
+        )  # with the mark that spreadsheets begin with
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no UTF-8 text"
         raise ValueError(f"config.failures.trace: {path} cannot be read: {reason}.") from None

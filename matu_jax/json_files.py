@@ -2,10 +2,14 @@
 
 A schema is a type that pydantic knows, most often a `pydantic.BaseModel`; what a field may be
 stands in its annotation, such as `Annotated[int, Field(ge=1)]`.
+
+Also what other files of a run are read and written with.
 """
 
 import errno
 import json
+import os
+import re
 import reprlib
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +55,38 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def regular_file(path: Path) -> Path:
+    """The path itself, unless a pipe, a socket or a device is there, which might never end.
+
+    Raises:
+      OSError: if so. What is missing, or a directory, is left to who opens it.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
+
+
+def replace_file(path: Path, contents: bytes) -> None:
+    """Writes a file such that a reader, or a run after a crash, finds the old one or the new.
+
+    A link is replaced, and not what it leads to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a path is called as what `replace_file` leaves behind if its process is killed."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file says.
 
@@ -58,10 +94,8 @@ def read_json(path: Path) -> Any:
       OSError: if it cannot be read; a pipe or a device is no file either.
       ValueError: names the file, and says why its contents are none; see `parse_json`.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(regular_file(path).read_bytes())
     except ValueError as error:  # of the text, or of the path itself, such as a NUL in it
         raise ValueError(f"{path}: damaged: {error}") from None
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, Field
 
-from matu_jax.json_files import checked, parse_json, read_json
+from matu_jax.json_files import checked, parse_json, read_json, regular_file, replace_file
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Fraction = Annotated[_Finite, Field(ge=0, le=1)]
@@ -125,19 +125,6 @@ def plain(value: Any, where: str = "value") -> Any:
     )
 
 
-def _replace(path: Path, contents: bytes) -> None:
-    """Writes a file such that a reader, or a run after a crash, finds the old one or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `plain(value)` to a JSON file, atomically.
 
@@ -146,7 +133,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """
     path = Path(path)
     text = json.dumps(plain(value, path.name), indent=2, allow_nan=False, ensure_ascii=False)
-    _replace(path, (text + "\n").encode())
+    replace_file(path, (text + "\n").encode())
 
 
 class _Accuracy(BaseModel):
@@ -336,15 +323,15 @@ class MetricsLog:
         self.check(count, fingerprint)
         kept = b"".join(self._lines()[:count])
         if self.path.exists():
-            _replace(self.path, kept)
+            replace_file(self.path, kept)
         self._written = hashlib.sha256(kept)
 
     def _lines(self) -> list[bytes]:
         """The file's complete lines, each with its newline."""
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return []
         try:
-            text = self.path.read_bytes()
+            text = regular_file(self.path).read_bytes()
         except OSError as error:
             raise ValueError(f"{self.path}: {error.strerror}") from None
         return [line + b"\n" for line in text.split(b"\n")[:-1]]

@@ -3,11 +3,15 @@
 Pictures are drawn on figures of their own, never through pyplot, so that nothing global changes.
 """
 
+import io
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from matu_jax.json_files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +87,7 @@ def plot_accuracy(
     figure.legend(
         handles[::-1], labels[::-1], loc="outside lower center", ncols=len(labels), frameon=False
     )
-    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15)
+    _write(figure, path)
 
 
 def plot_similarity(
@@ -158,7 +162,7 @@ def plot_similarity(
             **place,
         )
     axes.set_title(_literal(title), loc="left", pad=10)
-    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15)
+    _write(figure, path)
 
 
 def result_table(summary: Mapping[str, Any]) -> "Table":
@@ -277,3 +281,9 @@ def _figure(width: float, height: float) -> "Figure":
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _write(figure: "Figure", path: str | os.PathLike) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", bbox_inches="tight", pad_inches=0.15)
+    replace_file(Path(path), drawn.getvalue())

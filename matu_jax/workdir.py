@@ -11,12 +11,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from matu_jax.checkpoint import Checkpoints, unreadable
 from matu_jax.commandline import UserError
 from matu_jax.config import Config
-from matu_jax.json_files import read_json
-from matu_jax.metrics import write_json
+from matu_jax.json_files import is_unfinished, read_json
+from matu_jax.metrics import read_summary, write_json
 
 LOCK = ".lock"
+CONFIG = "config.json"
+_MOVE_AWAY = "Move it away; then the same command with the same --workdir goes on."
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 
 
@@ -41,6 +44,8 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
             "another directory."
         ) from None
     except OSError as error:
+        if _file(error) == str(workdir / LOCK) and error.errno not in _DISK:
+            raise UserError(f"{workdir / LOCK}: {error.strerror}. {_MOVE_AWAY}") from None
         raise UserError(
             f"--workdir {workdir} cannot be written: {_where(error)}{error.strerror}. Give a "
             "directory that can."
@@ -48,7 +53,10 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
     try:
         check(workdir, config)  # again, since another process may have ended meanwhile
         with disk_errors(workdir):
-            write_json(workdir / "config.json", dataclasses.asdict(config))
+            for path in filter(is_unfinished, workdir.iterdir()):  # of a run that was killed
+                if not path.is_dir():
+                    path.unlink()
+            write_json(workdir / CONFIG, dataclasses.asdict(config))
             yield
     finally:
         lock.release()
@@ -65,15 +73,12 @@ def disk_errors(workdir: Path) -> Iterator[None]:
         yield
     except Exception as error:
         file = _file(error)
-        if file and not Path(file).resolve().is_relative_to(workdir.resolve()):
+        if file and not _is_inside(file, workdir):
             raise
-        if file and isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
+        if file and isinstance(error, OSError) and _is_in_the_way(error, file):
             above = [path for path in Path(file).parents if path.exists() and not path.is_dir()]
             file = above[0] if above else file
-            raise UserError(
-                f"{file}: {error.strerror}. Move it away; then the same command with the same "
-                "--workdir goes on."
-            ) from error
+            raise UserError(f"{file}: {error.strerror}. {_MOVE_AWAY}") from error
         # Orbax's writers wrap the system's error into others, so that its words are all there is.
         known = [os.strerror(number) for number in _DISK]
         number = getattr(error, "errno", None)
@@ -93,6 +98,20 @@ def _file(error: Exception) -> str | None:
     return os.fspath(file) if isinstance(file, (str, os.PathLike)) else None
 
 
+def _is_inside(file: str, workdir: Path) -> bool:
+    """Whether a file's own name stands in a directory, wherever a link of that name leads."""
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(file)))
+    root = os.path.realpath(workdir)
+    return os.path.commonpath((folder, root)) == root
+
+
+def _is_in_the_way(error: OSError, file: str) -> bool:
+    """Whether something of another kind, or a link to nowhere, stands in a file's place."""
+    kinds = (IsADirectoryError, NotADirectoryError, FileExistsError)
+    dead = error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(file)
+    return dead or isinstance(error, kinds)
+
+
 def _where(error: OSError) -> str:
     return f"{file}: " if (file := _file(error)) else ""
 
@@ -104,31 +123,72 @@ def check(workdir: Path, config: Config) -> None:
       UserError: if it holds something else.
       OSError: if it cannot be read or written.
     """
-    kept = workdir / "config.json"
+    kept = workdir / CONFIG
     if not os.access(workdir, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(workdir))
-    if kept.exists():
+    if os.path.lexists(kept):
         try:
             found = read_json(kept)
+        except OSError as error:
+            raise UserError(f"{kept}: {error.strerror}. {_MOVE_AWAY}") from None
         except ValueError as error:
-            raise UserError(f"{error}. Give another --workdir.") from None
-        lines = differences(found, config) if _has_run(workdir) else []
+            raise UserError(f"{error}. {_MOVE_AWAY}") from None
+    elif _has_run(workdir):
+        found = _config_kept(workdir)
+    else:
+        found = None
+    if _has_run(workdir):
+        lines = [] if found is None else differences(found, config)
         if lines:
             raise UserError(
                 f"--workdir {workdir} holds a run of another config:\n  "
                 + "\n  ".join(lines)
                 + "\nGive another --workdir, or the same config to go on with that run."
             )
-    elif any(path.name != LOCK for path in workdir.iterdir()):
-        raise UserError(
-            f"--workdir {workdir} is not empty and holds no run of this program (no "
-            "config.json). Give another directory."
-        )
+    elif found is None or not _is_config(found):
+        others = [path.name for path in workdir.iterdir() if not is_unfinished(path)]
+        if set(others) - {LOCK}:
+            what = f"its {CONFIG} is another's" if found is not None else f"no {CONFIG}"
+            raise UserError(
+                f"--workdir {workdir} is not empty and holds no run of this program ({what}). "
+                "Give another directory."
+            )
+
+
+def _is_config(found: Any) -> bool:
+    """Whether JSON is a config of this program or of an older version, and not a model's."""
+    return isinstance(found, dict) and {"algorithm", "data"} <= found.keys()
+
+
+def _config_kept(workdir: Path) -> Any:
+    """The config of a run whose config.json is lost, as its results or its checkpoints hold it.
+
+    Returns:
+      It; None if no checkpoint was saved yet, or by an older version, which put no config there.
+
+    Raises:
+      UserError: if none of them can be read.
+    """
+    if (workdir / "summary.json").exists():
+        with contextlib.suppress(ValueError):
+            return read_summary(workdir / "summary.json")["config"]
+    if (workdir / "checkpoints").is_dir():
+        with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
+            last, damaged = checkpoints.whole()
+            if last is not None:
+                return checkpoints.meta(last).get("config")
+            if not damaged:
+                return None
+            raise UserError(unreadable(checkpoints.directory, damaged))
+    raise UserError(
+        f"--workdir {workdir}: its {CONFIG} is missing, and there are no checkpoints that "
+        "say what the run's config was. Bring it back from a copy, or give another --workdir."
+    )
 
 
 def is_locked(workdir: Path) -> bool:
     """Whether a process is at work in a workdir; OSError if that cannot be told."""
-    if not (workdir / LOCK).exists():
+    if not os.path.lexists(workdir / LOCK):
         return False
     lock = FileLock(workdir / LOCK)
     try:
@@ -141,7 +201,9 @@ def is_locked(workdir: Path) -> bool:
 
 def _has_run(workdir: Path) -> bool:
     """Whether a run got so far as to write anything but its config."""
-    return any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    return any(
+        os.path.lexists(workdir / name) for name in ("metrics.jsonl", "checkpoints", "summary.json")
+    )
 
 
 def check_origin(directory: Path, meta: dict[str, Any], config: Config) -> None:

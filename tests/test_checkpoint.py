@@ -432,3 +432,12 @@ def test_a_list_of_files_that_is_short_is_said(tmp_path):
         listed_without("meta", tmp_path / "2")
         with pytest.raises(ValueError, match="2: damaged: it has no state"):
             checkpoints.restore({"a": np.zeros(2)})
+
+
+def test_a_pipe_in_a_files_place_is_damage_and_not_waited_for(tmp_path, caplog):
+    save_three(tmp_path)
+    file = next(path for path in sorted((tmp_path / "3").rglob("*")) if path.is_file())
+    file.unlink()
+    os.mkfifo(file)
+    assert restored(Checkpoints(tmp_path, keep=3), example_state())[0] == 2
+    assert "not a regular file" in caplog.text

@@ -1,6 +1,7 @@
 """Clients that vanish, lie or send garbage: what a round does with who is left."""
 
 import dataclasses
+import os
 
 import chex
 import jax
@@ -349,3 +350,9 @@ def test_noise_cannot_be_drawn_again(federation, model):  # noqa: F811
         different = np.asarray(first) != np.asarray(second)
         assert different.mean() > 0.5
         chex.assert_trees_all_close(first, second, atol=0.02)
+
+
+def test_a_trace_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "trace.csv")
+    with pytest.raises(ValueError, match=r"trace\.csv cannot be read: not a regular file"):
+        failures.read_trace(str(tmp_path / "trace.csv"), 3)

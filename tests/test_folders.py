@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import types
 import unicodedata
 
 import numpy as np
@@ -89,6 +90,44 @@ def test_version_follows_the_listing(tmp_path):
     (tmp_path / "b").rename(tmp_path / "c")
     versions.append(version())
     assert len(set(versions)) == 4
+
+
+def test_version_follows_classes_that_changed_their_places(tmp_path):
+    """Images of one size that were written and moved in one tick of the clock."""
+    tree(tmp_path, "cat/1.png", "dog/1.png")
+    for name in ("cat", "dog"):
+        (tmp_path / name / "1.png").write_bytes(name.encode())
+        os.utime(tmp_path / name / "1.png", ns=(0, 0))
+    states = {os.stat(tmp_path / name / "1.png").st_ino for name in ("cat", "dog")}
+    assert len(states) == 2
+
+    def same_clock(entry):
+        found = entry_stat(entry)
+        times = {"st_ctime_ns": 0, "st_mtime_ns": 0}
+        names = ("st_mode", "st_size", "st_ino", "st_dev")
+        return types.SimpleNamespace(**{name: getattr(found, name) for name in names}, **times)
+
+    entry_stat = os.DirEntry.stat
+
+    class Entry:
+        def __init__(self, entry):
+            self._entry = entry
+
+        def __getattr__(self, name):
+            return getattr(self._entry, name)
+
+        def stat(self):
+            return same_clock(self._entry)
+
+    entries = folders._entries
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "_entries", lambda folder: map(Entry, entries(folder)))
+        before = folders.source(toys(test=""), tmp_path).version
+        assert folders.source(toys(test=""), tmp_path).version == before
+        (tmp_path / "cat").rename(tmp_path / "tmp")
+        (tmp_path / "dog").rename(tmp_path / "cat")
+        (tmp_path / "tmp").rename(tmp_path / "dog")
+        assert folders.source(toys(test=""), tmp_path).version != before
 
 
 def test_names_of_classes(tmp_path):

@@ -1,5 +1,6 @@
 """What config.data.tasks and config.data.folders stand for."""
 
+import errno
 import os
 import unicodedata
 
@@ -135,3 +136,23 @@ def test_a_directory_that_is_not_there_is_told(root):
     with pytest.raises(ValueError, match=r"config\.data\.folders: .*/none: there is no such dir"):
         selection.resolve("", root / "none")
     selection.check_directory(root)
+
+
+def test_a_link_to_itself_hides_no_folder_beside_it(root):
+    make(root, "birds", "cars")
+    (root / "loop").symlink_to("loop")
+    (root / "gone").symlink_to("nowhere")
+    assert resolve("", root) == ("birds", "cars")
+    assert find("birds", root).name == "birds"
+
+
+def test_a_directory_that_may_not_be_listed_is_not_called_empty(root, monkeypatch):
+    make(root, "birds")
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    for tasks in ("", "birds"):
+        with pytest.raises(ValueError, match=r"folders? cannot be listed: Permission denied"):
+            resolve(tasks, root)

@@ -1,6 +1,7 @@
 """A run's directory after damage: what is missing, changed or of another kind is said."""
 
 import json
+import os
 import re
 import shutil
 
@@ -8,7 +9,9 @@ import pytest
 import tiny
 from test_train import EXPERIMENT, mistake
 
-from matu_jax import train
+from matu_jax import report, train
+from matu_jax.commandline import UserError
+from matu_jax.workdir import LOCK, check, disk_errors, is_locked, opened
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +129,122 @@ def test_damaged_json_in_a_workdir_is_a_mistake(
     (workdir / name).write_bytes(text)
     said = mistake(capsys, experiment, *words)
     assert name in said or "holds a run of another config" in said
+
+
+def test_what_a_kill_leaves_of_a_file_is_removed_and_the_run_starts(experiment, tmp_path):
+    config, *_ = train.parse(["train", experiment])
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.json.8988.tmp").write_text('{"rou')
+    with opened(tmp_path, config):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json"}
+    (tmp_path / ".summary.json.12.tmp").touch()  # of a kill later on
+    with opened(tmp_path, config):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json"}
+
+
+@pytest.mark.parametrize("name", [".config.json.tmp", "notes.12.tmp", ".bashrc"])
+def test_files_that_are_not_a_runs_own_stay_and_keep_it_out(experiment, tmp_path, name):
+    config, *_ = train.parse(["train", experiment])
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="not empty"), opened(tmp_path, config):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_models_folder_is_no_workdir_and_keeps_its_config(experiment, tmp_path):
+    config, *_ = train.parse(["train", experiment])
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"its config\.json is another's"), opened(tmp_path, config):
+        pass
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "vit"}'
+
+
+def loop(path):
+    path.symlink_to(path.name)
+
+
+def dangling(path):
+    path.symlink_to("/nonexistent/file")
+
+
+@pytest.mark.parametrize("kind", [loop, dangling, os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_what_is_no_file_is_not_waited_for(capsys, experiment, three_rounds, tmp_path, name, kind):
+    workdir, words, _ = copied(three_rounds, tmp_path)
+    (workdir / name).rename(tmp_path / name)
+    kind(workdir / name)
+    assert str(workdir / name) in mistake(capsys, experiment, *words)
+    (workdir / name).rename(tmp_path / "away")
+    if name == "metrics.jsonl":
+        (tmp_path / name).rename(workdir / name)
+    assert train.main(["train", experiment, *words]) == 0
+    assert json.loads((workdir / "config.json").read_text())["rounds"] == 3
+
+
+@pytest.mark.parametrize("kind", [loop, dangling, os.mkfifo])
+def test_pictures_replace_links_and_pipes(tmp_path, kind):
+    file = tmp_path / "similarity.png"
+    kind(file)
+    report.plot_similarity([[1, 0.5], [0.5, 1]], ["a", "b"], ["x", "x"], file, title="")
+    assert not file.is_symlink()
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", [loop, dangling])
+def test_outputs_that_are_links_to_nowhere_are_one_message(tmp_path, kind):
+    kind(tmp_path / "report.html")
+    with pytest.raises(UserError, match=r"report\.html: .*Move it away"), disk_errors(tmp_path):
+        (tmp_path / "report.html").write_text("")
+
+
+@pytest.mark.parametrize("kind", [loop, dangling, os.mkdir])
+def test_a_lock_that_is_no_file_is_to_be_moved_away(experiment, tmp_path, kind):
+    config, *_ = train.parse(["train", experiment])
+    kind(tmp_path / LOCK)
+    with pytest.raises(UserError, match=r"\.lock: .*Move it away"), opened(tmp_path, config):
+        pass
+    with pytest.raises(OSError, match=r"\.lock"):
+        is_locked(tmp_path)
+    (tmp_path / LOCK).rename(tmp_path.with_name(f"{tmp_path.name}.away"))
+    with opened(tmp_path, config):
+        pass
+
+
+def test_a_lost_config_is_that_of_the_checkpoints_or_the_results(
+    experiment, three_rounds, tmp_path
+):
+    workdir, words, results = copied(three_rounds, tmp_path)
+    config, *_ = train.parse(["train", experiment, *words])
+    other, *_ = train.parse(["train", experiment, *words, "--config.seed=5"])
+    whole = (workdir / "config.json").read_bytes()
+    for summary in (False, True):
+        (workdir / "config.json").unlink()
+        if summary:
+            (workdir / "summary.json").write_text(json.dumps(results))
+            shutil.rmtree(workdir / "checkpoints")
+        with (
+            pytest.raises(UserError, match=r"config\.seed: there 0, here 5"),
+            opened(workdir, other),
+        ):
+            pass
+        assert not (workdir / "config.json").exists()
+        with opened(workdir, config):
+            assert (workdir / "config.json").read_bytes() == whole
+
+
+def test_a_lost_config_that_nothing_holds_is_said_to_be_missing(experiment, three_rounds, tmp_path):
+    workdir, words, _ = copied(three_rounds, tmp_path)
+    config, *_ = train.parse(["train", experiment, *words])
+    (workdir / "config.json").unlink()
+    for folder in (workdir / "checkpoints").iterdir():
+        for file in folder.rglob("*"):
+            if file.is_file() and file.name != "checksums.json":
+                file.write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint can be read"):
+        check(workdir, config)
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(UserError, match=r"its config\.json is missing"):
+        check(workdir, config)
+    (workdir / "checkpoints").mkdir()  # none was saved yet
+    check(workdir, config)

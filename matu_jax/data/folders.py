@@ -24,7 +24,7 @@ from typing import NamedTuple
 from matu_jax.data.class_names import readable
 from matu_jax.data.datasets import Dataset, Example, Source
 from matu_jax.data.images import EXTENSIONS
-from matu_jax.data.selection import SPLITS, check_utf8, is_hidden
+from matu_jax.data.selection import SPLITS, check_utf8, is_directory, is_hidden
 
 __all__ = ["Listing", "list_folder", "source"]
 
@@ -120,7 +120,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry]:
 def _directories(folder: Path, ignored: list[str]) -> list[str]:
     directories = []
     for entry in _entries(folder):
-        if _is_directory(entry):
+        if is_directory(entry):
             directories.append(entry.name)
         else:
             ignored.append(entry.path)
@@ -141,13 +141,6 @@ def _label(name: str, folder: Path, classes: Sequence[str]) -> str:
     return label
 
 
-def _is_directory(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # such as a link to itself
-        return False
-
-
 def _leads_out(path: Path | str, root: Path) -> bool:
     """Whether a link leads out of a folder."""
     real, inside = os.path.realpath(path), os.path.realpath(root)
@@ -157,12 +150,12 @@ def _leads_out(path: Path | str, root: Path) -> bool:
 def _images(
     folder: Path, root: Path, ignored: list[str], linked: list[str]
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Path below the root, and size and times, of a class's images."""
+    """Path below the root, and size, times and place on disk, of a class's images."""
     files = []
     if any(part.is_symlink() for part in (folder, folder.parent)) and _leads_out(folder, root):
         linked.append(str(folder))
     for entry in _entries(folder):
-        if _is_directory(entry):
+        if is_directory(entry):
             raise ValueError(
                 f"{shown(entry.path)}: found a folder where images were expected; the layout is "
                 f"{root}/<split>/<class>/<image>, or {root}/<class>/<image>, with splits called "
@@ -179,8 +172,9 @@ def _images(
             if entry.is_symlink() and _leads_out(entry.path, root):
                 linked.append(entry.path)
             # What was replaced has another time of change, even if its size and the time of its
-            # last modification were kept.
-            state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            # last modification were kept; what was moved here is another file.
+            times = (found.st_mtime_ns, found.st_ctime_ns)
+            state = (found.st_size, *times, found.st_dev, found.st_ino)
             files.append((f"{os.path.relpath(folder, root)}/{entry.name}", state))
         else:
             ignored.append(entry.path)

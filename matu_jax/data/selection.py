@@ -272,9 +272,19 @@ def _directories(root: Path) -> list[str]:
     """Names of the directories in a directory, but for hidden ones; none if it is not there."""
     try:
         with os.scandir(root) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
-    except OSError:
+            return sorted(e.name for e in entries if not is_hidden(e.name) and is_directory(e))
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise ValueError(f"{root} cannot be listed: {error.strerror}") from None
+
+
+def is_directory(entry: os.DirEntry) -> bool:
+    """Whether an entry is a directory, or a link to one that is there."""
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
 
 
 def _twins(root: Path, names: Sequence[str]) -> ValueError:
