@@ -301,7 +301,7 @@ def test_prompts_end_with_the_token_at_which_features_are_taken(folder):
         edit_json(folder / "config.json", text_config__eos_token_id=end)
         heads = np.asarray(build(folder).frozen["heads"][0])
         assert (heads @ heads.T)[~np.eye(3, dtype=bool)].max() < 0.999, "classes differ"
-    for end in (0, tiny_clip.TOKENS.index("p"), len(tiny_clip.TOKENS) - 2):
+    for end in (0, tiny_clip.TOKENS.index("p"), len(tiny_clip.TOKENS) - 2, 49407):
         edit_json(folder / "config.json", text_config__eos_token_id=end)
         message = refusal(folder)
         assert "prompt 'a photo of a cat.' becomes the tokens [86, " in message

@@ -26,6 +26,7 @@ from matu_jax.models.architectures import (
 )
 from matu_jax.models.huggingface import IMAGE_FILES, folder_of, read_json
 
+_USUAL_END = 49407  # the end token of OpenAI's vocabulary, and transformers' default
 # transformers' numbers of resampling filters, and its names of activations.
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 _ACTIVATIONS = {
@@ -150,17 +151,17 @@ class _CLIPText(_Tower):
     hidden_act: _Activation = "quick_gelu"
     vocab_size: _Size = 49408
     max_position_embeddings: _Size = 77
-    eos_token_id: Annotated[int, Field(ge=0, validate_default=True)] = 49407
+    eos_token_id: Annotated[int, Field(ge=0)] = _USUAL_END
 
     @field_validator("eos_token_id")
     @classmethod
     def _in_vocabulary(cls, value: int, info: ValidationInfo) -> int:
         size = info.data.get("vocab_size")
-        # 2 stands for the highest token of a text: see TextTower.
-        if size is not None and value != 2 and value >= size:
+        # 2 stands for the highest token of a text: see TextTower. The default, which transformers
+        # writes for any vocabulary, matters only to frozen heads: zero_shot_heads refuses it there.
+        if size is not None and value not in (2, _USUAL_END) and value >= size:
             raise ValueError(
-                f"expected a token of the vocabulary, 0 to {size - 1} (vocab_size is {size}); "
-                f"where config.json does not name it, it is 49407"
+                f"expected a token of the vocabulary, 0 to {size - 1} (vocab_size is {size})"
             )
         return value
 

@@ -55,8 +55,9 @@ def zero_shot_heads(
             raise ValueError(
                 f"prompt {text!r} becomes the tokens {reprlib.repr(row)}, ending with {row[-1]}, "
                 f"but the text tower takes its feature at {wanted} (eos_token_id in the "
-                "checkpoint's config.json). Take config.json and the tokenizer's files from the "
-                "same checkpoint."
+                "checkpoint's config.json; 49407 where it names none). Take config.json "
+                "and the tokenizer's files from the same checkpoint, or set config.model.head = "
+                "'trained'."
             )
     # What follows the end token changes nothing: padding only as far as the longest prompt needs.
     length = min(context, -(-max(map(len, ids)) // _TOKEN_STEP) * _TOKEN_STEP)
