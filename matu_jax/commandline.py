@@ -5,40 +5,94 @@
                           --config.data=VALUE is short for --config.data.source=VALUE
 """
 
+import argparse
+import contextlib
+import errno
 import io
 import logging
 import os
+import re
 import runpy
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.segment import Segment
+from rich.text import Text
 
 from matu_jax.config import Config, did_you_mean, freeze, override
 from matu_jax.data.selection import is_utf8
 from matu_jax.interruption import end_on_sigterm
+from matu_jax.json_files import regular_file
+
+# What a terminal obeys or turns around in place of showing it: C0 and C1 but tab and newline, line
+# and paragraph separators, and the marks, embeddings and isolates of the bidirectional algorithm.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
     """A mistake of the user's, to be shown without a traceback."""
 
 
+class _OutputError(Exception):
+    """Standard output or standard error takes nothing more."""
+
+
+def visible(text: str) -> str:
+    """Text whose control characters are written as in Python, to be shown and not obeyed."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _PlainConsole(Console):
+    """Shows control characters in texts, and says so where its file cannot be written."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+    def on_broken_pipe(self) -> None:
+        raise _OutputError(os.strerror(errno.EPIPE))
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            del self._buffer[:]
+            raise _OutputError(error.strerror) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help and mistakes are printed as all else is."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints the help on standard output."""
+        plain_console(file=file).print(self.format_help(), end="")
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the mistake as a `UserError`."""
+        raise UserError(f"{message}. See --help.")
+
+
 def plain_console(**options: Any) -> Console:
     """A console that prints text as it is, tables' and bars' included, on lines of any length.
 
-    To rich's own, square brackets are styles and `:fire:` is a picture, which names and paths may
-    hold. Bars' text columns and panels' titles do not ask the console: give them `markup=False`,
-    or a `rich.text.Text`.
+    Only control characters, which a terminal would obey, are escaped; see `visible`. To rich's own,
+    square brackets are styles and `:fire:` is a picture, which names and paths may hold. Bars' text
+    columns and panels' titles do not ask the console: give them `markup=False`, or a
+    `rich.text.Text`.
 
     Args:
       **options: of `rich.console.Console`.
     """
-    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+    return _PlainConsole(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
 
 def run_program(
@@ -55,15 +109,25 @@ def run_program(
       mistakes: exceptions whose text is for the user.
 
     Returns:
-      The exit code: 2 after a mistake, 130 after Ctrl-C, 143 after SIGTERM, else what the work
-      returned.
+      The exit code: 2 after a mistake, or where standard output cannot be written; 130 after
+      Ctrl-C, 143 after SIGTERM, else what the work returned.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # characters that a terminal or a log cannot hold
             stream.reconfigure(errors="backslashreplace")
-    errors = plain_console(stderr=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     end_on_sigterm()
+    try:
+        try:
+            return _exit_code(work, interrupted, mistakes)
+        finally:  # also after --help, which ends the program
+            _flush()
+    except _OutputError as error:
+        return _end_output(error)
+
+
+def _exit_code(work: Callable, interrupted: str, mistakes: tuple[type[Exception], ...]) -> int:
+    errors = plain_console(stderr=True)
     try:
         return work(plain_console()) or 0
     except mistakes as error:
@@ -78,6 +142,28 @@ def run_program(
             raise
         errors.print(f"error: {text}", style="bold red")
         return 2
+
+
+def _flush() -> None:
+    if sys.stdout is None:
+        raise _OutputError(os.strerror(errno.EBADF))
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise _OutputError(error.strerror) from None
+
+
+def _end_output(error: _OutputError) -> int:
+    """Says what is wrong where it still can, and keeps Python from writing once more at its end."""
+    for stream in filter(None, (sys.stderr, sys.stdout)):
+        try:
+            if stream is sys.stderr:
+                stream.write(f"error: standard output cannot be written: {error}.\n")
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+    return 2
 
 
 def without_devices(error: Exception) -> str | None:
@@ -161,7 +247,7 @@ def read_words(
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
-            print(doc)
+            plain_console().print(doc)
             raise SystemExit(0)
         name, equals, value = word.removeprefix("--").partition("=")
         known = name in ("config", *options, *flags) or name.startswith("config.")
@@ -233,7 +319,7 @@ def run_file(file: Path) -> Any:
       UserError: if the file cannot be read, or fails (with its line).
     """
     try:
-        return runpy.run_path(str(file))["get_config"]()
+        return runpy.run_path(str(regular_file(file)))["get_config"]()
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}.") from None
     except SyntaxError as error:

@@ -34,7 +34,7 @@ from safetensors.numpy import save_file
 from matu_jax import algorithms, models, rounds
 from matu_jax.aggregation import Slots
 from matu_jax.checkpoint import Checkpoints
-from matu_jax.commandline import UserError, check_words, run_file, run_program
+from matu_jax.commandline import Parser, UserError, check_words, run_file, run_program
 from matu_jax.config import Config, did_you_mean, freeze
 from matu_jax.data import Task
 from matu_jax.json_files import checked, read_json
@@ -208,7 +208,7 @@ def _check_registered(config: Config) -> None:
     except ValueError as error:
         raise UserError(
             f"{error}\nIf the run's experiment file registers an architecture or dataset of its "
-            "own, name that file: --config FILE"
+            "own, give that file to --config."
         ) from None
 
 
@@ -444,7 +444,7 @@ def _card(exported: Exported, kind: str, loaded_by: str, measured: float) -> str
 
 def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m matu_jax.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -469,10 +469,10 @@ def main(argv: Sequence[str]) -> int:
         metavar="FILE",
         help="an experiment file to execute first, where it registers architectures or datasets",
     )
-    options = parser.parse_args(argv[1:])
 
     def work(console: Console) -> None:
         check_words(argv[1:])
+        options = parser.parse_args(argv[1:])
         if options.config:
             run_file(options.config)  # for what it registers; the config is the run's own
         try:

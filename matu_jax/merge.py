@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from matu_jax.commandline import UserError, check_words, plain_console, run_program
+from matu_jax.commandline import Parser, UserError, check_words, plain_console, run_program
 from matu_jax.config import did_you_mean
 from matu_jax.merging import (
     PASSES,
@@ -52,11 +52,6 @@ _EXAMPLES = """examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}. See --help.")
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the command line, and fills in the defaults of the chosen method.
 
@@ -64,7 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
       UserError: with what is wrong.
       SystemExit: after --help.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="python -m matu_jax.merge",
         description=__doc__,
         epilog=_EXAMPLES,

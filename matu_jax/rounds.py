@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import functools
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -17,7 +18,6 @@ from matu_jax import attacks, failures, privacy
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm, frame_bits, message_bits
 from matu_jax.algorithms.base import zeros
-from matu_jax.commandline import command
 from matu_jax.config import Config
 from matu_jax.data import Task, embedded, prepared, selection, synthetic
 from matu_jax.data.batching import gather, round_indices
@@ -142,16 +142,19 @@ def load_tasks(config: Config) -> tuple[Task, ...]:
         transform=transform,
         folders=data.folders,
         validation_fraction=data.validation_fraction,
-        command=_prepare_command(config),
+        how=_how_to_prepare(config),
     )
 
 
-def _prepare_command(config: Config) -> str:
-    """What prepares an experiment's datasets, whichever FILE is given."""
+def _how_to_prepare(config: Config) -> str:
+    """What prepares an experiment's datasets, whichever experiment file is given."""
     words = [f"--config.data.{name}={getattr(config.data, name)}" for name in ("tasks", "folders")]
     fields = ("architecture", "checkpoint", "head", "task_heads")
     words += [f"--config.model.{name}={getattr(config.model, name)}" for name in fields]
-    return command("prepare", "FILE", words)
+    return (
+        "run python -m matu_jax.prepare with --config and the run's experiment file, and with "
+        f"{shlex.join(words)}"
+    )
 
 
 def federate(config: Config) -> Federation:

@@ -328,10 +328,14 @@ def test_what_a_message_tells_to_run_does_it(images, tmp_path, capsys):
     train.check_inputs(config, file)
     # What a program says that has no file of the experiment's holds all that matters.
     (own / "left; right/train/0/0.png").unlink()
-    with pytest.raises(ValueError, match="FILE") as caught:
+    with pytest.raises(ValueError, match="experiment file") as caught:
         rounds.load_tasks(config)
-    told = shlex.split(str(caught.value).partition("; run ")[2])
-    assert prepare.main([EXPERIMENT if word == "FILE" else word for word in told[2:]]) == 0
+    program, _, told = str(caught.value).partition(
+        "with --config and the run's experiment file, and"
+    )
+    assert program.endswith("; run python -m matu_jax.prepare ")
+    told = shlex.split(told.removeprefix(" with "))
+    assert prepare.main(["prepare", "--config", EXPERIMENT, *told]) == 0
     assert rounds.load_tasks(config)
 
 

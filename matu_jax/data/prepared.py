@@ -154,7 +154,7 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     folders: str | os.PathLike[str] = "",
     validation_fraction: float = 0.1,
-    command: str = "python -m matu_jax.prepare --config FILE",
+    how: str = "run python -m matu_jax.prepare with --config and an experiment file",
 ) -> tuple[Task, ...]:
     """Opens prepared datasets.
 
@@ -169,7 +169,7 @@ def load(
         folders: Where image folders are; "" = `$MATU_JAX_FOLDERS`, or `folders` in the cache.
         validation_fraction: Of the training images, more than 0 and less than 1; one image at
             least.
-        command: What a message tells to run for datasets that are not prepared.
+        how: What a message tells to do about datasets that are not prepared.
 
     Returns:
         The tasks, in the order of `names`; their images are read-only memory maps. `fingerprint` is
@@ -187,7 +187,7 @@ def load(
     if absent:
         raise ValueError(
             f"{len(absent)} of {len(names)} datasets are not prepared for {transform}, or their "
-            f"image folder has changed since: {', '.join(absent)}; run {command}"
+            f"image folder has changed since: {', '.join(absent)}; {how}"
         )
     tasks = []
     for name in names:
