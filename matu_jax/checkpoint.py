@@ -6,12 +6,14 @@ before anything is made of it; and the leaves are compared by name before they a
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +63,27 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 enable_async_checkpointing=False, create=False, multiprocessing_options=alone
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = ocp.CheckpointManager(self._known_as(), options=options)
+
+    def _known_as(self) -> Path:
+        """The directory by a name that Orbax reads right: it takes `[a]` in a path for a pattern.
+
+        Where there is such a thing in it, a link to it from a directory for temporary files. (What
+        Orbax has put down it would else not put together, and say nothing.)
+        """
+        self._alias = None
+        if not glob.has_magic(str(self.directory)):
+            return self.directory
+        self._alias = tempfile.TemporaryDirectory(prefix="matu_jax-")
+        link = Path(self._alias.name) / "checkpoints"
+        if glob.has_magic(str(link)):
+            raise ValueError(
+                f"{self.directory}: Orbax takes *, ? and [ in a path for a pattern, and the "
+                f"directory for temporary files, {tempfile.gettempdir()}, has one too. Set TMPDIR "
+                "to one without, or give another directory."
+            )
+        link.symlink_to(self.directory, target_is_directory=True)
+        return link
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -72,6 +94,8 @@ class Checkpoints:
     def close(self) -> None:
         """Ends Orbax's threads. Whatever was saved is on disk already."""
         self._manager.close()
+        if self._alias:
+            self._alias.cleanup()
 
     def save(
         self,

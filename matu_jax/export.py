@@ -20,6 +20,7 @@ Exit codes: 0 done; 2 a mistake in the command or the run, said in one message.
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from matu_jax.commandline import Parser, UserError, check_words, run_file, run_p
 from matu_jax.config import Config, did_you_mean, freeze
 from matu_jax.data import Task
 from matu_jax.json_files import checked, read_json
-from matu_jax.metrics import SELECTION, MetricsLog, selected
+from matu_jax.metrics import SELECTION, MetricsLog, read_summary, selected
 from matu_jax.models import exporting, huggingface
 from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.parallel import WHOLE, placed, slot_mesh
@@ -128,10 +129,8 @@ def read_run(
         model = models.build(exact, federation.tasks, seed=config.seed)
         target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
         similarity = np.zeros((len(names),) * 2, np.float32)
-        log = MetricsLog(workdir / "metrics.jsonl")
         with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-            newest = checkpoints.latest() or 0
-            records = log.rounds(newest) if log.path.exists() else []
+            records = _records(workdir, checkpoints, config)
             chosen, why = _round(workdir, checkpoints, records, round_index)
             saved = {"state": target, "similarity_sum": similarity}
             restored, meta = checkpoints.restore_round(chosen, saved)
@@ -212,6 +211,28 @@ def _check_registered(config: Config) -> None:
         ) from None
 
 
+def _records(workdir: Path, checkpoints: Checkpoints, config: Config) -> list[dict]:
+    """The records of the rounds up to the newest whole checkpoint, as they were written.
+
+    Raises:
+      ValueError: if one is missing, or was changed later.
+    """
+    newest, _ = checkpoints.whole()
+    if newest is None:
+        return []
+    meta = checkpoints.meta(newest)
+    check_origin(checkpoints.directory, meta, config)
+    log = MetricsLog(workdir / "metrics.jsonl")
+    try:
+        log.check(newest, meta.get("metrics"))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. They say which round and which client is exported, and what it reached. "
+            "Bring the file back from a copy."
+        ) from None
+    return log.rounds(newest)
+
+
 def _round(
     workdir: Path, checkpoints: Checkpoints, records: Sequence[dict], given: int | None
 ) -> tuple[int, str]:
@@ -226,12 +247,20 @@ def _round(
         return given, "as asked for"
     best = selected(records)
     if best is None:
-        return there[-1], "the last one saved; metrics.jsonl has no accuracy of any"
+        return there[-1], "the last one saved; no accuracy was measured"
     if best["round"] not in there:
         raise UserError(
             f"--workdir {workdir}: round {best['round']}, {SELECTION}, has no checkpoint, as in "
             f"runs of older versions. {choices}; take one with --round {there[-1]}."
         )
+    if os.path.lexists(workdir / "summary.json"):
+        told = read_summary(workdir / "summary.json")["selected_round"]
+        if told != best["round"]:
+            raise UserError(
+                f"--workdir {workdir}: summary.json speaks of round {told}, and of the rounds up "
+                f"to the newest checkpoint, {best['round']} is {SELECTION}: a checkpoint is "
+                f"missing or damaged. Bring it back, or take another, such as --round {there[-1]}."
+            )
     return best["round"], SELECTION
 
 
@@ -306,7 +335,18 @@ def _holder(slots: Slots, task: int, client: int | None, measured: dict | None, 
         return int(rows[holders.index(client)])
     if measured is None:
         return int(rows[0])
-    return int(max(rows, key=lambda row: measured["validation_per_slot"][row]))
+    for split in ("validation_per_slot", "test_per_slot"):
+        if len(measured.get(split) or ()) != len(slots.task):
+            raise UserError(
+                f"metrics.jsonl: {split}: found {len(measured.get(split) or ())} numbers, expected "
+                f"{len(slots.task)}, one for each slot of this federation. Bring the file back."
+            )
+
+    def rank(row: int) -> float:
+        value = measured["validation_per_slot"][row]
+        return -np.inf if value is None else value  # a slot of which nothing was measured
+
+    return int(max(rows, key=rank))
 
 
 def _config_of(workdir: Path) -> Config:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import chex
 import etils.epath
 import jax
 import jax.numpy as jnp
@@ -441,3 +442,23 @@ def test_a_pipe_in_a_files_place_is_damage_and_not_waited_for(tmp_path, caplog):
     os.mkfifo(file)
     assert restored(Checkpoints(tmp_path, keep=3), example_state())[0] == 2
     assert "not a regular file" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["lab [bold] x", "[day 1]", "[!x]", "a*b", "what?", "run[adam]/[b]"]
+)
+def test_a_name_that_looks_like_a_pattern_keeps_what_is_saved(tmp_path, name):
+    state = {"a": np.arange(6.0, dtype=np.float32), "b": np.zeros(3, np.int32)}
+    with Checkpoints(tmp_path / name, keep=2) as checkpoints:
+        for number in (1, 2, 3):
+            checkpoints.save(number, state, {"n": number})
+    with Checkpoints(tmp_path / name, keep=2) as checkpoints:
+        assert checkpoints.complete() == [2, 3]
+        found = checkpoints.restore(
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        )
+        assert found is not None
+        chex.assert_trees_all_equal(found[1], state)
+        assert found[2] == {"n": 3}
+        assert checkpoints.meta(2) == {"n": 2}
+    assert (tmp_path / name / "3" / "state").is_dir()

@@ -587,3 +587,28 @@ def test_what_a_card_quotes_keeps_its_form():
     )
     assert 'base_model: "a: [b"\n' in card
     assert "| task | a\\|b c |\n" in card
+
+
+def test_results_and_exports_cannot_speak_of_different_rounds(long_run, tmp_path):
+    """Whatever was changed, removed or moved since: no other model is written in its place."""
+    workdir = tmp_path / "run"
+
+    def refused(harm, words):
+        shutil.copytree(long_run[0], workdir, dirs_exist_ok=True)
+        harm()
+        with pytest.raises(export.UserError, match=words):
+            export.read_run(workdir, "hue/grating")
+        shutil.rmtree(workdir)
+
+    log = workdir / "metrics.jsonl"
+    refused(log.unlink, r"found no round, expected rounds 1 to \d+\. They say which round")
+    refused(
+        lambda: log.write_bytes(log.read_bytes().replace(b'"loss": ', b'"loss": 1', 1)),
+        r"was changed later\. They say which round",
+    )
+    told = json.loads((long_run[0] / "summary.json").read_text())
+    told["selected_round"] += 1
+    refused(
+        lambda: (workdir / "summary.json").write_text(json.dumps(told)),
+        rf"summary.json speaks of round {told['selected_round']}",
+    )

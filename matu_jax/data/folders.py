@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 from matu_jax.data.class_names import readable
 from matu_jax.data.datasets import Dataset, Example, Source
-from matu_jax.data.images import EXTENSIONS
+from matu_jax.data.images import EXTENSIONS, decode
 from matu_jax.data.selection import SPLITS, check_utf8, is_directory, is_hidden
 
-__all__ = ["Listing", "list_folder", "source"]
+__all__ = ["Listing", "decode", "list_folder", "source"]
 
 
 class Listing(NamedTuple):
