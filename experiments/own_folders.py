@@ -24,7 +24,7 @@ def get_config():
     config = default()
     config.algorithm = "matu"
     config.rounds = 6
-    config.data.tasks = ""  # all folders
+    config.data.tasks = "folders"  # all of config.data.folders
     config.data.clients = 8
     config.data.tasks_per_client = 1
     config.data.examples_per_slot = 0  # all there are

@@ -27,7 +27,8 @@ class DataConfig:
       tasks: a set ("embedded8" or "embedded30", the benchmark that comes with the package;
         "vision8", "tfds30" or "emr30", real datasets), or names separated by commas: all of tasks
         of the embedded benchmark, or all of datasets of `matu_jax.data.datasets` and of folders in
-        `folders`. "" = all folders in `folders` where that is given, else "embedded8".
+        `folders`; "folders" is all of the latter. "" = "folders" where `folders` is given, else
+        "embedded8".
       source: where the images of real datasets come from: "prepared" (what `python -m
         matu_jax.prepare` has put into the cache) or "synthetic" (generated stand-ins with the same
         names, classes and sizes, to try an experiment without its data).

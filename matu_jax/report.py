@@ -172,9 +172,11 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     communication = summary["communication"]
     seconds = _number(summary["seconds"]["total"])
     share = _percent(summary.get("overhead", {}).get("share"))  # runs of older versions lack it
+    data = summary.get("data_fingerprint", {}).values()
+    stand_ins = "on generated stand-ins, " * any(str(x).startswith("synthetic-") for x in data)
     table = Table(
         title=_text(
-            f"{summary['algorithm']}, seed {summary['seed']}: "
+            f"{stand_ins}{summary['algorithm']}, seed {summary['seed']}: "
             f"round {summary['selected_round']} of {summary['rounds']},\nthe best on validation"
         ),
         caption="per client and round:\n"

@@ -53,7 +53,7 @@ def test_assign_takes_given_lists():
     [
         (
             (3, 2, 8, 0),
-            "num_clients=3 with tasks_per_client=2 make 6 slots, too few for num_tasks=8",
+            "3 clients with 2 tasks each make 6 slots, too few for 8 tasks; raise clients",
         ),
         ((3, 9, 8, 0), "tasks_per_client must be from 1 to num_tasks=8, got 9"),
         ((3, 0, 8, 0), "tasks_per_client"),

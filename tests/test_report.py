@@ -249,6 +249,16 @@ def test_result_table_without_a_value():
     assert "–" in rendered(report.result_table(values))
 
 
+def test_a_table_says_that_its_data_was_generated():
+    fingerprints = {"tilt": "ab" * 32, "hue": {"train": "cd" * 32}}
+    assert "stand-ins" not in rendered(
+        report.result_table(summary() | {"data_fingerprint": fingerprints})
+    )
+    fingerprints = {"mnist": "synthetic-0123"}
+    text = rendered(report.result_table(summary() | {"data_fingerprint": fingerprints}))
+    assert "on generated stand-ins" in text
+
+
 def test_plan_table_has_a_row_each_in_order():
     text = rendered(report.plan_table({"clients": 12, "tasks [all]": "8: [red]digit"}))
     lines = [line.split() for line in text.splitlines() if line.strip()]

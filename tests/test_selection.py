@@ -52,6 +52,20 @@ def test_folders_alone_are_enough(root):
     assert image_folder("ward", root) == root / "ward"
 
 
+def test_all_folders_can_be_asked_for_and_then_nothing_else_is_taken(root, tmp_path, monkeypatch):
+    """A forgotten directory is a message, not another benchmark."""
+    make(root, "ward")
+    assert resolve("folders", root) == resolve("", root)
+    assert not is_generated("folders")
+    monkeypatch.setenv("MATU_JAX_FOLDERS", str(root))
+    assert resolve("folders") == resolve("", root)
+    monkeypatch.delenv("MATU_JAX_FOLDERS")
+    with pytest.raises(ValueError, match=r"config\.data\.folders: .* there is no such directory"):
+        resolve("folders", cache_dir=tmp_path / "empty")
+    with pytest.raises(ValueError, match="is a set of tasks, which stands alone"):
+        resolve("folders,mnist", root)
+
+
 def test_folders_of_the_environment_and_the_cache_are_known_by_name(root, tmp_path, monkeypatch):
     monkeypatch.setenv("MATU_JAX_FOLDERS", str(root))
     make(root, "ward")

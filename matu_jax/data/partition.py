@@ -54,9 +54,9 @@ def assign(
             )
         if num_clients * tasks_per_client < num_tasks:
             raise ValueError(
-                f"num_clients={num_clients} with tasks_per_client={tasks_per_client} make "
-                f"{num_clients * tasks_per_client} slots, too few for num_tasks={num_tasks}; raise "
-                "num_clients or tasks_per_client, or choose fewer tasks"
+                f"{num_clients} clients with {tasks_per_client} tasks each make "
+                f"{num_clients * tasks_per_client} slots, too few for {num_tasks} tasks; raise "
+                "clients or tasks_per_client, or choose fewer tasks"
             )
         lists = _deal(num_clients, tasks_per_client, num_tasks, np.random.default_rng(seed))
     client = np.repeat(np.arange(num_clients, dtype=np.int32), [len(held) for held in lists])
@@ -200,7 +200,7 @@ def _check_enough(task: int, holders: int, available: int, examples_per_slot: in
         raise ValueError(
             f"task {task} has {holders} holders, who need {needed} training examples "
             f"({examples_per_slot or 'at least 1'} each), but only {available} are available; "
-            "lower examples_per_slot, num_clients or tasks_per_client"
+            f"lower {'examples_per_slot, ' * bool(examples_per_slot)}clients or tasks_per_client"
         )
 
 

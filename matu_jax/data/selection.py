@@ -36,6 +36,8 @@ __all__ = [
 GENERATED = ("embedded8", "embedded30")
 """Named sets of tasks of the embedded benchmark, the keys of `matu_jax.data.embedded.SETS`, which
 take Pillow to load."""
+ALL_FOLDERS = "folders"
+"""The set of all image folders there are."""
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("val", "valid", "validation"), "validation"
 )
@@ -64,8 +66,8 @@ def resolve(tasks: str, folders: _Folder = "", cache_dir: _Folder | None = None)
     """Turns the text of `config.data.tasks` into names of tasks.
 
     Args:
-        tasks: A key of `GENERATED` or of `SETS`; or names separated by commas; "" = all image
-            folders in `folders` where these are given, else "embedded8".
+        tasks: A key of `GENERATED` or of `SETS`; "folders", which is all image folders; or names
+            separated by commas; "" = "folders" where `folders` is given, else "embedded8".
         folders: Where the image folders are; "" = `$MATU_JAX_FOLDERS`, or `folders` in the cache.
         cache_dir: See `cache`.
 
@@ -77,6 +79,9 @@ def resolve(tasks: str, folders: _Folder = "", cache_dir: _Folder | None = None)
         ValueError: If a name is unknown (with "did you mean") or given twice, or there is none.
     """
     tasks = tasks.strip()
+    if tasks == ALL_FOLDERS:
+        root = folders or os.environ.get("MATU_JAX_FOLDERS") or cache(cache_dir) / "folders"
+        return _all_folders(Path(root))
     if folders and is_generated(tasks):
         if tasks:
             raise ValueError(
@@ -95,12 +100,12 @@ def resolve(tasks: str, folders: _Folder = "", cache_dir: _Folder | None = None)
     if not names:
         raise ValueError(
             f"config.data.tasks: found no name in {tasks!r}; give a set "
-            f"({', '.join([*GENERATED, *SETS])}), or names of datasets or image folders, separated "
-            "by commas"
+            f"({', '.join([*GENERATED, *SETS, ALL_FOLDERS])}), or names of datasets or image "
+            "folders, separated by commas"
         )
     try:
         for name in names:
-            if name in SETS or name in GENERATED:
+            if name in SETS or name in (*GENERATED, ALL_FOLDERS):
                 raise ValueError(f"{name!r} is a set of tasks, which stands alone; found {names}")
         found = tuple(find(name, folders, cache_dir).name for name in names)
         check_once(found)
@@ -221,7 +226,7 @@ def _all_folders(root: Path) -> tuple[str, ...]:
         )
     for name in names:
         check_utf8(name, root)
-        if name in SETS or name in GENERATED:
+        if name in SETS or name in (*GENERATED, ALL_FOLDERS):
             raise ValueError(
                 f"{root / name}: {name!r} is the name of a set of datasets; rename the folder"
             )

@@ -97,5 +97,6 @@ def _task(dataset: Dataset, size: int, counts: dict[str, int], seed: int) -> Tas
         class_names=dataset.class_names or tuple(f"class {i}" for i in range(classes)),
         templates=dataset.templates,
         fingerprint=f"synthetic-{digest.hexdigest()[:16]}",
+        notes=("generated stand-ins, not the dataset's own images; accuracies say nothing",),
         **splits,
     )
