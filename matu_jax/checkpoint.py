@@ -22,12 +22,13 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
-from matu_jax.json_files import checked, read_json, regular_file
+from matu_jax.json_files import checked, name_inside, read_json, regular_file
 from matu_jax.trees import PyTree, leaf_items
 
 _CHECKSUMS = "checksums.json"
+_Checksums = dict[Annotated[str, AfterValidator(name_inside)], str]
 _log = logging.getLogger(__name__)
 
 
@@ -363,12 +364,10 @@ def _write_checksums(folder: Path) -> None:
 def _damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
-        sums = checked(dict[str, str], read_json(folder / _CHECKSUMS), _CHECKSUMS)
+        sums = checked(_Checksums, read_json(folder / _CHECKSUMS), _CHECKSUMS)
         if not sums:
             return f"{_CHECKSUMS} lists no file"
         for name, checksum in sums.items():
-            if ".." in Path(name).parts or Path(name).is_absolute():
-                raise ValueError(f"{name} is not in the checkpoint's folder")
             if _checksum(folder / name) != checksum:
                 return f"{name} has changed since it was written"
     except FileNotFoundError as error:

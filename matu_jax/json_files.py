@@ -11,7 +11,7 @@ import json
 import os
 import re
 import reprlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -98,6 +98,42 @@ def read_json(path: Path) -> Any:
         return parse_json(regular_file(path).read_bytes())
     except ValueError as error:  # of the text, or of the path itself, such as a NUL in it
         raise ValueError(f"{path}: damaged: {error}") from None
+
+
+def check_readable(path: Path) -> None:
+    """Checks that a file can be read, for libraries that say of every error that it is missing.
+
+    Raises:
+      OSError: says why not; a pipe, at which a reader would wait for ever, or a device is no file.
+    """
+    with regular_file(path).open("rb"):
+        pass
+
+
+def name_inside(name: str) -> str:
+    """A file's name that others have written, which has to be of a file inside its folder.
+
+    What is there under the name may be a link that leads out, as in Hugging Face's cache.
+
+    Raises:
+      ValueError: for one that leads out of the folder, or cannot be printed.
+    """
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or not name.isprintable():
+        raise ValueError("expected the name of a file in the same folder")
+    return name
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file lies in its folder, all links followed.
+
+    In Hugging Face's cache, files of `snapshots/REVISION` are links to the `blobs` beside
+    `snapshots`, which are the folder's own.
+    """
+    folder, real = file.parent.resolve(), file.resolve()
+    blobs = folder.parent.parent / "blobs"
+    cached = folder.parent.name == "snapshots" and real.parent == blobs
+    return cached or real.is_relative_to(folder)
 
 
 def checked(schema: type[T], value: Any, where: str) -> T:

@@ -185,7 +185,7 @@ def merge(given: argparse.Namespace, console: Console) -> None:
             summary = merge_checkpoints(base, models, alignment, result, **settings)
         report = _report(given, base, models, alignment, summary, result)
         if given.method != "unify":
-            report["copied_files"] = copy_files(given.base, file)
+            report |= copy_files(given.base, file)
         report["seconds"] = time.perf_counter() - clock
         write_json(file(REPORT), report)
     tables.show(report, console)
@@ -218,7 +218,7 @@ def rebuild(given: argparse.Namespace, console: Console) -> None:
             "left_out": tasks.left_out.get(given.task, []),
             "models": list(tasks.scales),
             "parameters": parameters,
-            "copied_files": copy_files(given.base, file),
+            **copy_files(given.base, file),
             "versions": versions(),
             "seconds": time.perf_counter() - clock,
         }

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
-from matu_jax.json_files import checked, parse_json, read_json
+from matu_jax.json_files import check_readable, checked, name_inside, parse_json, read_json
 
 FLOATING = {  # what has task vectors, by its name in the file
     "F32": np.dtype(np.float32),
@@ -89,7 +89,7 @@ class Checkpoint:
                 self._open(file, expected)
         except OSError as error:
             self.close()
-            raise CheckpointError(f"{error.filename or path}: {_reason(error)}") from None
+            raise CheckpointError(f"{error.filename or path}: {system_reason(error)}") from None
         except CheckpointError:
             self.close()
             raise
@@ -97,8 +97,7 @@ class Checkpoint:
     def _open(self, path: Path, expected: set[str] | None) -> None:
         file = _File(path)
         self._files.append(file)
-        with path.open("rb"):  # says why it cannot be opened; safe_open always says it is missing
-            pass
+        check_readable(path)
         try:
             with safe_open(path, "np") as whole:  # checks offsets, shapes and the length
                 names = set(whole.keys())
@@ -145,7 +144,7 @@ class Checkpoint:
             stream.seek(offset + start)
             data = stream.read(count)
         except OSError as error:
-            raise CheckpointError(f"{file.path}: tensor {name}: {_reason(error)}") from None
+            raise CheckpointError(f"{file.path}: tensor {name}: {system_reason(error)}") from None
         if len(data) != count:
             raise CheckpointError(
                 f"{file.path}: tensor {name}: the file ended while it was read. Let nothing write "
@@ -215,7 +214,7 @@ class _File:
             self._open.pop(self).close()
 
 
-def _reason(error: OSError) -> str:
+def system_reason(error: OSError) -> str:
     """Why the system refuses, and for too many open files what to do."""
     reason = error.strerror or str(error)
     if error.errno not in (errno.EMFILE, errno.ENFILE):
@@ -262,18 +261,12 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
     return by_file
 
 
-def _inside(name: str) -> str:
-    """A file's name as an index may give it; links, as in Hugging Face's cache, may lead out."""
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or not name.isprintable():
-        raise ValueError("expected the name of a file in the same folder")
-    return name
-
-
 class _Index(BaseModel):
     """The index of a checkpoint in shards."""
 
-    weight_map: Annotated[dict[str, Annotated[str, AfterValidator(_inside)]], Field(min_length=1)]
+    weight_map: Annotated[
+        dict[str, Annotated[str, AfterValidator(name_inside)]], Field(min_length=1)
+    ]
 
 
 def shard_names(index: Path) -> dict[str, str]:
@@ -286,7 +279,7 @@ def shard_names(index: Path) -> dict[str, str]:
     try:
         return checked(_Index, read_json(index), f"{index}: damaged").weight_map
     except OSError as error:
-        raise CheckpointError(f"{index}: {_reason(error)} {advice}") from None
+        raise CheckpointError(f"{index}: {system_reason(error)} {advice}") from None
     except ValueError as error:
         raise CheckpointError(f"{error}\n{advice}") from None
 
@@ -412,5 +405,5 @@ class Writer:
 
     def _failed(self, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"{self.path} cannot be written: {_reason(error)} Make room, or write elsewhere."
+            f"{self.path} cannot be written: {system_reason(error)} Make room, or write elsewhere."
         )

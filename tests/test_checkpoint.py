@@ -397,6 +397,11 @@ def a_folder_in_its_place(file):
     file.mkdir()
 
 
+def a_pipe_in_its_place(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
 ODD = {
     "a file where a checkpoint goes": lambda folder: (folder.parent / "7").write_text("x"),
     "a folder of another": lambda folder: (folder.parent / "mine").mkdir(),
@@ -404,6 +409,7 @@ ODD = {
 }
 DAMAGED = {
     "a folder for checksums": lambda folder: a_folder_in_its_place(folder / "checksums.json"),
+    "a pipe in the place of a file": lambda folder: a_pipe_in_its_place(files_of(folder)[-1]),
     "no checksums listed": lambda folder: (folder / "checksums.json").write_text("{}"),
     "files elsewhere": lambda folder: (folder / "checksums.json").write_text('{"/dev/zero": "x"}'),
     "files above": lambda folder: (folder / "checksums.json").write_text('{"../1": "x"}'),

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import os
+import resource
 import shutil
 import threading
 import time
@@ -272,6 +274,34 @@ def test_a_file_that_is_cut_off(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert f"{file} cannot be read as safetensors" in refusal(folder)
+
+
+def test_why_a_tensor_file_cannot_be_read_is_said(tmp_path):
+    """The library says of every error that there is no such file, and waits at a pipe."""
+    file = tmp_path / "model.safetensors"
+    save_file({"a": np.zeros(2, np.float32)}, file)
+    found = huggingface.tensor_files(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as first:  # the lowest number that is free
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first.fileno(), hard))
+    try:
+        for read in (lambda: huggingface.tensor_files(tmp_path), lambda: read_all(found)):
+            with pytest.raises(ValueError, match="Too many open files") as caught:
+                read()
+            assert "ulimit -n 1024" in str(caught.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    file.unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": file.name}})
+    )
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match="not a regular file"):
+        huggingface.tensor_files(tmp_path)
+
+
+def read_all(files):
+    return huggingface.read_tensors(files, files)
 
 
 def test_without_tokenizer_files_prompts_are_refused(folder):

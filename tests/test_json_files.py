@@ -6,7 +6,7 @@ from typing import Annotated
 import pytest
 from pydantic import BaseModel, Field
 
-from matu_jax.json_files import checked, parse_json, read_json
+from matu_jax.json_files import checked, is_own, name_inside, parse_json, read_json
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,41 @@ def test_a_schema_names_every_field_that_is_wrong():
     for wrong in (True, "3", 3.0, None):
         with pytest.raises(ValueError, match="size"):
             checked(_Schema, good | {"size": wrong}, "some.json")
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../b", "", ".", "a\0b"])
+def test_names_that_lead_out_of_the_folder_are_refused(name):
+    with pytest.raises(ValueError, match="a file in the same folder"):
+        name_inside(name)
+    assert name_inside("a/b..c") == "a/b..c"
+
+
+def test_own_files_are_those_inside_and_the_blobs_of_a_cached_snapshot(tmp_path):
+    folder = tmp_path / "models--x" / "snapshots" / "0123"
+    blobs = tmp_path / "models--x" / "blobs"
+    for path in (folder, blobs, tmp_path / "models--y" / "blobs", tmp_path / "plain"):
+        path.mkdir(parents=True)
+    secret = tmp_path / "secret"
+    for file in (secret, blobs / "b", tmp_path / "models--y" / "blobs" / "b", folder / "a"):
+        file.write_text("{}")
+    (blobs / "out").symlink_to(secret)
+    links = {
+        "inside": ("a", True),
+        "blob": ("../../blobs/b", True),
+        "of another repository": ("../../../models--y/blobs/b", False),
+        "through a blob": ("../../blobs/out", False),
+        "out": (secret, False),
+    }
+    for name, (target, own) in links.items():
+        (folder / name).symlink_to(target)
+        assert is_own(folder / name) == own, name
+    (tmp_path / "plain" / "b").symlink_to(blobs / "b")
+    assert not is_own(tmp_path / "plain" / "b")
+    (tmp_path / "link").symlink_to(folder)
+    assert is_own(tmp_path / "link" / "a")
+    assert is_own(tmp_path / "link" / "blob")
+    (tmp_path / "models--z" / "snapshots" / "1").mkdir(parents=True)
+    (tmp_path / "models--z" / "blobs").symlink_to(tmp_path)
+    hidden = tmp_path / "models--z" / "snapshots" / "1" / "x"
+    hidden.symlink_to("../../blobs/secret")
+    assert not is_own(hidden)

@@ -881,6 +881,48 @@ def test_rebuilding_says_what_is_lost_and_what_is_the_bases(tmp_path, capsys):
     assert "(some may be equal in all)" in out
 
 
+def test_links_out_of_the_base_are_not_copied(tmp_path, capsys):
+    base, models = _family()
+    paths = _save(tmp_path / "in", base, models)
+    folder, secret = tmp_path / "base", tmp_path / "secret.txt"
+    folder.mkdir()
+    secret.write_text("secret")
+    Path(paths[0]).rename(folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / "alias.json").symlink_to("config.json")
+    (folder / "notes.json").symlink_to(secret)
+    line = "Not copied, links out of the base's folder: notes.json\n"
+    merge = ["--base", folder, "--models", *paths[1:]]
+    assert _run(*merge, "--method", "arithmetic", "--out", tmp_path / "a") == 0
+    assert line in capsys.readouterr().out
+    assert _run(*merge, "--out", tmp_path / "u") == 0
+    rebuild = ["--base", folder, "--unified", tmp_path / "u", "--task", "dtd"]
+    assert _run(*rebuild, "--out", tmp_path / "r") == 0
+    assert line in capsys.readouterr().out
+    for out in (tmp_path / "a", tmp_path / "r"):
+        files = sorted(file.name for file in out.iterdir())
+        assert files == ["alias.json", "config.json", "merge.json", "model.safetensors"]
+        report = json.loads((out / "merge.json").read_text())
+        assert report["copied_files"] == ["alias.json", "config.json"]
+        assert report["links_left_out"] == ["notes.json"]
+
+
+def test_no_more_than_five_names_of_tensors_are_printed(tmp_path, capsys):
+    base, models = _family()
+    more = {f"more.{number}": np.zeros(2, np.float32) for number in range(9)}
+    models[1] |= {f"own.{number}": np.zeros(2, np.float32) for number in range(9)}
+    paths = _save(tmp_path / "in", base | more, [more | model for model in models])
+    merge = ["--base", paths[0], "--models", *paths[1:], "--only", "!more.,!own."]
+    assert _run(*merge, "--out", tmp_path / "u") == 0
+    rebuild = ["--base", paths[0], "--unified", tmp_path / "u", "--task", "dtd"]
+    assert _run(*rebuild, "--out", tmp_path / "r") == 0
+    out = capsys.readouterr().out
+    for name in ("more", "own"):
+        listed = ", ".join(f"{name}.{number}" for number in range(5))
+        assert out.count(f": {listed} and 4 more") == 2
+        assert f"{name}.5" not in out
+
+
 def test_a_task_that_is_not_there_is_named(unified, tmp_path, capsys):
     arguments = ["--base", unified[1], "--unified", unified[0], "--out", tmp_path / "out"]
     message = _mistake(capsys, *arguments, "--task", "carz")

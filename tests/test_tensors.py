@@ -349,6 +349,14 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "part.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    (tmp_path / tensors.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    for path in (tmp_path, tmp_path / name):
+        assert _message(CheckpointError, _open, path) == f"{tmp_path / name}: not a regular file."
+
+
 def test_where_no_file_may_be_opened_the_reason_is_said(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(_arrays(), path)

@@ -78,16 +78,10 @@ def align(
                     f"  {model} ({checkpoint.path}): {len(names)} {what}: {some_of(names)}"
                 )
     if problems:
-        good = {_top(name) for name in wanted} - {_top(name) for name in bad}
-        hint = "Give checkpoints of one architecture and dtype (cast them first)."
-        if good:
-            hint = f"To merge what fits in all: --only {_words(sorted(good)[:5])}"
-        elif len(bad) <= 5 and len(bad) < len(wanted.keys() | bad):
-            hint = f"To merge what fits in all: --only {_words(['!' + name for name in bad])}"
         raise CheckpointError(
             f"the tensors of these models differ from those of the base {base.path}:\n"
             + "\n".join(problems)
-            + f"\n{hint}"
+            + f"\n{_hint(set(wanted), bad)}"
         )
     merged = tuple(name for name, tensor in wanted.items() if tensor.dtype in FLOATING)
     equal = tuple(name for name, tensor in wanted.items() if tensor.dtype not in FLOATING)
@@ -108,6 +102,16 @@ def align(
         },
         parameters,
     )
+
+
+def _hint(wanted: set[str], bad: set[str]) -> str:
+    """What to do where tensors do not fit; `bad` may hold others than the `wanted` of the base."""
+    good = {_top(name) for name in wanted} - {_top(name) for name in bad}
+    if good:
+        return f"To merge what fits in all: --only {_words(sorted(good)[:5])}"
+    if len(bad) <= 5 and len(bad) < len(wanted | bad):
+        return f"To merge what fits in all: --only {_words(['!' + name for name in bad])}"
+    return "Give checkpoints of one architecture and dtype (cast them first)."
 
 
 def _words(prefixes: Sequence[str]) -> str:

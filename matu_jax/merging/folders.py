@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from matu_jax.json_files import is_own
 from matu_jax.tensors import INDEX, CheckpointError
 
 REPORT = "merge.json"
@@ -46,13 +47,21 @@ def output_folder(path: Path) -> Iterator[Callable[[str], Path]]:
         raise
 
 
-def copy_files(base: Path, file: Callable[[str], Path]) -> list[str]:
-    """Copies configuration and tokenizer of a base folder; returns their names."""
+def copy_files(base: Path, file: Callable[[str], Path]) -> dict[str, list[str]]:
+    """Copies configuration and tokenizer of a base folder.
+
+    Links out of the folder are not followed: a base that others made could else put any file of
+    this machine into the result.
+
+    Returns:
+      What merge.json says of it: the names "copied_files", and of "links_left_out".
+    """
     names = sorted(
         entry.name
         for entry in (base.iterdir() if base.is_dir() else ())
         if entry.is_file() and entry.suffix in _COPIED and entry.name not in _NOT_COPIED
     )
-    for name in names:
+    own = [name for name in names if is_own(base / name)]
+    for name in own:
         shutil.copyfile(base / name, file(name))
-    return names
+    return {"copied_files": own, "links_left_out": [name for name in names if name not in own]}

@@ -21,6 +21,7 @@ from matu_jax.tensors import (
     Tensor,
     Writer,
     fingerprint,
+    some_of,
 )
 from matu_jax.trees import apply_vectors
 
@@ -102,14 +103,12 @@ def unified_tasks(unified: Checkpoint) -> UnifiedTasks:
     if expected != unified.tensors:
         names = expected.keys() | unified.tensors.keys()
         wrong = {name for name in names if expected.get(name) != unified.tensors.get(name)}
-        raise CheckpointError(
-            f"{unified.path}: damaged: wrong tensors: {', '.join(sorted(wrong))}."
-        )
+        raise CheckpointError(f"{unified.path}: damaged: wrong tensors: {some_of(wrong)}.")
     scales = dict(zip(models, unified.read("scales", 0, len(models)).tolist(), strict=True))
     bad = [f"{name}: {scale}" for name, scale in scales.items() if not 0 <= scale < np.inf]
     if bad:
         raise CheckpointError(
-            f"{unified.path}: damaged: scales of {', '.join(bad[:5])}; expected finite numbers "
+            f"{unified.path}: damaged: scales of {some_of(bad)}; expected finite numbers "
             "that are not negative."
         )
     return UnifiedTasks(
@@ -166,7 +165,7 @@ def rebuild_checkpoint(
         raise CheckpointError(
             f"{base.path} is not the base that {unified.path} was made with"
             f" ({tasks.base}): fingerprint found {found}, expected "
-            f"{wanted}.{' Tensors differ: ' + ', '.join(wrong[:5]) if wrong else ''}"
+            f"{wanted}.{f' Tensors differ: {some_of(wrong)}' if wrong else ''}"
         )
     row, scale = list(scales).index(task), np.float32(scales[task])
     size = block_size(1, budget)

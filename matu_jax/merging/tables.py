@@ -10,6 +10,7 @@ from rich.text import Text
 
 from matu_jax.commandline import plain_console
 from matu_jax.report import human_bytes
+from matu_jax.tensors import some_of
 
 _COLUMNS = {  # what merge.json calls it: what the table calls it, and how it is written
     "norm": ("norm of task vector", "{:.4g}"),
@@ -68,12 +69,12 @@ def rebuilt_notes(report: Mapping[str, Any]) -> list[str]:
     lines = [f"Rebuilding is lossy: of {task}, {near}."]
     if names:
         lines.append(
-            f"Not {task}'s own: {len(names)} tensors are the base's: {', '.join(names)}"
+            f"Not {task}'s own: {len(names)} tensors are the base's: {some_of(names)}"
             + ("" if report["from_base_known"] else " (some may be equal in all)")
         )
     if report["left_out"]:
-        lines.append(f"Only {task} has, and lost: {', '.join(report['left_out'])}")
-    return lines
+        lines.append(f"Only {task} has, and lost: {some_of(report['left_out'])}")
+    return lines + _left_out(report)
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
@@ -82,15 +83,14 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         if model["zero"]:
             lines.append(f"Model {model['name']} equals the base: its task vector is zero.")
         if model["left_out"]:
-            names = ", ".join(model["left_out"])
-            lines.append(f"Left out of model {model['name']}: {names}")
+            lines.append(f"Left out of model {model['name']}: {some_of(model['left_out'])}")
     tensors, size = report["tensors"], report["bytes"]
     if tensors["equal"]:
-        lines.append(f"Copied, equal in all: {', '.join(tensors['equal'])}")
+        lines.append(f"Copied, equal in all: {some_of(tensors['equal'])}")
     if tensors["from_base"]:
         lines.append(
             f"From the base, outside --only: {len(tensors['from_base'])} tensors: "
-            f"{', '.join(tensors['from_base'])}"
+            f"{some_of(tensors['from_base'])}"
         )
     lines.append(f"Merged: {tensors['merged']} tensors, {report['parameters']:,} parameters.")
     if report["method"] == "unify":
@@ -99,8 +99,15 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
             f"{human_bytes(size['merged_tensors_of_all_models'])} of the same tensors in "
             f"{len(report['models'])} models; rebuilding one takes the base as well."
         )
+    lines += _left_out(report)
     lines.append(f"Result: {report['result']} ({report['seconds']:.1f} seconds)")
     return lines
+
+
+def _left_out(report: Mapping[str, Any]) -> list[str]:
+    """A line on the base's files that were not copied."""
+    links = report.get("links_left_out")
+    return [f"Not copied, links out of the base's folder: {some_of(links)}"] if links else []
 
 
 def _print(console: Console, table: Table) -> None:

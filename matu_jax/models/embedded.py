@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from matu_jax.config import ModelConfig
 from matu_jax.data import Task
-from matu_jax.json_files import checked, parse_json
+from matu_jax.json_files import check_readable, checked, parse_json
 from matu_jax.models.architectures import without_text_tower
 from matu_jax.models.backbone import (
     Backbone,
@@ -159,6 +159,7 @@ def _read(checkpoint: str) -> tuple[ViTShape, dict[str, np.ndarray]]:
 def _open(checkpoint: str, *, tensors: bool = False) -> tuple[ViTShape, dict[str, np.ndarray]]:
     path = CHECKPOINT if checkpoint == "embedded" else Path(checkpoint).expanduser()
     try:
+        check_readable(path)
         with safe_open(path, framework="numpy") as file:
             metadata, names = file.metadata() or {}, file.keys() if tensors else ()
             found = {name: file.get_tensor(name) for name in names}

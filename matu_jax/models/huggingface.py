@@ -4,9 +4,10 @@ Nothing here needs torch. huggingface_hub and transformers are imported where th
 experiments with local folders, or without prompts, do without them.
 """
 
+import contextlib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from matu_jax import json_files
 from matu_jax.config import ModelConfig
 from matu_jax.models.architectures import ARCHITECTURES, FAMILIES
 from matu_jax.models.tensor_names import full_names
-from matu_jax.tensors import INDEX, WHOLE, shard_names
+from matu_jax.tensors import INDEX, WHOLE, shard_names, system_reason
 
 WEIGHTS = WHOLE
 
@@ -207,6 +208,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, open for reading; what goes wrong with it is a ValueError."""
+    try:
+        json_files.check_readable(path)
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {system_reason(error)}") from None
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}). It is damaged or cut off; fetch it "
+            "again."
+        ) from None
+
+
 def tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
     """Where every tensor of a checkpoint is, sharded or not.
 
@@ -221,14 +238,8 @@ def tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
         paths = [folder / name for name in sorted(set(shard_names(folder / INDEX).values()))]
     found: dict[str, Path] = {}
     for path in paths:
-        try:
-            with safe_open(path, framework="numpy") as file:
-                found.update(dict.fromkeys(file.keys(), path))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{path} cannot be read as safetensors ({error}). It is missing, damaged or cut "
-                "off; fetch it again."
-            ) from None
+        with _opened(path) as file:
+            found.update(dict.fromkeys(file.keys(), path))
     return {full: (found[name], name) for full, name in full_names(found).items()}
 
 
@@ -248,7 +259,7 @@ def read_tensors(files: dict[str, tuple[Path, str]], names: Iterable[str]) -> di
             by_file.setdefault(files[name][0], []).append(name)
     tensors = {}
     for path, members in by_file.items():
-        with safe_open(path, framework="numpy") as file:
+        with _opened(path) as file:
             for name in members:
                 tensor = file.get_tensor(files[name][1])
                 if str(tensor.dtype) not in ("float32", "float16", "bfloat16"):
