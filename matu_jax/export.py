@@ -346,7 +346,7 @@ def _holder(slots: Slots, task: int, client: int | None, measured: dict | None, 
         value = measured["validation_per_slot"][row]
         return -np.inf if value is None else value  # a slot of which nothing was measured
 
-    return int(max(rows, key=rank))
+    return int(max(rows.tolist(), key=rank))
 
 
 def _config_of(workdir: Path) -> Config:

@@ -167,7 +167,7 @@ def _arm(
     reached = []
     for seed, curve in curves.items():
         reference = results.get((comparison.reference, seed))
-        best = reference and reference["summary"]["accuracy"]["mean"]
+        best = reference["summary"]["accuracy"]["mean"] if reference else None
         if best is not None:
             goal = _NEAR * best
             reached.append(next((at for at, mean in curve.items() if mean >= goal), None))
