@@ -1,6 +1,7 @@
 """Safetensors in pieces, held against the safetensors library."""
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -339,6 +340,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     for name, array in arrays.items():
         save_file({name: array}, folder / places[name])
     (folder / tensors.INDEX).write_text(json.dumps({"weight_map": places}))
+    gc.collect()  # what other tests have left open may be closed meanwhile
     before = len(os.listdir("/proc/self/fd"))
     with contextlib.ExitStack() as stack, _few_files(20):
         opened = [stack.enter_context(Checkpoint(folder)) for _ in range(3)]
@@ -346,7 +348,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
             for name, array in arrays.items():
                 for checkpoint in opened:
                     np.testing.assert_array_equal(checkpoint.read(name, 0, 3), array)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "part.safetensors"])
