@@ -324,8 +324,10 @@ def test_links_to_blobs_are_followed_as_in_hugging_faces_cache(tmp_path):
 def _few_files(more):
     """Lets the process open only `more` files besides those that are open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with open(os.devnull) as first:  # the lowest number that is free
-        resource.setrlimit(resource.RLIMIT_NOFILE, (first.fileno() + more, hard))
+    listed = os.listdir("/proc/self/fd")  # of which one was open for listing them
+    used = {int(name) for name in listed if os.path.lexists(f"/proc/self/fd/{name}")}
+    free = [number for number in range(max(used) + more + 2) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[more], hard))
     try:
         yield
     finally:
