@@ -6,6 +6,7 @@ before anything is made of it; and the leaves are compared by name before they a
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -49,6 +50,7 @@ class Checkpoints:
 
     Raises:
       ValueError: if `keep` is not positive.
+      FileExistsError: if a pipe or a device is in it, at which Orbax would wait for ever.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int):
@@ -56,6 +58,9 @@ class Checkpoints:
             raise ValueError(f"Checkpoints: found keep={keep}; expected at least 1.")
         self.directory, self.keep = Path(directory).absolute(), keep
         self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.rglob("*"):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
         with _quiet() as ocp:
             own = jax.process_index()  # Orbax would else wait for the other processes
             alone = ocp.options.MultiprocessingOptions(

@@ -19,6 +19,7 @@ import pytest
 from absl import logging as absl_logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from matu_jax import workdir
 from matu_jax.checkpoint import Checkpoints
 
 
@@ -397,11 +398,6 @@ def a_folder_in_its_place(file):
     file.mkdir()
 
 
-def a_pipe_in_its_place(file):
-    file.unlink()
-    os.mkfifo(file)
-
-
 ODD = {
     "a file where a checkpoint goes": lambda folder: (folder.parent / "7").write_text("x"),
     "a folder of another": lambda folder: (folder.parent / "mine").mkdir(),
@@ -409,7 +405,6 @@ ODD = {
 }
 DAMAGED = {
     "a folder for checksums": lambda folder: a_folder_in_its_place(folder / "checksums.json"),
-    "a pipe in the place of a file": lambda folder: a_pipe_in_its_place(files_of(folder)[-1]),
     "no checksums listed": lambda folder: (folder / "checksums.json").write_text("{}"),
     "files elsewhere": lambda folder: (folder / "checksums.json").write_text('{"/dev/zero": "x"}'),
     "files above": lambda folder: (folder / "checksums.json").write_text('{"../1": "x"}'),
@@ -441,13 +436,23 @@ def test_a_list_of_files_that_is_short_is_said(tmp_path):
             checkpoints.restore({"a": np.zeros(2)})
 
 
-def test_a_pipe_in_a_files_place_is_damage_and_not_waited_for(tmp_path, caplog):
+@pytest.mark.parametrize("place", [0, -1])  # what Orbax reads at once, and what it reads later
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path, caplog, place):
     save_three(tmp_path)
-    file = next(path for path in sorted((tmp_path / "3").rglob("*")) if path.is_file())
-    file.unlink()
-    os.mkfifo(file)
+    file = files_of(tmp_path / "3")[place]
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        file.unlink()
+        os.mkfifo(file)
+        assert checkpoints.whole()[0] == 2
+        assert "not a regular file" in checkpoints.whole()[1][3]
+    with (
+        pytest.raises(workdir.UserError, match=f"{file}: not a regular file. Move it away"),
+        workdir.disk_errors(tmp_path),
+    ):
+        Checkpoints(tmp_path, keep=3)
+    file.unlink()  # as the message says
     assert restored(Checkpoints(tmp_path, keep=3), example_state())[0] == 2
-    assert "not a regular file" in caplog.text
+    assert "is missing" in caplog.text
 
 
 @pytest.mark.parametrize(
