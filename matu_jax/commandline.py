@@ -16,9 +16,9 @@ import runpy
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 from rich.console import Console, ConsoleOptions
@@ -189,13 +189,21 @@ def without_devices(error: Exception) -> str | None:
     return f"{text}. Set JAX_PLATFORMS=cpu to run without an accelerator."
 
 
-def changes(argv: Sequence[str]) -> list[str]:
-    """The words of a command line that change fields, each as `--config.FIELD=VALUE`."""
-    words, found = iter(argv[1:]), []
-    for word in words:
-        if word.startswith("--config."):
-            found.append(word if "=" in word else f"{word}={next(words, '')}")
-    return found
+class Source(NamedTuple):
+    """Where an experiment, or a comparison, is from: the words about it on a command line.
+
+    Attributes:
+      file: of `--config`.
+      fields: to change in it, such as {"local.steps": "10"}.
+    """
+
+    file: Path
+    fields: Mapping[str, str] = {}
+
+    def command(self, program: str, words: Sequence[str] = ()) -> str:
+        """A command line about the same experiment, for messages; see `command`."""
+        changes = [f"--config.{name}={text}" for name, text in self.fields.items()]
+        return command(program, self.file, [*changes, *words])
 
 
 def command(program: str, file: Path | str, words: Sequence[str] = ()) -> str:
@@ -204,7 +212,7 @@ def command(program: str, file: Path | str, words: Sequence[str] = ()) -> str:
     Args:
       program: of the package, such as "train".
       file: of `--config`.
-      words: what follows, such as `changes` and other options.
+      words: what follows.
     """
     return shlex.join(["python", "-m", f"matu_jax.{program}", "--config", str(file), *words])
 
@@ -224,7 +232,7 @@ def check_words(words: Sequence[str]) -> None:
 
 def read_words(
     argv: Sequence[str], doc: str, options: Sequence[str] = (), flags: Sequence[str] = ()
-) -> tuple[Path, dict[str, str], dict[str, str]]:
+) -> tuple[Source, dict[str, str]]:
     """Reads the words of a command line.
 
     Args:
@@ -234,8 +242,7 @@ def read_words(
       flags: names of options that take none.
 
     Returns:
-      The experiment's file; the fields to change, such as {"local.steps": "10"}; and the options
-      given ("" for a flag).
+      The experiment's file with the fields to change, and the options given ("" for a flag).
 
     Raises:
       UserError: with what is wrong, and where.
@@ -266,12 +273,13 @@ def read_words(
         raise UserError("--config is missing; for example --config experiments/quickstart.py")
     file = Path(given.pop("config"))
     fields = {name: given.pop(name) for name in list(given) if name.startswith("config.")}
-    return file, {name.removeprefix("config."): text for name, text in fields.items()}, given
+    fields = {name.removeprefix("config."): text for name, text in fields.items()}
+    return Source(file, fields), given
 
 
 def read_config(
     argv: Sequence[str], doc: str, options: Sequence[str] = (), flags: Sequence[str] = ()
-) -> tuple[Config, Path, dict[str, str]]:
+) -> tuple[Config, Source, dict[str, str]]:
     """Reads a command line: an experiment with its changes, and the program's own options.
 
     Args:
@@ -281,18 +289,18 @@ def read_config(
       flags: names of options that take none.
 
     Returns:
-      The checked config, the experiment's file, and the options given ("" for a flag).
+      The checked config, where it is from, and the options given ("" for a flag).
 
     Raises:
       UserError: with what is wrong, and where.
       SystemExit: after --help.
     """
-    file, fields, rest = read_words(argv, doc, options, flags)
-    experiment = load_experiment(file)
+    source, rest = read_words(argv, doc, options, flags)
+    experiment = load_experiment(source.file)
     try:
-        for name, text in fields.items():
+        for name, text in source.fields.items():
             override(experiment, name, text)
-        return freeze(experiment), file, rest
+        return freeze(experiment), source, rest
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -30,9 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from matu_jax import algorithms, train
 from matu_jax.commandline import (
+    Source,
     UserError,
-    changes,
-    command,
     plain_console,
     read_words,
     run_file,
@@ -44,20 +43,21 @@ from matu_jax.comparison.tuning import search
 from matu_jax.config import Config, override
 from matu_jax.metrics import write_json
 from matu_jax.parallel import keep_programs, use_cores
-from matu_jax.progress import Rounds, draws_bars
+from matu_jax.progress import RoundProgress, draws_bars
 from matu_jax.provenance import machine, versions
 from matu_jax.rounds import StoppedError
 from matu_jax.workdir import disk_errors, opened
 
 
-def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Path, Path, bool]:
-    """Reads the command line: the comparison, its file, the workdir, and whether to search.
+def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Source, Path, bool]:
+    """Reads the command line: the comparison, its source, the workdir, and whether to search.
 
     Raises:
       UserError: with what is wrong, and where.
     """
     names = ["settings", "arms", "seeds"]
-    file, fields, options = read_words(argv, __doc__ or "", ["workdir", *names], ["tune"])
+    source, options = read_words(argv, __doc__ or "", ["workdir", *names], ["tune"])
+    file, fields = source
     comparison = run_file(file)
     if not isinstance(comparison, plan.Comparison):
         raise UserError(
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Path, Path, bool]:
     except ValueError as error:
         raise UserError(f"--config {file}: {error}") from None
     workdir = Path(options.get("workdir") or Path("runs") / file.stem)
-    return comparison, file, workdir, "tune" in options
+    return comparison, source, workdir, "tune" in options
 
 
 class Runner:
@@ -111,7 +111,10 @@ class Runner:
           UserError: for what the user has to mend.
         """
         self._bar.update(self._job, description=name)
-        quiet, progress = Console(quiet=True), Rounds(self._bar.console, label=name, bar=False)
+        quiet, progress = (
+            Console(quiet=True),
+            RoundProgress(self._bar.console, label=name, bar=False),
+        )
         started = time.perf_counter()
         with opened(folder, config):
             fresh = not (folder / "summary.json").exists()
@@ -128,13 +131,7 @@ class Runner:
         return summary
 
 
-def tune(
-    comparison: plan.Comparison,
-    file: Path,
-    workdir: Path,
-    console: Console,
-    changed: Sequence[str] = (),
-) -> Path:
+def tune(comparison: plan.Comparison, source: Source, workdir: Path, console: Console) -> Path:
     """Searches every arm's fields with the same number of trials, and writes the result.
 
     A trial is measured after its last round only.
@@ -146,17 +143,21 @@ def tune(
       UserError: if the comparison names no file for the result, or no fields to search.
     """
     if not comparison.tuned or not comparison.search:
-        raise UserError(f"--tune: {file} has no `search`, or no `tuned` file for its result.")
+        raise UserError(
+            f"--tune: {source.file} has no `search`, or no `tuned` file for its result."
+        )
     setting = comparison.tuning_setting or next(iter(comparison.settings))
     trials = [plan.Run(setting, label, comparison.tuning_seed) for label in comparison.arms]
-    _check_inputs(comparison, trials, file, changed)
-    target = file.parent / comparison.tuned
+    _check_inputs(comparison, trials, source)
+    target = source.file.parent / comparison.tuned
     found = {"arms": {}}
     if target.exists():
         try:
             found["arms"] |= plan.read_tuned(target)["arms"]
         except ValueError as error:
-            raise UserError(f"--tune: {error} Remove it, and all arms are searched anew.") from None
+            raise UserError(
+                f"--tune: {error}. Remove it, and all arms are searched anew."
+            ) from None
     with Runner(len(comparison.arms) * comparison.trials) as runner:
         for label in comparison.arms:
             run = plan.Run(setting, label, comparison.tuning_seed)
@@ -179,7 +180,7 @@ def tune(
         "setting": setting,
         "seed": comparison.tuning_seed,
         "trials_per_algorithm": comparison.trials,
-        "command": command("compare", file, [*changed, "--tune"]),
+        "command": source.command("compare", ["--tune"]),
         "machine": machine(),
         "versions": versions(),
     }
@@ -189,11 +190,7 @@ def tune(
 
 
 def compare(
-    comparison: plan.Comparison,
-    file: Path,
-    workdir: Path,
-    console: Console,
-    changed: Sequence[str] = (),
+    comparison: plan.Comparison, source: Source, workdir: Path, console: Console
 ) -> dict[str, Any]:
     """Makes all runs that are not there yet, and the report after each setting and seed.
 
@@ -204,11 +201,11 @@ def compare(
       UserError: for what the user has to mend.
     """
     try:
-        comparison, tuning = plan.with_tuned(comparison, file)
+        comparison, tuning = plan.with_tuned(comparison, source)
     except ValueError as error:
         raise UserError(str(error)) from None
     runs = list(plan.runs(comparison))
-    _check_inputs(comparison, runs, file, changed)
+    _check_inputs(comparison, runs, source)
     _print_plan(comparison, runs, workdir, console)
     news = False
     with Runner(len(runs)) as runner:
@@ -221,7 +218,7 @@ def compare(
                 news = False
                 with disk_errors(workdir):
                     try:
-                        found = collect(comparison, workdir, file, tuning=tuning, changed=changed)
+                        found = collect(comparison, workdir, source, tuning=tuning)
                     except ValueError as error:
                         raise UserError(str(error)) from None
                     write_json(workdir / "comparison.json", found)
@@ -230,15 +227,13 @@ def compare(
     return found
 
 
-def _check_inputs(
-    comparison: plan.Comparison, runs: Sequence[plan.Run], file: Path, changed: Sequence[str]
-) -> None:
+def _check_inputs(comparison: plan.Comparison, runs: Sequence[plan.Run], source: Source) -> None:
     """Checks that what runs need is there, before the first of hours; see `train.check_inputs`."""
     messages = {}
     for setting, arm in dict.fromkeys((run.setting, run.arm) for run in runs):
         try:
             config = plan.run_config(comparison, plan.Run(setting, arm, 0))
-            train.check_inputs(config, file, changed)
+            train.check_inputs(config, source)
         except UserError as error:
             messages.setdefault(str(error), f"{setting} / {arm}")
     if messages:
@@ -265,10 +260,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
 
     def work(console: Console) -> None:
-        comparison, file, workdir, tuning = parse(argv)
+        comparison, source, workdir, tuning = parse(argv)
         use_cores()
         keep_programs()
-        given = comparison, file, workdir, console, changes(argv)
+        given = comparison, source, workdir, console
         if tuning:
             console.print(f"Written: {tune(*given)}")
         else:

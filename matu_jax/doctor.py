@@ -28,9 +28,8 @@ from matu_jax import algorithms, models, privacy, rounds, train
 from matu_jax import workdir as workdirs
 from matu_jax.checkpoint import Checkpoints, unreadable
 from matu_jax.commandline import (
+    Source,
     UserError,
-    changes,
-    command,
     read_config,
     run_program,
     without_devices,
@@ -69,16 +68,13 @@ class Finding(NamedTuple):
     text: str
 
 
-def examine(
-    config: Config, file: Path, workdir: Path | None, changed: Sequence[str] = ()
-) -> Iterator[Finding]:
+def examine(config: Config, source: Source, workdir: Path | None) -> Iterator[Finding]:
     """Looks at everything that a run needs.
 
     Args:
       config: the experiment.
-      file: its file, for the commands in messages.
+      source: where it is from, for the commands in messages.
       workdir: where the run shall go, or is; None = not decided.
-      changed: `commandline.changes`, for the same commands.
     """
     yield _packages()
     yield _extras()
@@ -92,7 +88,7 @@ def examine(
         yield Finding("problem", "devices", text)
         return
     try:
-        train.check_inputs(config, file, changed)
+        train.check_inputs(config, source)
         yield Finding("ok", "data and checkpoint", "all are there")
     except UserError as error:
         ready = False
@@ -217,7 +213,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
 
     def work(console: Console) -> int:
-        config, file, options = read_config(argv, __doc__ or "", options=["workdir"])
+        config, source, options = read_config(argv, __doc__ or "", options=["workdir"])
         try:
             algorithms.build(config)
         except ValueError as error:
@@ -225,14 +221,13 @@ def main(argv: Sequence[str]) -> int:
         use_cores()
         workdir = Path(options["workdir"]) if "workdir" in options else None
         worst = 0
-        changed = changes(argv)
-        for level, subject, text in examine(config, file, workdir, changed):
+        for level, subject, text in examine(config, source, workdir):
             # Lines of any length, and no table, whose cells would break the commands in them.
             console.print(Text.assemble((f"{level:9}", _STYLE[level]), f"{subject:21}{text}"))
             worst = max(worst, list(_STYLE).index(level))
         if worst < 2:
-            words = [*changed, *(["--workdir", str(workdir)] if workdir else [])]
-            console.print(f"{command('train', file, words)} can be run.")
+            words = ["--workdir", str(workdir)] if workdir else []
+            console.print(f"{source.command('train', words)} can be run.")
         return 2 if worst == 2 else 0
 
     return run_program(work, interrupted="Interrupted.")

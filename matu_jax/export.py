@@ -230,7 +230,7 @@ def _records(workdir: Path, checkpoints: Checkpoints, config: Config) -> list[di
             f"{error}. They say which round and which client is exported, and what it reached. "
             "Bring the file back from a copy."
         ) from None
-    return log.rounds(newest)
+    return log.first(newest)
 
 
 def _round(

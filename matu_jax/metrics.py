@@ -272,7 +272,7 @@ class MetricsLog:
         """
         return [self._record(number, line) for number, line in enumerate(self._lines(), start=1)]
 
-    def rounds(self, count: int) -> list[dict[str, Any]]:
+    def first(self, count: int) -> list[dict[str, Any]]:
         """The records of rounds 1 to `count`, each there once, in order and with every field.
 
         Raises:
@@ -283,9 +283,7 @@ class MetricsLog:
         records = []
         for number in range(1, count + 1):
             if number > len(lines):
-                raise ValueError(
-                    f"{self.path}: found {_rounds(number - 1)}, expected {_rounds(count)}"
-                )
+                raise ValueError(f"{self.path}: found {_said(number - 1)}, expected {_said(count)}")
             record = self._record(number, lines[number - 1])
             if record["round"] != number:
                 raise ValueError(
@@ -304,9 +302,9 @@ class MetricsLog:
           fingerprint: what it was after these rounds; None = not known, as in older versions.
 
         Raises:
-          ValueError: as `rounds`, or if a line has changed since.
+          ValueError: as `first`, or if a line has changed since.
         """
-        self.rounds(count)
+        self.first(count)
         found = hashlib.sha256(b"".join(self._lines()[:count])).hexdigest()
         if fingerprint not in (None, found):
             raise ValueError(f"{self.path}: a line of rounds 1 to {count} was changed later")
@@ -349,5 +347,5 @@ class MetricsLog:
         )
 
 
-def _rounds(count: int) -> str:
+def _said(count: int) -> str:
     return f"rounds 1 to {count}" if count else "no round"

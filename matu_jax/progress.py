@@ -13,7 +13,7 @@ def draws_bars(console: Console) -> bool:
     return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
 
 
-class Rounds:
+class RoundProgress:
     """Says after each round how far a run is; a context manager once `begin` was called.
 
     Args:
@@ -36,14 +36,14 @@ class Rounds:
         self._total = self._measured = 0
         self._running = 0.0
 
-    def begin(self, total: int, done: int) -> "Rounds":
+    def begin(self, total: int, done: int) -> "RoundProgress":
         """Notes how many rounds there are, and how many were made before."""
         self._total = total
         self._job = self._bar.add_task("", total=total, completed=done)
         self._last = time.perf_counter()
         return self
 
-    def __enter__(self) -> "Rounds":
+    def __enter__(self) -> "RoundProgress":
         self._bar.start()
         return self
 

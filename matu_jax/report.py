@@ -51,7 +51,7 @@ def plot_accuracy(
         raise ValueError("plot_accuracy: found no round with an accuracy; evaluate at least one.")
     rounds = [record["round"] for record in measured]
     accuracy = [record["accuracy"] for record in measured]
-    figure = _figure(8, 5)
+    figure = blank_figure(8, 5)
     axes = figure.add_subplot()
     tasks = list(accuracy[-1]["test_per_task"])
     per_task = np.array([[_number(a["test_per_task"].get(t)) for t in tasks] for a in accuracy])
@@ -80,7 +80,7 @@ def plot_accuracy(
         _name_ends(axes, rounds[-1], dict(zip(tasks, per_task[-1], strict=True)))
     axes.set_xlabel("round")
     axes.set_ylabel("accuracy")
-    axes.set_title(_literal(title), loc="left")
+    axes.set_title(literal(title), loc="left")
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
@@ -122,7 +122,7 @@ def plot_similarity(
             f"plot_similarity: found similarity {similarity.shape}, {tasks} names and "
             f"{len(families)} families; expected [tasks, tasks] and one name and family per task."
         )
-    order, blocks = _by_family(families)
+    order, blocks = by_family(families)
     cells = similarity[np.ix_(order, order)]
     np.fill_diagonal(cells, np.nan)
     cells[~np.isfinite(cells)] = np.nan
@@ -130,7 +130,7 @@ def plot_similarity(
 
     numbered = tasks <= _FEW_TASKS
     side = tasks * (0.62 if numbered else 0.27) + 3.2
-    figure = _figure(max(side + 1.2, 7), max(side - 0.4, 5))
+    figure = blank_figure(max(side + 1.2, 7), max(side - 0.4, 5))
     axes = figure.add_subplot()
     colours = colormaps["RdBu_r"].with_extremes(bad="#d9d9d9")
     image = axes.imshow(cells, cmap=colours, vmin=0.5 - spread, vmax=0.5 + spread)
@@ -142,7 +142,7 @@ def plot_similarity(
                 color = "white" if abs(value - 0.5) > 0.7 * spread else "black"
                 style = {"ha": "center", "va": "center", "fontsize": 8.5, "color": color}
                 axes.text(column, row, f"{value:.2f}", **style)
-    ordered = [_literal(names[i]) for i in order]
+    ordered = [literal(names[i]) for i in order]
     axes.set_xticks(range(tasks), ordered, rotation=90)
     axes.set_yticks(range(tasks), ordered)
     axes.tick_params(length=0, labelsize=9 if numbered else 8)
@@ -154,14 +154,14 @@ def plot_similarity(
         place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         # Beside the rows, because a row is always as high as a line of text.
         axes.annotate(
-            _literal(family),
+            literal(family),
             (1, (start + end - 1) / 2),
             xytext=(6, 0),
             va="center",
             weight="bold",
             **place,
         )
-    axes.set_title(_literal(title), loc="left", pad=10)
+    axes.set_title(literal(title), loc="left", pad=10)
     _write(figure, path)
 
 
@@ -234,7 +234,7 @@ def _percent(value: Any) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """What matplotlib shows as this text: a dollar sign does not begin mathematics."""
     return text.replace("$", r"\$")
 
@@ -246,7 +246,7 @@ def _text(value: Any) -> Any:
     return Text(str(value))
 
 
-def _by_family(families: Sequence[str]) -> tuple[list[int], list[tuple[int, int, str]]]:
+def by_family(families: Sequence[str]) -> tuple[list[int], list[tuple[int, int, str]]]:
     """An order of tasks in which families are contiguous, and each one's (start, end, name)."""
     first = {family: families.index(family) for family in families}
     order = sorted(range(len(families)), key=lambda i: (first[families[i]], i))
@@ -272,10 +272,10 @@ def _name_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
     leader = {"arrowstyle": "-", "color": _FAINT, "linewidth": 0.6, "relpos": (0, 0.5)}
     for y, (end, name) in zip(places, named, strict=True):
         target: Any = {"xytext": (1.02, y), "textcoords": ("axes fraction", "data")}
-        axes.annotate(_literal(name), (x, end), arrowprops=leader, **target, **style)
+        axes.annotate(literal(name), (x, end), arrowprops=leader, **target, **style)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def blank_figure(width: float, height: float) -> "Figure":
     """A figure of its own, in inches, that draws to PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -47,9 +47,8 @@ from rich.console import Console
 from matu_jax import algorithms, attacks, hosts, models, privacy, report, rounds
 from matu_jax.checkpoint import Checkpoints
 from matu_jax.commandline import (
+    Source,
     UserError,
-    changes,
-    command,
     plain_console,
     read_config,
     run_program,
@@ -68,7 +67,7 @@ from matu_jax.metrics import (
 from matu_jax.models.architectures import check_heads, transform_of
 from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
-from matu_jax.progress import Rounds
+from matu_jax.progress import RoundProgress
 from matu_jax.provenance import commit, machine, versions
 from matu_jax.workdir import check_data, check_origin, opened
 
@@ -93,13 +92,13 @@ _SIMULATION = (
 )
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, Path, Path, dict[str, str]]:
-    """Reads the command line: the checked config, its file, the workdir, and the options given.
+def parse(argv: Sequence[str]) -> tuple[Config, Source, Path, dict[str, str]]:
+    """Reads the command line: the checked config, its source, the workdir, and the options given.
 
     Raises:
       UserError: with what is wrong, and where.
     """
-    config, file, options = read_config(
+    config, source, options = read_config(
         argv, __doc__ or "", ["workdir", *hosts.OPTIONS], flags=["profile", "distributed"]
     )
     try:
@@ -107,17 +106,16 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path, Path, dict[str, str]]:
     except ValueError as error:
         raise UserError(str(error)) from None
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    workdir = options.get("workdir") or Path("runs") / f"{file.stem}-{stamp}"
-    return config, file, Path(workdir), options
+    workdir = options.get("workdir") or Path("runs") / f"{source.file.stem}-{stamp}"
+    return config, source, Path(workdir), options
 
 
-def check_inputs(config: Config, file: Path, changed: Sequence[str] = ()) -> None:
+def check_inputs(config: Config, source: Source) -> None:
     """Checks that the datasets and the checkpoint are there, fetching the latter if need be.
 
     Args:
       config: the experiment.
-      file: its file, for the commands in messages.
-      changed: `commandline.changes`, for the same.
+      source: where it is from, for the commands in messages.
 
     Raises:
       UserError: one message with everything that is missing, and how to get it.
@@ -143,7 +141,7 @@ def check_inputs(config: Config, file: Path, changed: Sequence[str] = ()) -> Non
                 problems.append(
                     f"data: {len(absent)} of {len(names)} datasets are not prepared "
                     f"({', '.join(absent)}). Prepare them with\n"
-                    f"    {command('prepare', file, changed)}\n"
+                    f"    {source.command('prepare')}\n"
                     "  or try the experiment with stand-ins: --config.data=synthetic"
                 )
         if config.model.architecture != "embedded" and config.model.checkpoint != "random":
@@ -160,7 +158,7 @@ def train(
     workdir: Path,
     console: Console,
     *,
-    progress: Rounds | None = None,
+    progress: RoundProgress | None = None,
     profile: bool = False,
 ) -> dict:
     """Runs or resumes an experiment and writes everything about it into the workdir.
@@ -181,7 +179,7 @@ def train(
     Raises:
       UserError: for what the user has to mend.
     """
-    progress = progress or Rounds(Console(quiet=True))
+    progress = progress or RoundProgress(Console(quiet=True))
     commit()  # of what is running, whatever is committed while it runs
     first = hosts.is_first()
     if _is_finished(workdir):
@@ -289,7 +287,7 @@ def train(
 def _results(config, algorithm, federation, target, log, similarity_sum) -> tuple[dict, np.ndarray]:
     """The summary of a run, and the mean of its similarities."""
     try:
-        records = log.rounds(config.rounds)
+        records = log.first(config.rounds)
     except ValueError as error:  # of another program, while this one ran
         raise UserError(f"{error}. The same command says how to go on.") from None
     similarity = similarity_sum / max(sum(r["aggregated"] for r in records), 1)
@@ -580,7 +578,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
 
     def work(console: Console) -> None:
-        config, file, workdir, options = parse(argv)
+        config, source, workdir, options = parse(argv)
         use_cores()
         keep_programs()
         hosts.join(options)
@@ -588,14 +586,14 @@ def main(argv: Sequence[str]) -> int:
             console = Console(quiet=True)
         if not _is_finished(workdir):
             with hosts.together():
-                check_inputs(config, file, changes(argv))
+                check_inputs(config, source)
         with contextlib.ExitStack() as stack:
             with hosts.together():
                 if hosts.is_first():
                     stack.enter_context(opened(workdir, config))
-            progress = Rounds(plain_console(stderr=True)) if hosts.is_first() else None
+            progress = RoundProgress(plain_console(stderr=True)) if hosts.is_first() else None
             profile = "profile" in options
-            train(config, file.stem, workdir, console, progress=progress, profile=profile)
+            train(config, source.file.stem, workdir, console, progress=progress, profile=profile)
 
     mistakes = (UserError, rounds.StoppedError)
     return run_program(work, interrupted=INTERRUPTED, mistakes=mistakes)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from scipy import stats
 from test_metrics import a_round
 
 from matu_jax import compare
+from matu_jax.commandline import Source, read_words
 from matu_jax.comparison import plan
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tuning import search
@@ -159,7 +161,7 @@ def test_a_setting_can_have_arms_of_its_own(tmp_path):
     assert order == [("a", "matu"), ("b", "matu"), ("b", "per_task")]
     for run in plan.runs(made):
         fake_run(run.folder(tmp_path), 0.5)
-    found = collect(made, tmp_path, Path("small.py"), tuning=None)["settings"]
+    found = collect(made, tmp_path, Source(Path("small.py")), tuning=None)["settings"]
     assert [[arm["label"] for arm in setting["arms"]] for setting in found] == [
         ["matu"],
         ["matu", "per_task"],
@@ -173,12 +175,17 @@ def test_a_setting_can_have_arms_of_its_own(tmp_path):
 
 
 def test_names_with_commas_can_be_chosen():
-    arms = {"matu": {}, "matu, int8": {}, "a, b, c": {}, "c": {}}
+    arms = {"matu": {}, "matu, int8": {}, "a, b, c": {}, "c": {}, "d,e": {}, "f, ": {}, ",": {}}
     whole = dataclasses.replace(comparison(), arms=arms)
     for text, expected in (
         ("matu, int8", ["matu, int8"]),
         ("matu, matu, int8,c", ["matu", "matu, int8", "c"]),
         ("a,b,c", ["a, b, c"]),
+        ("d,e", ["d,e"]),
+        ("matu, d,e,c", ["matu", "c", "d,e"]),
+        ("c, d , e", ["c", "d,e"]),
+        ("f, ", ["f, "]),
+        (",", [","]),
     ):
         assert list(plan.part(whole, arms=text).arms) == expected
     with pytest.raises(ValueError, match="--arms: found 'int8'"):
@@ -255,10 +262,10 @@ def test_a_number_that_was_changed_after_the_run_is_in_no_comparison(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     summary["metrics"] = hashlib.sha256(lines.encode()).hexdigest()
     (folder / "summary.json").write_text(json.dumps(summary))
-    assert collect(made, tmp_path, Path("small.py"), tuning=None)["settings"][0]["arms"]
+    assert collect(made, tmp_path, Source(Path("small.py")), tuning=None)["settings"][0]["arms"]
     (folder / "metrics.jsonl").write_text(lines.replace('"loss": ', '"loss": 1', 1))
     with pytest.raises(ValueError, match=r"was changed later\. Bring the file back"):
-        collect(made, tmp_path, Path("small.py"), tuning=None)
+        collect(made, tmp_path, Source(Path("small.py")), tuning=None)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +294,7 @@ def test_a_damaged_run_is_named_with_what_to_do(tmp_path, file, damage, words):
     else:
         (folder / file).write_bytes(damage)
     with pytest.raises(ValueError, match="Bring the file back") as raised:
-        collect(made, tmp_path, Path("small.py"), tuning=None)
+        collect(made, tmp_path, Source(Path("small.py")), tuning=None)
     assert words in str(raised.value)
     assert f"or remove {folder}: the same command makes that run again" in str(raised.value)
 
@@ -300,7 +307,7 @@ def test_collect_counts_rightly(tmp_path):
             if value is not None:
                 run = plan.Run("a", arm, seed)
                 fake_run(run.folder(tmp_path), value, rounds=(0.1, 0.5 + 0.1 * seed))
-    found = collect(made, tmp_path, Path("small.py"), tuning=None)["settings"][0]
+    found = collect(made, tmp_path, Source(Path("small.py")), tuning=None)["settings"][0]
     assert found["missing"] == [{"label": "per_task", "seed": 2}]
     matu, per_task = found["arms"]
     np.testing.assert_allclose(matu["accuracy"]["mean"], 0.65)
@@ -323,7 +330,23 @@ def test_collect_counts_rightly(tmp_path):
     np.testing.assert_allclose(per_task["against_ours"]["p_value"], expected.pvalue)
     # Ranks 3.5, 3.5, 1.5, 1.5 of 10: 3 for, 7 against.
     np.testing.assert_allclose(per_task["against_ours"]["rank_correlation"], -0.4)
-    assert found["arms"][0]["commands"][1].endswith('--settings="a" --arms="matu" --seeds=1')
+    assert found["arms"][0]["commands"][1].endswith(" --settings=a --arms=matu --seeds=1")
+
+
+def test_a_command_of_a_report_makes_its_run_whatever_the_names_hold(tmp_path):
+    setting, arm, own = 'a "b" $HOME', "matu,  $(int8) `c`", "my file's.py"
+    made = comparison(settings={setting: plan.Setting("A.", {})}, seeds=(3,), ours=arm)
+    made = dataclasses.replace(made, arms={arm: {}, "per_task": {}, "matu": {}})
+    fake_run(plan.Run(setting, arm, 3).folder(tmp_path), 0.5)
+    source = Source(Path(own), {"local.steps": "1 + 1", "data": "synthetic"})
+    (found,) = collect(made, tmp_path, source, tuning=None)["settings"][0]["arms"]
+    shell = ["sh", "-c", f"printf '%s\\0' {found['commands'][0]}"]
+    words = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")
+    assert words[:3] == ["python", "-m", "matu_jax.compare"]
+    given, options = read_words(words[2:-1], "", ["settings", "arms", "seeds"])
+    assert given == source
+    part = plan.part(made, **options)
+    assert list(plan.runs(part)) == [plan.Run(setting, arm, 3)]
 
 
 def test_the_program_compares_tunes_and_reports(write, tmp_path, capsys):
@@ -408,13 +431,46 @@ def test_a_run_that_diverges_is_a_message_with_its_name(write, tmp_path, capsys)
     assert "/ seed 0: round 1" in said
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"arms": []}', '{"arms": {"matu": {"chosen": 3}}}'])
-def test_a_damaged_search_is_said(write, tmp_path, capsys, text):
-    file = write('tuned="tuned.json",')
-    (tmp_path / "tuned.json").write_text(text)
-    assert "tuned.json is damaged. Make it with" in mistake(capsys, f"--config={file}")
-    assert "is damaged. Remove it" in mistake(capsys, f"--config={file}", "--tune")
-    assert (tmp_path / "tuned.json").read_text() == text
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON: Expecting property name"),
+        ("[]", "value: found []"),
+        ('{"arms": []}', "arms: found []"),
+        ('{"arms": {"matu": {"chosen": 3}}}', "arms.matu.chosen: found 3"),
+        ('{"arms": {"matu": {"chosen": {}, "validation": "0.5"}}}', "matu.validation: found '0.5'"),
+        ('{"arms": {"matu": {"chosen": {}, "trials": [{}]}}}', "trials.0.fields: missing"),
+        (None, "tuned.json: Is a directory"),
+    ],
+)
+def test_a_damaged_search_is_said(write, tmp_path, capsys, text, words):
+    file, tuned = write('tuned="tuned.json",'), tmp_path / "tuned.json"
+    tuned.mkdir() if text is None else tuned.write_text(text)
+    for options, advice in (([], ". Make it with: python -m"), (["--tune"], ". Remove it, and")):
+        said = mistake(capsys, f"--config={file}", *options)
+        assert words in said
+        assert advice in said
+    assert text is None or tuned.read_text() == text
+
+
+@pytest.mark.parametrize("arms", [None, ("matu",), ("matu", "per_task", "a", "b")])
+def test_what_makes_a_search_repeats_the_changes_and_searches_what_is_missing(tmp_path, arms):
+    made = dataclasses.replace(
+        comparison(), tuned="tuned.json", arms={"matu": {}, "per_task": {}, "a, b": {}, "c": {}}
+    )
+    source = Source(tmp_path / "my file.py", {"rounds": "2", "algorithm": "x y"})
+    if arms is not None:
+        found = {"arms": {arm: {"chosen": {}} for arm in arms}}
+        (tmp_path / "tuned.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=" with: python") as raised:
+        plan.with_tuned(made, source)
+    words = shlex.split(str(raised.value).partition(" with: ")[2])
+    given, options = read_words(words[2:], "", ["arms"], ["tune"])
+    assert given == source
+    assert "tune" in options
+    lacking = [label for label in made.arms if label not in (arms or ())]
+    chosen = plan.part(made, arms=options["arms"]) if "arms" in options else made
+    assert list(chosen.arms) == lacking
 
 
 def test_an_experiment_is_no_comparison(capsys):

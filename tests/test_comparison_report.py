@@ -583,9 +583,9 @@ LABELS: dict[str, Any] = {"ours": "matu", "reference": "per_task"}
 def drawn(monkeypatch):
     """The figures drawn, for a look at what is on them."""
     found = []
-    original = pictures._figure
+    original = pictures.blank_figure
     monkeypatch.setattr(
-        pictures, "_figure", lambda *size: found.append(original(*size)) or found[-1]
+        pictures, "blank_figure", lambda *size: found.append(original(*size)) or found[-1]
     )
     return found
 

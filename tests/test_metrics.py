@@ -159,7 +159,7 @@ def test_truncate_drops_later_rounds_and_a_half_written_line(tmp_path, keep, hal
     kept = before.splitlines(keepends=True)[:keep]
     assert log.path.read_text("utf-8") == "".join(kept)  # byte for byte
     log.append(a_round(keep + 1))
-    assert [record["round"] for record in log.rounds(keep + 1)] == [*range(1, keep + 2)]
+    assert [record["round"] for record in log.first(keep + 1)] == [*range(1, keep + 2)]
     assert log.fingerprint == hashlib.sha256(log.path.read_bytes()).hexdigest()
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
@@ -208,7 +208,7 @@ def test_rounds_that_are_missing_doubled_or_mixed_up_are_named(tmp_path, lines, 
     log = written(tmp_path)
     text = log.path.read_bytes().splitlines(keepends=True)
     log.path.write_bytes(b"".join(text[number - 1] for number in lines))
-    for act in (log.rounds, log.truncate_after, lambda count: log.check(count, None)):
+    for act in (log.first, log.truncate_after, lambda count: log.check(count, None)):
         with pytest.raises(ValueError, match=words):
             act(3)
 
@@ -231,11 +231,11 @@ def test_a_field_that_is_missing_or_wrong_is_named(tmp_path, field):
     lines = log.path.read_bytes()
     log.append(a_round(2, **{field: FIELDS[field]}))
     with pytest.raises(ValueError, match=rf"line 2:\n  {field}"):
-        log.rounds(2)
+        log.first(2)
     lacking = {key: value for key, value in a_round(2).items() if key != field}
     log.path.write_bytes(lines + json.dumps(lacking).encode() + b"\n")
     with pytest.raises(ValueError, match=rf"line 2:\n  {field}: missing"):
-        log.rounds(2)
+        log.first(2)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
@@ -243,7 +243,7 @@ def test_numbers_that_are_not_finite_are_no_results(tmp_path, number):
     log = written(tmp_path, rounds=1)
     log.path.write_text(log.path.read_text("utf-8").replace('"loss": 0.1', f'"loss": {number}'))
     with pytest.raises(ValueError, match="line 1:\n  loss: found"):
-        log.rounds(1)
+        log.first(1)
 
 
 def test_a_number_that_was_changed_is_noticed_where_the_fingerprint_is_known(tmp_path):

@@ -324,8 +324,8 @@ def test_what_a_message_tells_to_run_does_it(images, tmp_path, capsys):
     assert (program, *rest[:2]) == ("python", "-m", "matu_jax.prepare")
     assert prepare.main(rest[1:]) == 0
     capsys.readouterr()
-    config, file, _ = read_config(["train", "--config", EXPERIMENT, *words], "")
-    train.check_inputs(config, file)
+    config, source, _ = read_config(["train", "--config", EXPERIMENT, *words], "")
+    train.check_inputs(config, source)
     # What a program says that has no file of the experiment's holds all that matters.
     (own / "left; right/train/0/0.png").unlink()
     with pytest.raises(ValueError, match="experiment file") as caught:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from matu_jax.commandline import plain_console
-from matu_jax.progress import Rounds, draws_bars, duration
+from matu_jax.progress import RoundProgress, draws_bars, duration
 
 
 class Terminal(io.StringIO):
@@ -26,7 +26,7 @@ def record(number, accuracy=None, compiling=0.0, **fields):
 
 def told(file, *records, total=4, done=0, terminal=None, **options):
     console = plain_console(file=file, force_terminal=terminal)
-    with Rounds(console, **options).begin(total, done) as progress:
+    with RoundProgress(console, **options).begin(total, done) as progress:
         for each in records:
             progress.advance(each)
         progress.say("[bold]left out")
@@ -49,7 +49,7 @@ def test_every_line_is_there_when_its_round_is_done():
             self.flushed = self.getvalue()
 
     log = Log()
-    with Rounds(plain_console(file=log)).begin(2, 0) as progress:
+    with RoundProgress(plain_console(file=log)).begin(2, 0) as progress:
         for number in (1, 2):
             progress.advance(record(number))
             assert log.flushed.count("\n") == number
@@ -59,7 +59,7 @@ def test_what_remains_leaves_compilation_out(monkeypatch):
     clock = iter([0.0, 100.0, 110.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     log = io.StringIO()
-    progress = Rounds(plain_console(file=log)).begin(12, 0)
+    progress = RoundProgress(plain_console(file=log)).begin(12, 0)
     progress.advance(record(1, compiling=70.0))
     progress.advance(record(2))
     first, second = log.getvalue().splitlines()

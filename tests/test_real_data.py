@@ -10,6 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from matu_jax import prepare, rounds, train
+from matu_jax.commandline import Source
 from matu_jax.config import default, freeze
 from matu_jax.workdir import opened
 
@@ -60,9 +61,9 @@ def config_of(places):
 def test_prepare_then_train_learns(places):
     config, console = config_of(places), Console(quiet=True)
     with pytest.raises(train.UserError, match="2 of 2 datasets are not prepared"):
-        train.check_inputs(config, places / "experiment.py")
+        train.check_inputs(config, Source(places / "experiment.py"))
     assert prepare.prepare(config, console)
-    train.check_inputs(config, places / "experiment.py")
+    train.check_inputs(config, Source(places / "experiment.py"))
     federation = rounds.federate(config)
     for task in federation.tasks:
         assert isinstance(task.train.images, np.memmap)
@@ -88,7 +89,9 @@ def test_generated_tasks_and_real_models_do_not_mix(places):
         rounds.federate(dataclasses.replace(config, data=generated))
     unknown = dataclasses.replace(config.model, architecture="tiny_clap")
     with pytest.raises(train.UserError, match='Did you mean "tiny_clip"'):
-        train.check_inputs(dataclasses.replace(config, model=unknown), places / "experiment.py")
+        train.check_inputs(
+            dataclasses.replace(config, model=unknown), Source(places / "experiment.py")
+        )
     typo = dataclasses.replace(config.data, tasks="mnist,eurosta")
     with pytest.raises(ValueError, match="eurosat"):
         rounds.federate(dataclasses.replace(config, data=typo))

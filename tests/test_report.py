@@ -19,8 +19,10 @@ from matu_jax import report
 def figures(monkeypatch):
     """The figures drawn, for a look at what is on them."""
     drawn = []
-    original = report._figure
-    monkeypatch.setattr(report, "_figure", lambda *size: drawn.append(original(*size)) or drawn[-1])
+    original = report.blank_figure
+    monkeypatch.setattr(
+        report, "blank_figure", lambda *size: drawn.append(original(*size)) or drawn[-1]
+    )
     return drawn
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ from test_train import EXPERIMENT, mistake
 
 from matu_jax import report, train
 from matu_jax.commandline import UserError
+from matu_jax.config import default, freeze
 from matu_jax.workdir import LOCK, check, disk_errors, is_locked, opened
 
 
@@ -45,6 +47,37 @@ def edited(change):
         file.write_bytes(b"".join(change(file.read_bytes().splitlines(keepends=True))))
 
     return damage
+
+
+def test_a_run_killed_while_it_writes_its_first_file_goes_on(tmp_path, monkeypatch):
+    """What a kill leaves is a copy of the folder, made while the file is written."""
+    config, replace, left = freeze(default()), os.replace, []
+
+    def kill(source, target):
+        for size in (0, 9, None):  # empty, half written, whole
+            left.append(tmp_path / f"left {len(left)}")
+            shutil.copytree(Path(source).parent, left[-1])
+            if size is not None:
+                os.truncate(left[-1] / Path(source).name, size)
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", kill)
+        with opened(tmp_path / "run", config):
+            pass
+    assert len(left) == 3
+    for folder in left:
+        assert not (folder / "config.json").exists()
+        with opened(folder, config):
+            assert sorted(path.name for path in folder.iterdir()) == [LOCK, "config.json"]
+    # What looks like it, and is none of this program's, stays.
+    for name in ("config.json.7.tmp", ".config.json.tmp", "notes"):
+        other = tmp_path / name
+        other.mkdir()
+        (other / name).touch()
+        with pytest.raises(UserError, match="holds no run of this program"), opened(other, config):
+            pass
+        assert [path.name for path in other.iterdir()] == [name]
 
 
 METRICS = {

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from matu_jax import commandline
+from matu_jax.commandline import Source
 from matu_jax.comparison.plan import Comparison, Run, arms_of, runs
 from matu_jax.metrics import MetricsLog, read_summary
 
@@ -20,19 +20,17 @@ _NEAR = 0.95  # of the reference's accuracy
 def collect(
     comparison: Comparison,
     workdir: Path,
-    file: Path,
+    source: Source,
     *,
     tuning: Mapping[str, Any] | None,
-    changed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Gathers what comparison.json holds, from the runs that are finished.
 
     Args:
       comparison: with the searched fields in its arms.
       workdir: where the runs are.
-      file: the comparison's file, for the commands.
+      source: where it is from, for the commands.
       tuning: what the search's file holds.
-      changed: `commandline.changes`, for the commands.
 
     Returns:
       Plain values; see `comparison.report` for their use. Accuracies are fractions, of the test
@@ -41,19 +39,18 @@ def collect(
     Raises:
       ValueError: if a run's files are damaged, with what to do.
     """
-    command = commandline.command("compare", file, changed)
     results = {run: _result(run.folder(workdir)) for run in runs(comparison)}
     return {
-        "name": file.stem,
+        "name": source.file.stem,
         "title": comparison.title,
         **_made([result["summary"] for result in results.values() if result]),
-        "command": command,
+        "command": source.command("compare"),
         "seeds": list(comparison.seeds),
         "reference": comparison.reference,
         "ours": comparison.ours,
         "experiment": comparison.experiment.to_dict(),
         "tuning": tuning,
-        "settings": [_setting(comparison, name, results, command) for name in comparison.settings],
+        "settings": [_setting(comparison, name, results, source) for name in comparison.settings],
     }
 
 
@@ -93,7 +90,7 @@ def _setting(
     comparison: Comparison,
     name: str,
     by_run: Mapping[Run, dict[str, Any] | None],
-    command: str,
+    source: Source,
 ) -> dict[str, Any]:
     setting = comparison.settings[name]
     labels = arms_of(comparison, name)
@@ -106,7 +103,7 @@ def _setting(
     for label in labels:
         found = {seed: results[label, seed] for seed in comparison.seeds}
         if any(found.values()):
-            arms.append(_arm(comparison, name, label, found, results, command))
+            arms.append(_arm(comparison, name, label, found, results, source))
     return {
         "name": name,
         "description": setting.description,
@@ -132,7 +129,7 @@ def _result(folder: Path) -> dict[str, Any] | None:
         summary = read_summary(folder / "summary.json")
         log = MetricsLog(folder / "metrics.jsonl")
         log.check(summary["rounds"], summary.get("metrics"))
-        records = log.rounds(summary["rounds"])
+        records = log.first(summary["rounds"])
     except ValueError as error:
         raise ValueError(
             f"{error}. Bring the file back from a copy, or remove {folder}: the same command makes "
@@ -147,7 +144,7 @@ def _arm(
     label: str,
     found: Mapping[int, dict[str, Any] | None],
     results: Mapping[tuple[str, int], dict[str, Any] | None],
-    command: str,
+    source: Source,
 ) -> dict[str, Any]:
     there = [result for result in found.values() if result]
     summaries = [result["summary"] for result in there]
@@ -179,7 +176,9 @@ def _arm(
         "algorithm": summaries[0]["algorithm"],
         "overrides": dict(comparison.arms[label]),
         "commands": [
-            f'{command} --settings="{setting}" --arms="{label}" --seeds={seed}'
+            source.command(
+                "compare", [f"--settings={setting}", f"--arms={label}", f"--seeds={seed}"]
+            )
             for seed in comparison.seeds
         ],
         "accuracy": {

@@ -126,39 +126,11 @@ def curves(
     figure = _figure(_WIDTH, 0.75 + rows * (1.75 if columns < 3 else 1.35))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     shown: dict[str, Any] = {}
-    for panel, (label, (rounds, mean, std)) in zip(panels.flat, lines.items(), strict=False):
-        for other, (x, y, _) in lines.items():
-            if other not in (label, ours, reference):
-                shown["others"] = panel.plot(x, y, color=_FAINT, linewidth=0.7, zorder=1)[0]
-        for other, line in ((reference, "--"), (ours, "-")):
-            if other in lines and other != label:
-                color = _color(other, ours, reference)
-                style: Any = {"color": color, "linewidth": 1.1, "zorder": 2}
-                (shown[other],) = panel.plot(*lines[other][:2], line, **style)
-        color = _color(label, ours, reference)
-        band = panel.fill_between(
-            rounds, mean - std, mean + std, color=color, alpha=0.22, linewidth=0, zorder=2
-        )
-        marker = "o" if len(rounds) <= 12 else ""
-        style = {"color": color, "linewidth": 2, "marker": marker, "markersize": 3, "zorder": 3}
-        panel.plot(rounds, mean, **style)
+    for panel, label in zip(panels.flat, lines, strict=False):
+        shown |= _panel(panel, lines, label, ours=ours, reference=reference)
         if chance is not None:
-            style = {"color": _REFERENCE, "linewidth": 0.8, "linestyle": ":", "zorder": 1}
+            style: Any = {"color": _REFERENCE, "linewidth": 0.8, "linestyle": ":", "zorder": 1}
             shown["chance"] = panel.axhline(chance, **style)
-        bold = label in (ours, reference)
-        panel.set_title(
-            _name(label, 20 if bold else 24),
-            fontsize=8.5,
-            loc="left",
-            pad=3,
-            color=color,
-            weight="bold" if bold else "normal",
-        )
-        panel.grid(color=_GRID, linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
-        if np.isfinite(std).any():
-            shown["± std"] = band
     for i, panel in enumerate(panels.flat):
         panel.set_visible(i < len(lines))
         if i + columns >= len(lines):
@@ -188,6 +160,52 @@ def curves(
             fontsize=8,
         )
     return _drawing(figure)
+
+
+def _panel(
+    panel: Any, lines: Mapping[str, tuple], label: str, *, ours: str, reference: str
+) -> dict[str, Any]:
+    """Draws one arm's curve over those of the others; returns what the legend is to explain.
+
+    Args:
+      panel: matplotlib's axes.
+      lines: by label: rounds, mean and std.
+      label: of the arm.
+      ours: label of the arm to show in every panel.
+      reference: label of the other arm to show in every panel.
+    """
+    shown: dict[str, Any] = {}
+    rounds, mean, std = lines[label]
+    for other, (x, y, _) in lines.items():
+        if other not in (label, ours, reference):
+            shown["others"] = panel.plot(x, y, color=_FAINT, linewidth=0.7, zorder=1)[0]
+    for other, line in ((reference, "--"), (ours, "-")):
+        if other in lines and other != label:
+            color = _color(other, ours, reference)
+            style: Any = {"color": color, "linewidth": 1.1, "zorder": 2}
+            (shown[other],) = panel.plot(*lines[other][:2], line, **style)
+    color = _color(label, ours, reference)
+    band = panel.fill_between(
+        rounds, mean - std, mean + std, color=color, alpha=0.22, linewidth=0, zorder=2
+    )
+    marker = "o" if len(rounds) <= 12 else ""
+    style = {"color": color, "linewidth": 2, "marker": marker, "markersize": 3, "zorder": 3}
+    panel.plot(rounds, mean, **style)
+    bold = label in (ours, reference)
+    panel.set_title(
+        _name(label, 20 if bold else 24),
+        fontsize=8.5,
+        loc="left",
+        pad=3,
+        color=color,
+        weight="bold" if bold else "normal",
+    )
+    panel.grid(color=_GRID, linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=8)
+    if np.isfinite(std).any():
+        shown["± std"] = band
+    return shown
 
 
 def per_task(
@@ -293,7 +311,7 @@ def similarity(
             f"similarity: found a matrix {cells.shape}, {len(tasks)} tasks and {len(families)} "
             "label spaces; expected [tasks, tasks] and one label space per task."
         )
-    order, blocks = report._by_family(families)
+    order, blocks = report.by_family(families)
     cells = cells[np.ix_(order, order)]
     np.fill_diagonal(cells, np.nan)
     if not np.isfinite(cells).any():
@@ -338,7 +356,7 @@ def similarity(
 
 
 def _figure(width: float, height: float) -> Any:
-    figure = report._figure(width, height)
+    figure = report.blank_figure(width, height)
     figure.set_dpi(min(_RESOLUTION, math.sqrt(_MOST_DOTS / (width * height))))
     return figure
 
@@ -516,7 +534,7 @@ def _name(text: str, longest: int = 28) -> str:
     """A label that is not too long, in which a dollar sign does not begin mathematics."""
     text = " ".join(str(text).split())
     text = text if len(text) <= longest else text[: longest - 1] + "…"
-    return report._literal(text)
+    return report.literal(text)
 
 
 def _words_width(names: Sequence[str]) -> float:

@@ -1,15 +1,16 @@
 """What is compared: arms in settings, over seeds; and which runs that makes."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+from pydantic import BaseModel
 
-from matu_jax.commandline import command
+from matu_jax.commandline import Source
 from matu_jax.config import Config, did_you_mean, freeze, set_field
-from matu_jax.json_files import read_json
+from matu_jax.json_files import checked, read_json
 
 Fields = Mapping[str, Any]
 """Fields of an experiment and their values, such as {"algorithm": "fedavg", "local.steps": 10}."""
@@ -173,14 +174,21 @@ def check(comparison: Comparison) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _names(words: list[str], known: Mapping[str, Any]) -> list[str]:
-    """Joins words that commas have parted, where that makes a known name; the longest first."""
-    names, at = [], 0
-    while at < len(words):
-        ends = range(len(words), at, -1)
-        end = next((e for e in ends if ", ".join(words[at:e]) in known), at + 1)
-        names.append(", ".join(words[at:end]))
-        at = end
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _names(text: str, known: Iterable[str]) -> list[str]:
+    """Reads names with commas between; a name may hold commas itself, the longest is taken."""
+    if text in known:
+        return [text]
+    by_words = {_words(name): name for name in known}
+    words, names = _words(text), []
+    while words:
+        ends = range(len(words), 0, -1)
+        end = next((end for end in ends if words[:end] in by_words), 1)
+        names.append(by_words.get(words[:end], words[0]))
+        words = words[end:]
     return names
 
 
@@ -192,14 +200,14 @@ def part(comparison: Comparison, **chosen: str) -> Comparison:
     """
     changes: dict[str, Any] = {}
     for what, text in chosen.items():
-        words = [word.strip() for word in text.split(",") if word.strip()]
         if what == "seeds":
+            words = _words(text)
             if not words or not all(word.isdecimal() for word in words):
                 raise ValueError(f"--seeds: found {text!r}, expected numbers such as 0,1,2.")
             changes["seeds"] = tuple(map(int, words))
             continue
         there = getattr(comparison, what)
-        names = _names(words, there)
+        names = _names(text, there)
         for name in names:
             if name not in there:
                 raise ValueError(f"--{what}: found {name!r}.{did_you_mean(name, there)}")
@@ -225,30 +233,46 @@ def part(comparison: Comparison, **chosen: str) -> Comparison:
     return dataclasses.replace(comparison, **changes)
 
 
+class _Trial(BaseModel):
+    fields: dict[str, Any]
+    validation: float | None
+
+
+class _TunedArm(BaseModel):
+    chosen: dict[str, Any]
+    validation: float | None = None
+    trials: list[_Trial] = []
+
+
+class _Tuned(BaseModel):
+    """What a comparison needs of a search's result."""
+
+    arms: dict[str, _TunedArm]
+
+
 def read_tuned(path: Path) -> dict[str, Any]:
     """Reads what a search has written: "arms" with "chosen" by label, and how it was made.
 
     Raises:
-      ValueError: if it is damaged.
+      FileNotFoundError: if it is not there.
+      ValueError: names the file, and what is damaged or missing in it, or why it cannot be read.
     """
     try:
         found = read_json(path)
-        damaged = not all(isinstance(arm["chosen"], dict) for arm in found["arms"].values())
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        damaged = True
-    if damaged:
-        raise ValueError(f"{path} is damaged.")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    checked(_Tuned, found, f"{path}: damaged")
     return found
 
 
-def with_tuned(comparison: Comparison, file: Path) -> tuple[Comparison, dict[str, Any] | None]:
+def with_tuned(comparison: Comparison, source: Source) -> tuple[Comparison, dict[str, Any] | None]:
     """Puts the fields that a search has chosen into the arms.
 
     Args:
       comparison: as its file has it.
-      file: the comparison's file.
+      source: where it is from: the file that `tuned` stands beside.
 
     Returns:
       The comparison, and what the search's file holds (None if `tuned` is "").
@@ -258,17 +282,21 @@ def with_tuned(comparison: Comparison, file: Path) -> tuple[Comparison, dict[str
     """
     if not comparison.tuned:
         return comparison, None
-    path = file.parent / comparison.tuned
-    advice = f"Make it with: {command('compare', file, ['--tune'])}"
+    path = source.file.parent / comparison.tuned
+    advice = f"Make it with: {source.command('compare', ['--tune'])}"
     try:
         found = read_tuned(path)
     except FileNotFoundError:
         raise ValueError(f"tuned: {path} is not there. {advice}") from None
     except ValueError as error:
-        raise ValueError(f"tuned: {error} {advice}") from None
+        raise ValueError(f"tuned: {error}. {advice}") from None
     chosen = {label: arm["chosen"] for label, arm in found["arms"].items()}
     lacking = [label for label in comparison.arms if label not in chosen]
     if lacking:
-        raise ValueError(f"tuned: {path} lacks {', '.join(lacking)}. {advice}")
+        words = ["--tune"]
+        if _names(",".join(lacking), comparison.arms) == lacking:
+            words.insert(0, f"--arms={','.join(lacking)}")
+        advice = f"Add them with: {source.command('compare', words)}"
+        raise ValueError(f"tuned: {path} lacks {', '.join(map(repr, lacking))}. {advice}")
     arms = {label: {**fields, **chosen[label]} for label, fields in comparison.arms.items()}
     return dataclasses.replace(comparison, arms=arms), found

@@ -6,6 +6,7 @@ Everything told is computed from `comparison.json` alone, and equal input gives 
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def _document(comparison: Mapping[str, Any]) -> Iterator[Block]:
         yield from _result_notes(arms, ours, reference, len(seeds))
         yield Heading(3, "Pictures")
         yield Paragraph(["This setting’s table and pictures are made by:"])
-        yield Listing(f'{comparison.get("command") or _NONE} --settings="{setting["name"]}"')
+        chosen = shlex.quote(f"--settings={setting['name']}")
+        yield Listing(f"{comparison.get('command') or _NONE} {chosen}")
         yield from _pictures(setting, prefix, ours, reference)
         yield from _similarity_table(arms)
     yield from _significance(settings, ours)
@@ -312,9 +314,11 @@ def _result_table(setting: Mapping[str, Any], ours: str, reference: str) -> Tabl
 def _result_notes(
     arms: Sequence[Mapping[str, Any]], ours: str, reference: str, seeds: int
 ) -> Iterator[Block]:
+    tested = any(_verdict(arm) not in (TOO_FEW, "untested") for arm in arms)
+    explained = "; p-values are explained below" if tested else ""
     notes = [
         f"Points against ours: the arm’s accuracy minus that of {ours}, so that a negative "
-        f"number means that {ours} is better; p-values are explained below. Total traffic: up and "
+        f"number means that {ours} is better{explained}. Total traffic: up and "
         "down, all clients and rounds of one run. Rounds to 95 %: the first round with 95 % of "
         f"the accuracy of {reference}, the mean over the seeds that got there, and in brackets how "
         "many did if not all. Seconds (s) are those of one run."
