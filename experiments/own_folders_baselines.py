@@ -12,7 +12,7 @@ task of
     features     the same on the backbone's features before any training, standardised
 
 Regressions see the training images of all holders of the task together, which no client does, and
-choose the strength of their penalty out of three by accuracy on the validation split.
+choose the strength of their penalty by accuracy on the validation split, the strongest of equals.
 """
 
 import functools
@@ -30,7 +30,7 @@ from matu_jax.config import Config
 from matu_jax.data import Split
 
 BATCH_EXAMPLES = 128
-PENALTIES = (0.001, 0.01, 0.1)  # their inverses, as scikit-learn has them
+PENALTIES = tuple(10.0**power for power in range(-5, 3))  # values of C: the smaller, the stronger
 
 
 def baselines(config: Config) -> Iterator[tuple[str, dict[str, float]]]:

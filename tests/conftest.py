@@ -47,7 +47,8 @@ def _is_whole(program: Path) -> bool:
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as it is in workers
     with contextlib.suppress(OSError):  # a home that cannot be written: slower, no more
-        _keep_programs(Path.home() / ".cache" / "matu_jax" / "tests")
+        _cache = Path(os.environ.get("MATU_JAX_CACHE") or Path.home() / ".cache" / "matu_jax")
+        _keep_programs(_cache / "tests")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

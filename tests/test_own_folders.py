@@ -68,7 +68,9 @@ def test_what_is_learnt_is_more_than_chance_and_than_the_untrained_model(
     assert after["digits turned"] > max(turned["chance"], turned["untrained"]) + 0.22
     for task, row in before.items():
         assert row["chance"] <= (0.2 if task == "digits" else 0.35)
-        assert min(row["pixels"], row["features"]) > row["chance"] + 0.1, task
+        assert row["pixels"] > row["chance"] + 0.2, task
+        # Few validation images choose the penalty here, and one layer knows little of turns.
+        assert row["features"] > row["chance"] + 0.05, task
     out = tmp_path / "out"
     command = ["export", f"--workdir={run}", "--task=digits turned", f"--out={out}"]
     assert export.main([*command, "--format=safetensors"]) == 0
