@@ -1,18 +1,30 @@
 """Accuracy per slot and per task, over splits of any size."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from matu_jax.config import Config
 from matu_jax.data import Split
-from matu_jax.data.feed import BUDGET_BYTES
+from matu_jax.data.feed import BUDGET_BYTES, prefetched
 from matu_jax.local import class_mask
 from matu_jax.models import Model
-from matu_jax.parallel import ROWS, WHOLE, map_slots, padded_rows, shares, slots_at_once
+from matu_jax.parallel import (
+    ROWS,
+    WHOLE,
+    map_slots,
+    on_each,
+    padded_rows,
+    placed,
+    shares,
+    slot_mesh,
+    slots_at_once,
+)
+from matu_jax.trees import PyTree
 
 _STREAMED_SLOTS = 8  # at once, where images are streamed: few tasks share a piece then
 
@@ -142,19 +154,22 @@ class EvaluationSet:
         return images.reshape(*cut, *shape), labels.reshape(cut)
 
 
-def evaluation(model: Model, mesh: Mesh, *, parallel_slots: int = 0) -> Callable[..., jax.Array]:
+def evaluation(
+    model: Model, mesh: Mesh, *, parallel_slots: int = 0, rounding: float | None = None
+) -> Callable[..., jax.Array]:
     """Makes the function that measures slots on a piece of their own tasks' examples.
 
     Args:
       model: what is evaluated.
       mesh: the devices.
       parallel_slots: as in `parallel.map_slots`.
+      rounding: with it, near ties are counted as well, see `near_ties`.
 
     Returns:
       `((base, frozen, images, labels), vectors, local, task, num_classes) -> counts`, to be jitted:
       images and labels from `EvaluationSet.load`, put `on_each` device, vectors leaves `[slots,
       ...]`, local (position in the piece), task and num_classes int32 `[slots]`; counts int32
-      `[slots, 2]`: examples classified rightly, and all.
+      `[slots, 2]`, or `[slots, 3]`: examples classified rightly, all, and near ties.
     """
 
     def counts(shared, vector, local, task, num_classes):
@@ -166,12 +181,98 @@ def evaluation(model: Model, mesh: Mesh, *, parallel_slots: int = 0) -> Callable
             logits = model.logits(params, frozen, images[local, batch], task)
             logits = logits + class_mask(num_classes, logits.shape[-1])[None]
             right = logits.argmax(axis=-1).astype(jnp.int32) == targets
-            return jnp.stack([right.sum(), (targets >= 0).sum()])
+            there = targets >= 0
+            found = [right.sum(), there.sum()]
+            if rounding is not None:
+                near = near_ties(logits, targets, num_classes, rounding)
+                found.append((near & there).sum())
+            return jnp.stack(found)
 
         return jax.lax.map(hits, jnp.arange(images.shape[1])).sum(axis=0)
 
     specs = (WHOLE, WHOLE, ROWS, ROWS)
     return map_slots(counts, mesh, parallel_slots=parallel_slots, shared_specs=specs)
+
+
+def near_ties(
+    logits: jax.Array, targets: jax.Array, num_classes: jax.Array, rounding: float
+) -> jax.Array:
+    """Examples that another order of the same sums may put on the other side: bool `[examples]`.
+
+    Those whose own class's logit is less than `rounding` times the example's largest magnitude away
+    from the best of the other classes.
+
+    Args:
+      logits: `[examples, width]`, of which the first num_classes count.
+      targets: int32 `[examples]`.
+      num_classes: int32 `[]`.
+      rounding: as in `ROUNDING`.
+    """
+    column = jnp.arange(logits.shape[-1])[None]
+    own, there = column == targets[:, None], column < num_classes
+    target = jnp.where(own, logits, 0).sum(axis=-1)
+    best = jnp.where(own | ~there, -jnp.inf, logits).max(axis=-1)
+    largest = jnp.where(there, jnp.abs(logits), 0).max(axis=-1)
+    return jnp.abs(target - best) < rounding * largest
+
+
+ROUNDING = {"float32": 2.0**-10, "bfloat16": 2.0**-7}
+"""How far apart logits of the same parameters may be, by the dtype they are computed in, as a part
+of an example's largest: the spacing of bfloat16, and of the numbers (TF32) that accelerators
+multiply float32 as. CPUs are a thousand times nearer in float32."""
+
+
+class Counts(NamedTuple):
+    """Of one split: examples classified rightly, all that were measured, and near ties."""
+
+    right: int
+    examples: int
+    near: int
+
+
+def count_slot(
+    config: Config,
+    model: Model,
+    splits: Sequence[Split],
+    task: int,
+    classes: int,
+    params: PyTree,
+    *,
+    rounding: float,
+) -> Counts:
+    """Measures one slot's parameters as a round does: the same examples in the same batches.
+
+    Args:
+      config: says which examples are measured, and how many at once.
+      model: what is evaluated; its base does not matter.
+      splits: one per task of the run.
+      task: the slot's.
+      classes: how many that task has.
+      params: of the slot, base and task vector added.
+      rounding: as in `ROUNDING`.
+    """
+    mesh = slot_mesh(jax.local_devices()[:1])
+    whole = EvaluationSet(
+        splits,
+        np.array([task]),
+        mesh,
+        batch_examples=config.evaluation.batch_examples,
+        max_examples=config.evaluation.max_examples,
+        seed=config.seed,
+    )
+    program = jax.jit(evaluation(model, mesh, rounding=rounding))
+    nothing = jax.tree.map(np.zeros_like, params)  # to which the whole parameters are added
+    shared: tuple[Any, ...] = placed((nothing, model.frozen), mesh, WHOLE)
+    vectors = placed(jax.tree.map(lambda x: np.asarray(x)[None], params), mesh, ROWS)
+    number, num_classes = np.array([task], np.int32), np.array([classes], np.int32)
+    counts = np.zeros(3, np.int64)
+    loaded = prefetched(whole.load, 0, len(whole.pieces))
+    for piece, examples in zip(whole.pieces, loaded, strict=True):
+        placed_examples = on_each(examples, mesh)
+        local = placed(piece.local, mesh, ROWS)
+        found = program((*shared, *placed_examples), vectors, local, number, num_classes)
+        counts += np.asarray(found)[0]
+    return Counts(*counts.tolist())
 
 
 def per_task(per_slot: np.ndarray, task: np.ndarray, num_tasks: int) -> np.ndarray:

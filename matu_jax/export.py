@@ -9,10 +9,12 @@ What a task's client was measured with, in one of three formats:
 and beside it head.safetensors ("weight" [classes, features]; "bias" of a trained head or
 "logit_scale" of a zero-shot one) and a model card, README.md: how it was made, how to load it.
 
-The round is the one that the run's results speak of, the best on validation, or --round. What is
-written is measured on the test split first, in float32, and the card gives that accuracy; where it
-is another than the run recorded, nothing is written. Algorithms that train a linearised model
-(ntk_fedavg) have none that these formats could hold.
+The round is the one that the run's results speak of, the best on validation, or --round. First the
+model is measured as the run did. It must get as many validation and test examples right as the run
+recorded, up to those that are near ties, which rounding may decide; else nothing is written. The
+card's accuracy is that on the test examples in float32. All files of tensors are read back and
+compared bit for bit. Of a round that the run did not measure nothing can be compared. Algorithms
+that train a linearised model (ntk_fedavg) have none that these formats could hold.
 
 Exit codes: 0 done; 2 a mistake in the command or the run, said in one message.
 """
@@ -20,44 +22,31 @@ Exit codes: 0 done; 2 a mistake in the command or the run, said in one message.
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from safetensors.numpy import save_file
 
 from matu_jax import algorithms, models, rounds
 from matu_jax.aggregation import Slots
 from matu_jax.checkpoint import Checkpoints
 from matu_jax.commandline import Parser, UserError, check_words, run_file, run_program
-from matu_jax.config import Config, did_you_mean, freeze
+from matu_jax.config import Config, did_you_mean
 from matu_jax.data import Task
-from matu_jax.json_files import checked, read_json
-from matu_jax.metrics import SELECTION, MetricsLog, read_summary, selected
+from matu_jax.evaluate import ROUNDING, Counts, count_slot
 from matu_jax.models import exporting, huggingface
+from matu_jax.models.architectures import transform_of
 from matu_jax.models.checkpoint_config import architecture_of
-from matu_jax.parallel import WHOLE, placed, slot_mesh
 from matu_jax.provenance import versions
 from matu_jax.trees import PyTree, leaf_items
-from matu_jax.workdir import check_origin
+from matu_jax.workdir import check_data, check_origin, chosen_round, config_of, records_of
 
 FORMATS = ("peft", "merged", "safetensors")
-
-
-MOST_DIFFERENCE = 0.01
-"""Between an export's accuracy and the run's: of the test examples, though two at least.
-
-The same parameters give the same logits but for rounding, by which only examples change sides whose
-two highest logits all but tie: none or a few in ten thousand between float32 programs, and up to a
-few in a thousand where accelerators multiply in fewer bits. Another model, or another round, is
-further away, or as good.
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +64,9 @@ class Exported:
       frozen: the rest of the image tower.
       head: "weight" float32 `[classes, features]` and "bias" `[classes]` (trained), or "weight" and
         "logit_scale" `[]` (zero-shot).
-      accuracy: what the run recorded of it on the test split, or None where it did not measure.
-      federation: the run's tasks, and the one slot whose model it is.
+      recorded: the accuracy that the run recorded of it, by split; none where it did not measure.
+      tasks: of the run.
+      number: of the task among them.
       model: the run's, computing in float32.
     """
 
@@ -89,9 +79,15 @@ class Exported:
     params: PyTree
     frozen: PyTree
     head: dict[str, np.ndarray]
-    accuracy: float | None
-    federation: rounds.Federation
+    recorded: dict[str, float]
+    tasks: Sequence[Task]
+    number: int
     model: models.Model
+
+    @property
+    def accuracy(self) -> float | None:
+        """What the run recorded on the test split."""
+        return self.recorded.get("test")
 
 
 def read_run(
@@ -109,9 +105,9 @@ def read_run(
       UserError: if there is no such run, task, holder or round, the run's data or checkpoint is not
         there, or its algorithm trains a linearised model.
     """
-    config = _config_of(workdir)
+    config = config_of(workdir)
     try:
-        algorithm = algorithms.build(config)
+        algorithm = _registered(config)
         if algorithm.local.linearised:
             raise UserError(
                 f"--workdir {workdir}: config.algorithm {config.algorithm} trains the model's "
@@ -119,7 +115,6 @@ def read_run(
                 "parameters: the same numbers in the ordinary model are another function. It "
                 "cannot be exported; train with another algorithm, such as fedavg."
             )
-        _check_registered(config)
         federation = rounds.federate(config)
         names = [task.name for task in federation.tasks]
         if task_name not in names:
@@ -130,13 +125,14 @@ def read_run(
         target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
         similarity = np.zeros((len(names),) * 2, np.float32)
         with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-            records = _records(workdir, checkpoints, config)
-            chosen, why = _round(workdir, checkpoints, records, round_index)
+            records = records_of(workdir, checkpoints, config)
+            chosen, why = chosen_round(workdir, checkpoints, records, round_index)
             saved = {"state": target, "similarity_sum": similarity}
             restored, meta = checkpoints.restore_round(chosen, saved)
     except ValueError as error:
         raise UserError(str(error)) from None
     check_origin(workdir / "checkpoints", meta, config)
+    check_data(workdir / "checkpoints", meta, rounds.fingerprints(federation))
     accuracies = [record["accuracy"] for record in records if record["round"] == chosen]
     measured = accuracies[0] if accuracies else None
     row = _holder(federation.slots, names.index(task_name), client, measured, task_name)
@@ -152,7 +148,11 @@ def read_run(
         row,
         round=chosen,
         why=why,
-        accuracy=measured["test_per_slot"][row] if measured else None,
+        recorded={
+            split: measured[f"{split}_per_slot"][row]
+            for split in ("validation", "test")
+            if measured and measured[f"{split}_per_slot"][row] is not None
+        },
     )
 
 
@@ -182,10 +182,6 @@ def _exported(
         }
     if "trained" in model.frozen:
         vector, params = vector["shared"], params["shared"]
-    part = slice(row, row + 1)
-    alone = dataclasses.replace(
-        slots, client=slots.client[part], task=slots.task[part], weight=slots.weight[part]
-    )
     return Exported(
         config=config,
         task=task,
@@ -194,136 +190,111 @@ def _exported(
         params=params,
         frozen=jax.tree.map(np.asarray, model.frozen["backbone"]),
         head=head,
-        federation=federation._replace(slots=alone),
+        tasks=federation.tasks,
+        number=number,
         model=model,
         **about,
     )
 
 
-def _check_registered(config: Config) -> None:
-    """Says what to do about architectures and datasets that only the experiment's file knows."""
+def _registered(config: Config) -> algorithms.Algorithm:
+    """The algorithm; says what to do about what only the experiment's file knows."""
     try:
         rounds.task_names(config)
+        return algorithms.build(config)
     except ValueError as error:
         raise UserError(
-            f"{error}\nIf the run's experiment file registers an architecture or dataset of its "
-            "own, give that file to --config."
+            f"{error}\nIf the run's experiment file registers an algorithm, architecture or "
+            "dataset of its own, give that file to --config."
         ) from None
-
-
-def _records(workdir: Path, checkpoints: Checkpoints, config: Config) -> list[dict]:
-    """The records of the rounds up to the newest whole checkpoint, as they were written.
-
-    Raises:
-      ValueError: if one is missing, or was changed later.
-    """
-    newest, _ = checkpoints.whole()
-    if newest is None:
-        return []
-    meta = checkpoints.meta(newest)
-    check_origin(checkpoints.directory, meta, config)
-    log = MetricsLog(workdir / "metrics.jsonl")
-    try:
-        log.check(newest, meta.get("metrics"))
-    except ValueError as error:
-        raise ValueError(
-            f"{error}. They say which round and which client is exported, and what it reached. "
-            "Bring the file back from a copy."
-        ) from None
-    return log.first(newest)
-
-
-def _round(
-    workdir: Path, checkpoints: Checkpoints, records: Sequence[dict], given: int | None
-) -> tuple[int, str]:
-    """The round whose checkpoint is taken, and why."""
-    there = checkpoints.complete()
-    if not there:
-        raise UserError(f"--workdir {workdir}: has no checkpoint yet; train for a round first.")
-    choices = f"There are checkpoints of rounds {', '.join(map(str, there))}"
-    if given is not None:
-        if given not in there:
-            raise UserError(f"--round {given}: has no checkpoint. {choices}.")
-        return given, "as asked for"
-    best = selected(records)
-    if best is None:
-        return there[-1], "the last one saved; no accuracy was measured"
-    if best["round"] not in there:
-        raise UserError(
-            f"--workdir {workdir}: round {best['round']}, {SELECTION}, has no checkpoint, as in "
-            f"runs of older versions. {choices}; take one with --round {there[-1]}."
-        )
-    if os.path.lexists(workdir / "summary.json"):
-        told = read_summary(workdir / "summary.json")["selected_round"]
-        if told != best["round"]:
-            raise UserError(
-                f"--workdir {workdir}: summary.json speaks of round {told}, and of the rounds up "
-                f"to the newest checkpoint, {best['round']} is {SELECTION}: a checkpoint is "
-                f"missing or damaged. Bring it back, or take another, such as --round {there[-1]}."
-            )
-    return best["round"], SELECTION
 
 
 def measure(exported: Exported, kind: str) -> float:
     """Test accuracy of what is to be written, in float32, with the run's evaluation settings.
+
+    First the parameters are counted as the run did, in its dtype and batches, on its validation and
+    test examples. Each count has to be the recorded one, but for near ties, which may have changed
+    sides, see `evaluate.near_ties`. Then they are counted in float32; merged kernels too, which may
+    differ from adapters by near ties alone.
 
     Args:
       exported: from `read_run`.
       kind: of `FORMATS`; with "merged", the adapters are measured inside the kernels.
 
     Raises:
-      UserError: if the run recorded another accuracy, further away than `MOST_DIFFERENCE`.
+      UserError: if a count is another.
     """
-    config, frozen = exported.config, exported.model.frozen
-    params = exported.params
+    config, exact = exported.config, exported.model
+    dtype, run = config.model.compute_dtype, exact
+    if dtype != "float32":
+        run = models.build(config.model, exported.tasks, seed=config.seed)
+    counts = {split: _count(exported, run, split, dtype=dtype) for split in exported.recorded}
+    for split, accuracy in exported.recorded.items():
+        _check_count(exported, counts[split], accuracy * counts[split].examples, split)
+    in_float32 = counts.get("test") if run is exact else None
+    in_float32 = in_float32 or _count(exported, exact, "test")
     if kind == "merged" and config.model.trainable == "lora":
-        tower = exporting.merged_tower(params, exported.frozen, config.model)
-        frozen = frozen | {"backbone": tower}
-        params = jax.tree.map(np.zeros_like, params)
-    found = _accuracy(exported, exported.model._replace(frozen=frozen), params)
-    recorded = exported.accuracy
-    if recorded is None:
-        return found
-    task, evaluation = exported.task, config.evaluation
-    examples = min(len(task.test.labels), evaluation.max_examples or len(task.test.labels))
-    most = max(MOST_DIFFERENCE, 2.5 / examples)
-    compared = found
-    if abs(found - recorded) > most and config.model.compute_dtype != "float32":
-        model = models.build(config.model, exported.federation.tasks, seed=config.seed)
-        compared = _accuracy(exported, model, exported.params)
-    if abs(compared - recorded) > most:
-        raise UserError(
-            f"task {task.name}: the model of client {exported.client} after round "
-            f"{exported.round} has a test accuracy of {100 * compared:.1f} %, but the run recorded "
-            f"{100 * recorded:.1f} %, over the same {examples} examples; rounding explains "
-            f"{100 * most:.1f} at most. It is not the model that was measured, so nothing is "
-            "written. Have the data, the base checkpoint or the installed versions changed since? "
-            f"Versions then are in summary.json; this run's data had the fingerprint "
-            f"{task.fingerprint or 'none'}."
-        )
-    return found
+        tower = exporting.merged_tower(exported.params, exported.frozen, config.model)
+        merged = exact._replace(frozen=exact.frozen | {"backbone": tower})
+        params = jax.tree.map(np.zeros_like, exported.params)
+        adapters, in_float32 = in_float32, _count(exported, merged, "test", params=params)
+        if abs(in_float32.right - adapters.right) > max(in_float32.near, adapters.near):
+            raise UserError(
+                f"task {exported.task.name}: merged kernels classify {in_float32.right} of "
+                f"{in_float32.examples} test examples rightly, adapters beside them "
+                f"{adapters.right}; nothing is written. Export with --format peft."
+            )
+    return in_float32.right / in_float32.examples
 
 
-def _accuracy(exported: Exported, model: models.Model, params: PyTree) -> float:
-    """Test accuracy of parameters, with the exported head."""
-    federation, head = exported.federation, exported.head
+def _check_count(exported: Exported, found: Counts, recorded: float, split: str) -> None:
+    if abs(found.right - recorded) <= found.near + 1e-6:
+        return
+    raise UserError(
+        f"task {exported.task.name}: the model of client {exported.client} after round "
+        f"{exported.round} classifies {found.right} of {found.examples} {split} examples rightly, "
+        f"but the run recorded {recorded:.6g}, and {found.near} are near enough to a tie for "
+        "rounding to decide. It is not the model that was measured, so nothing is written. Have "
+        "the base checkpoint or the installed versions changed since? Versions then are in "
+        "summary.json."
+    )
+
+
+def _count(
+    exported: Exported,
+    model: models.Model,
+    split: str,
+    *,
+    dtype: str = "float32",
+    params: PyTree | None = None,
+) -> Counts:
+    """Counts on a split with the exported head, of the exported parameters or others."""
+    head = exported.head
+    params = exported.params if params is None else params
     if "trained" in model.frozen:
         kernel, bias = (np.zeros_like(model.base["head"][name]) for name in ("kernel", "bias"))
         if "bias" in head:
             kernel[:, : len(head["bias"])] = head["weight"].T
             bias[: len(head["bias"])] = head["bias"]
         params = {"shared": params, "head": {"kernel": kernel, "bias": bias}}
-    mesh = slot_mesh(jax.local_devices()[:1])
-    nothing = jax.tree.map(np.zeros_like, params)  # to which the whole parameters are added
-    parameters = placed((nothing, model.frozen), mesh, WHOLE)
-    measured = rounds.measuring(
-        exported.config, model, federation, mesh, parameters, splits=("test",)
-    )(lambda rows: jax.tree.map(lambda x: np.repeat(x[None], len(rows), axis=0), params))
-    return measured["test_per_slot"][0]
+    splits = [getattr(task, split) for task in exported.tasks]
+    classes = exported.task.num_classes
+    return count_slot(
+        exported.config, model, splits, exported.number, classes, params, rounding=ROUNDING[dtype]
+    )
 
 
 def _holder(slots: Slots, task: int, client: int | None, measured: dict | None, name: str) -> int:
     """The slot whose model is taken."""
+    for split in ("validation_per_slot", "test_per_slot"):
+        if measured is None:
+            break
+        found = len(measured.get(split) or ())
+        if found != len(slots.task):
+            raise UserError(
+                f"metrics.jsonl: {split}: found {found} numbers, expected {len(slots.task)}, one "
+                "for each slot of this federation. Bring the file back."
+            )
     rows = np.flatnonzero(slots.task == task)
     holders = slots.client[rows].tolist()
     if client is not None:
@@ -335,12 +306,6 @@ def _holder(slots: Slots, task: int, client: int | None, measured: dict | None, 
         return int(rows[holders.index(client)])
     if measured is None:
         return int(rows[0])
-    for split in ("validation_per_slot", "test_per_slot"):
-        if len(measured.get(split) or ()) != len(slots.task):
-            raise UserError(
-                f"metrics.jsonl: {split}: found {len(measured.get(split) or ())} numbers, expected "
-                f"{len(slots.task)}, one for each slot of this federation. Bring the file back."
-            )
 
     def rank(row: int) -> float:
         value = measured["validation_per_slot"][row]
@@ -349,28 +314,23 @@ def _holder(slots: Slots, task: int, client: int | None, measured: dict | None, 
     return int(max(rows.tolist(), key=rank))
 
 
-def _config_of(workdir: Path) -> Config:
-    file = workdir / "config.json"
-    try:
-        return freeze(checked(dict[str, Any], read_json(file), str(file)))
-    except OSError as error:
-        raise UserError(
-            f"--workdir {workdir}: {file} cannot be read ({error.strerror}); expected the workdir "
-            "of a run of matu_jax.train. If it is one, move away what is in the file's place: the "
-            "command that made the run, given once more, writes the file anew."
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"--workdir {workdir}: {error}\n{file} is damaged, or was written by another version "
-            "of matu_jax."
-        ) from None
-
-
-def write(exported: Exported, kind: str, out: Path) -> None:
+def write(
+    exported: Exported, kind: str, out: Path, say: Callable[[str], None] = lambda line: None
+) -> None:
     """Writes a model in one of `FORMATS`, its head and its card, into a new folder.
 
+    Before that it is measured, see `measure`. Every file of tensors is read back and compared bit
+    for bit; a merged checkpoint also as any other is read, with the image tower that was measured.
+
+    Args:
+      exported: from `read_run`.
+      kind: of `FORMATS`.
+      out: the folder.
+      say: is told, a line at a time, what is done and what is left out.
+
     Raises:
-      UserError: if the format does not fit the run, or the folder is there already.
+      UserError: if the format does not fit the run, the folder is there already, the model is not
+        the one that the run measured, or a file reads back otherwise. Nothing is written then.
     """
     model = exported.config.model
     if kind != "safetensors" and model.architecture == "embedded":
@@ -390,34 +350,47 @@ def write(exported: Exported, kind: str, out: Path) -> None:
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already. Give a new folder.")
+    say(f"Measuring on {_examples(exported)} examples first.")
     measured = measure(exported, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as unfinished:
         folder = Path(unfinished) / "model"
         folder.mkdir()
-        try:
-            loaded_by = _write_model(exported, kind, folder)
-        except ValueError as error:
-            raise UserError(str(error)) from None
         names = json.dumps(list(exported.task.class_names))
         head = {name: np.asarray(value, np.float32) for name, value in exported.head.items()}
-        save_file(head, folder / "head.safetensors", {"class_names": names})
+        try:
+            loaded_by = _write_model(exported, kind, folder)
+            exporting.save_checked(head, folder / "head.safetensors", {"class_names": names})
+        except ValueError as error:
+            raise UserError(str(error)) from None
         card = _card(exported, kind, loaded_by, measured)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
             out.rmdir()
         folder.rename(out)
+    links = exporting.links_left_out(huggingface.folder_of(model)) if kind == "merged" else []
+    if links:
+        say(f"Not copied, links out of the base's folder: {', '.join(links)}")
+
+
+def _examples(exported: Exported) -> str:
+    """How many examples are measured, such as "20 validation and 20 test"."""
+    most, counts = exported.config.evaluation.max_examples, []
+    for split in exported.recorded | {"test": None}:
+        there = len(getattr(exported.task, split).labels)
+        counts.append(f"{min(there, most or there)} {split}")
+    return " and ".join(counts)
 
 
 def _write_model(exported: Exported, kind: str, folder: Path) -> str:
     model = exported.config.model
     if kind == "safetensors":
-        tensors = {path: np.ascontiguousarray(leaf) for path, leaf in leaf_items(exported.vector)}
+        tensors = dict(leaf_items(exported.vector))
         about = {
             "format": "matu_jax task vector: fine-tuned minus base",
             "task": exported.task.name,
         }
-        save_file(tensors, folder / "task_vector.safetensors", about)
+        exporting.save_checked(tensors, folder / "task_vector.safetensors", about)
         return ""
     architecture, source = architecture_of(model), huggingface.folder_of(model)
     if kind == "peft":
@@ -437,7 +410,8 @@ def _card(exported: Exported, kind: str, loaded_by: str, measured: float) -> str
     config, task = exported.config, exported.task
     model, data = config.model, config.data
     checkpoint, revision = exporting.base_model(model.checkpoint)
-    header: dict[str, Any] = {"library_name": "peft" if kind == "peft" else "transformers"}
+    library = {"peft": "peft", "merged": "transformers", "safetensors": "matu_jax"}[kind]
+    header: dict[str, Any] = {"library_name": library}
     if model.checkpoint not in ("random", "embedded") and not Path(checkpoint).exists():
         header["base_model"] = checkpoint
     at = f", revision={revision!r}" if revision else ""
@@ -452,7 +426,19 @@ def _card(exported: Exported, kind: str, loaded_by: str, measured: float) -> str
     if "bias" in exported.head:
         classify = "logits = features @ weight.T + bias"
     else:
-        classify = "logits = logit_scale * features / norm(features) @ weight.T"
+        norm = "features.norm(dim=-1, keepdim=True)"
+        classify = f"logits = logit_scale * features / {norm} @ weight.T"
+    if kind == "safetensors":
+        images = f"made {transform_of(model).size} pixels high and wide"
+        classify = f"# features: of the image tower with base + vector\n{classify}"
+    else:
+        architecture = architecture_of(model)
+        images = exporting.images_text(architecture)
+        numbers = "\n".join(f'{name} = head["{name}"]' for name in exported.head)
+        classify = (
+            f"features = {exporting.features_code(architecture, kind)}\n"
+            f'head = safetensors.torch.load_file("FOLDER/head.safetensors")\n{numbers}\n{classify}'
+        )
     recorded = ""
     if exported.accuracy is not None:
         recorded = f"; recorded in training: {100 * exported.accuracy:.1f} %"
@@ -468,8 +454,10 @@ def _card(exported: Exported, kind: str, loaded_by: str, measured: float) -> str
         "clients": f"{data.clients}, {data.tasks_per_client} tasks each; this is the model of "
         f"client {exported.client}",
         "test accuracy": f"{100 * measured:.1f} % (of these files, in float32{recorded})",
+        "images": images,
         "data": f"{data.source} {data.tasks or 'folders'}, "
         f"fingerprint {task.fingerprint or 'none'}",
+        **({"about the data": "; ".join(task.notes)} if task.notes else {}),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     return exporting.model_card(
@@ -507,7 +495,8 @@ def main(argv: Sequence[str]) -> int:
         "--config",
         type=Path,
         metavar="FILE",
-        help="an experiment file to execute first, where it registers architectures or datasets",
+        help="an experiment file to execute first, where it registers algorithms, architectures or "
+        "datasets",
     )
 
     def work(console: Console) -> None:
@@ -520,9 +509,7 @@ def main(argv: Sequence[str]) -> int:
         except OSError as error:
             raise UserError(f"{error.filename or options.workdir}: {error.strerror}") from None
         try:
-            examples = len(exported.task.test.labels)
-            console.print(f"Measuring on up to {examples} test examples first.")
-            write(exported, options.format, options.out)
+            write(exported, options.format, options.out, console.print)
         except OSError as error:
             raise UserError(f"--out {options.out}: {error}") from None
         console.print(

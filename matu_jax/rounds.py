@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -198,6 +198,11 @@ def federate(config: Config) -> Federation:
             "config.attack.kind = 'none'."
         )
     return Federation(tasks, slots, indices, trace)
+
+
+def fingerprints(federation: Federation) -> dict[str, Any]:
+    """What tells one state of each task's data from another, as JSON holds it."""
+    return {task.name: task.fingerprint or embedded.fingerprint(task) for task in federation.tasks}
 
 
 def related(tasks: tuple[Task, ...]) -> np.ndarray:
@@ -697,8 +702,6 @@ def measuring(
     federation: Federation,
     mesh: Mesh,
     parameters: Any,
-    *,
-    splits: Sequence[str] = ("validation", "test"),
 ) -> Callable[[Callable[[np.ndarray], PyTree]], dict[str, Any]]:
     """Makes the function that evaluates: (slots -> vectors, in `ROWS`) to what a record holds.
 
@@ -708,13 +711,11 @@ def measuring(
       federation: its tasks, and the slots that are measured.
       mesh: the devices.
       parameters: (base, frozen), placed on all of them.
-      splits: of "validation" and "test".
     """
     tasks, slots = federation.tasks, federation.slots
     num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
     program = jax.jit(evaluation(model, mesh, parallel_slots=config.local.parallel_slots))
     sets = _evaluation_sets(config, federation, mesh)
-    sets = {split: sets[split] for split in splits}
     resident = {
         split: on_each(whole.load(0), mesh)
         for split, whole in sets.items()

@@ -54,7 +54,7 @@ from matu_jax.commandline import (
     run_program,
 )
 from matu_jax.config import Config
-from matu_jax.data import Task, embedded, prepared, selection
+from matu_jax.data import Task, prepared, selection
 from matu_jax.interruption import Stopped, StopRequest
 from matu_jax.metrics import (
     SELECTION,
@@ -200,7 +200,7 @@ def train(
     # While it is imported, etils replaces Python's import, on which a bar drawn meanwhile fails.
     importlib.import_module("grain")
     log = MetricsLog(workdir / "metrics.jsonl")
-    meta = {"config": dataclasses.asdict(config), "data": _fingerprints(federation)}
+    meta = {"config": dataclasses.asdict(config), "data": rounds.fingerprints(federation)}
     if profile and first and not (workdir / "profile").is_dir() and (workdir / "profile").exists():
         raise UserError(f"--profile: {workdir / 'profile'} is no folder. Move it away.")
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
@@ -550,17 +550,12 @@ def _summary(config, federation, records, similarity) -> dict:
             "task": federation.slots.task.tolist(),
             "examples": federation.slots.weight.tolist(),
         },
-        "data_fingerprint": _fingerprints(federation),
+        "data_fingerprint": rounds.fingerprints(federation),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
     }
-
-
-def _fingerprints(federation: rounds.Federation) -> dict[str, Any]:
-    """What tells one state of each task's data from another, as JSON holds it."""
-    return {task.name: task.fingerprint or embedded.fingerprint(task) for task in federation.tasks}
 
 
 def _frames(records: list[dict]) -> dict | None:

@@ -1,11 +1,11 @@
-"""A run's directory: made, locked against a second process, and checked to be this run's."""
+"""A run's directory: made, locked, checked to be this run's, and read when the run is done."""
 
 import contextlib
 import dataclasses
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from filelock import FileLock, Timeout
 
 from matu_jax.checkpoint import Checkpoints, unreadable
 from matu_jax.commandline import UserError
-from matu_jax.config import Config
-from matu_jax.json_files import is_unfinished, read_json
-from matu_jax.metrics import read_summary, write_json
+from matu_jax.config import Config, freeze
+from matu_jax.json_files import checked, is_unfinished, read_json
+from matu_jax.metrics import SELECTION, MetricsLog, read_summary, selected, write_json
 
 LOCK = ".lock"
 CONFIG = "config.json"
@@ -184,6 +184,91 @@ def _config_kept(workdir: Path) -> Any:
         f"--workdir {workdir}: its {CONFIG} is missing, and there are no checkpoints that "
         "say what the run's config was. Bring it back from a copy, or give another --workdir."
     )
+
+
+def config_of(workdir: Path) -> Config:
+    """The config of a run that is there.
+
+    Raises:
+      UserError: if there is none, or it is damaged.
+    """
+    file = workdir / CONFIG
+    try:
+        return freeze(checked(dict[str, Any], read_json(file), str(file)))
+    except OSError as error:
+        raise UserError(
+            f"--workdir {workdir}: {file} cannot be read ({error.strerror}); expected the workdir "
+            "of a run of matu_jax.train. If it is one, move away what is in the file's place: the "
+            "command that made the run, given once more, writes the file anew."
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"--workdir {workdir}: {error}\n{file} is damaged, or was written by another version "
+            "of matu_jax."
+        ) from None
+
+
+def records_of(workdir: Path, checkpoints: Checkpoints, config: Config) -> list[dict]:
+    """The records of the rounds up to the newest whole checkpoint, as they were written.
+
+    Raises:
+      ValueError: if one is missing, or was changed later.
+    """
+    newest, _ = checkpoints.whole()
+    if newest is None:
+        return []
+    meta = checkpoints.meta(newest)
+    check_origin(checkpoints.directory, meta, config)
+    log = MetricsLog(workdir / "metrics.jsonl")
+    try:
+        log.check(newest, meta.get("metrics"))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. They say which round and which client is exported, and what it reached. "
+            "Bring the file back from a copy."
+        ) from None
+    return log.first(newest)
+
+
+def chosen_round(
+    workdir: Path, checkpoints: Checkpoints, records: Sequence[dict], given: int | None
+) -> tuple[int, str]:
+    """The round whose checkpoint is taken, and why.
+
+    Args:
+      workdir: of the run.
+      checkpoints: its.
+      records: its, from `records_of`.
+      given: the round asked for; None = the one that the run's results speak of.
+
+    Raises:
+      UserError: if it has no checkpoint, or the run's results speak of another.
+    """
+    there = checkpoints.complete()
+    if not there:
+        raise UserError(f"--workdir {workdir}: has no checkpoint yet; train for a round first.")
+    choices = f"There are checkpoints of rounds {', '.join(map(str, there))}"
+    if given is not None:
+        if given not in there:
+            raise UserError(f"--round {given}: has no checkpoint. {choices}.")
+        return given, "as asked for"
+    best = selected(records)
+    if best is None:
+        return there[-1], "the last one saved; no accuracy was measured"
+    if best["round"] not in there:
+        raise UserError(
+            f"--workdir {workdir}: round {best['round']}, {SELECTION}, has no checkpoint, as in "
+            f"runs of older versions. {choices}; take one with --round {there[-1]}."
+        )
+    if os.path.lexists(workdir / "summary.json"):
+        told = read_summary(workdir / "summary.json")["selected_round"]
+        if told != best["round"]:
+            raise UserError(
+                f"--workdir {workdir}: summary.json speaks of round {told}, and of the rounds up "
+                f"to the newest checkpoint, {best['round']} is {SELECTION}: a checkpoint is "
+                f"missing or damaged. Bring it back, or take another, such as --round {there[-1]}."
+            )
+    return best["round"], SELECTION
 
 
 def is_locked(workdir: Path) -> bool:

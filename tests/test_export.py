@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import tiny
 import tiny_clip
 from jax.sharding import AxisType
@@ -20,6 +21,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from matu_jax import export, models, rounds, train
+from matu_jax.algorithms import ALGORITHMS
 from matu_jax.config import default, freeze, set_field
 from matu_jax.metrics import MetricsLog
 from matu_jax.models import exporting
@@ -35,6 +37,7 @@ from matu_jax.workdir import opened
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+pytest.importorskip("safetensors.torch")  # of what cards show
 
 QUIET = Console(quiet=True)
 
@@ -119,6 +122,18 @@ def clip_run(tmp_path_factory, clip_folder):
         yield run(tmp_path_factory.mktemp("run"), config)
 
 
+def as_the_card_says(folder, images, architecture):
+    """Logits by executing the code that a card shows."""
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    code = "".join(blocks).replace("FOLDER", str(folder))
+    names: dict[str, Any] = {"transformers": transformers, "peft": peft, "safetensors": safetensors}
+    names["pixel_values"] = tiny_clip.pixel_values(images, architecture)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(code, names)
+    return names["logits"].numpy()
+
+
 def load(model_class, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -137,6 +152,7 @@ def test_a_peft_adapter_gives_our_logits(tmp_path, clip_run, clip_folder):
     export.write(exported, "peft", out)
     base = load(transformers.CLIPVisionModelWithProjection, clip_folder)
     before = classified(out, embeds_of(base, images))
+    card = as_the_card_says(out, images, tiny_clip.TINY_CLIP)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = peft.PeftModel.from_pretrained(base, out).eval()
@@ -145,6 +161,7 @@ def test_a_peft_adapter_gives_our_logits(tmp_path, clip_run, clip_folder):
     assert all(bool(p.abs().max() > 0) for p in b)
     expected = our_logits(clip_run, exported, images)
     close(classified(out, embeds_of(adapted, images)), expected)
+    close(card, expected)
     with pytest.raises(AssertionError):
         close(before, expected)
 
@@ -156,7 +173,9 @@ def test_a_merged_clip_checkpoint_gives_our_logits_and_keeps_the_text_tower(
     exported = export.read_run(clip_run, "dtd")
     export.write(exported, "merged", out)
     model = load(transformers.CLIPVisionModelWithProjection, out)
-    close(classified(out, embeds_of(model, images)), our_logits(clip_run, exported, images))
+    expected = our_logits(clip_run, exported, images)
+    close(classified(out, embeds_of(model, images)), expected)
+    close(as_the_card_says(out, images, tiny_clip.TINY_CLIP), expected)
     whole, source = load(transformers.CLIPModel, out), load(transformers.CLIPModel, clip_folder)
     for name, parameter in source.text_model.named_parameters():
         assert torch.equal(dict(whole.text_model.named_parameters())[name], parameter), name
@@ -196,6 +215,7 @@ def test_a_plain_vision_transformer_leaves_with_its_trained_head(tmp_path, kind)
     images = tiny_clip.images()
     pixels = tiny_clip.pixel_values(images, tiny_clip.TINY_VIT)
     expected = our_logits(workdir, exported, images)
+    close(as_the_card_says(out, images, tiny_clip.TINY_VIT), expected)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if kind == "merged":
@@ -234,6 +254,7 @@ def test_a_vision_tower_of_any_shape_without_projection_leaves(tmp_path):
             features = model(tiny_clip.pixel_values(images, tiny_clip.TINY_CLIP)).pooler_output
         head = load_file(out / "head.safetensors")
         close(features.numpy() @ head["weight"].T + head["bias"], expected)
+        close(as_the_card_says(out, images, tiny_clip.TINY_CLIP), expected)
         assert "CLIPVisionModel.from_pretrained" in (out / "README.md").read_text()
 
 
@@ -273,7 +294,13 @@ def test_the_card_says_how_it_was_made(tmp_path, clip_run, clip_folder):
     percent = f"{100 * exported.accuracy:.1f} %"
     assert f"{percent} (of these files, in float32; recorded in training: {percent})" in card
     assert "2 of 2: the round with the best mean validation accuracy" in card
-    for words in ("library_name: peft", "matu", "LoRA of rank 2", str(clip_folder)):
+    for words in (
+        "library_name: peft",
+        "shortest side to 16 pixels",
+        "matu",
+        "LoRA of rank 2",
+        str(clip_folder),
+    ):
         assert words in card
     assert json.loads(card.split("```json\n")[1].split("```")[0])["rounds"] == 2
 
@@ -386,11 +413,10 @@ def embedded_config(tmp_path, algorithm="per_task", **fields: Any):
 
 def accuracy_of(exported):
     """Of the exported parameters, by a loop over images: the same examples, another program."""
-    federation, task = exported.federation, exported.task
-    number = [t.name for t in federation.tasks].index(task.name)
+    task, number = exported.task, exported.number
     order = np.random.default_rng((exported.config.seed, number)).permutation(len(task.test.labels))
     rows = np.sort(order[: exported.config.evaluation.max_examples])
-    model = models.build(exported.config.model, federation.tasks, seed=exported.config.seed)
+    model = models.build(exported.config.model, exported.tasks, seed=exported.config.seed)
     params = exported.params
     if "trained" in model.frozen:
         kernel = np.zeros_like(model.base["head"]["kernel"])
@@ -492,36 +518,55 @@ def test_a_run_that_did_not_keep_its_best_round_says_so(tmp_path, long_run):
     assert export.read_run(other, "hue/plaid", round_index=6).round == 6
 
 
-def test_another_accuracy_than_the_runs_is_an_error(tmp_path, long_run):
+def test_another_model_than_the_measured_one_is_an_error(tmp_path, long_run):
     workdir, _ = long_run
     exported = export.read_run(workdir, "hue/plaid")
     rng = np.random.default_rng(0)
     noise = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), exported.params)
     with pytest.raises(export.UserError, match="but the run recorded") as caught:
         export.write(dataclasses.replace(exported, params=noise), "safetensors", tmp_path / "out")
-    assert "over the same 60 examples" in str(caught.value)
+    assert "of 60 validation examples" in str(caught.value)
     assert not (tmp_path / "out").exists()
-    # A run that has measured nothing has nothing to differ from.
-    unmeasured = dataclasses.replace(exported, params=noise, accuracy=None)
+    # Of a round that the run did not measure there is nothing to differ from.
+    unmeasured = dataclasses.replace(exported, params=noise, recorded={})
     export.write(unmeasured, "safetensors", tmp_path / "out")
     assert "recorded" not in (tmp_path / "out" / "README.md").read_text().split("configuration")[0]
+
+
+def test_one_example_more_or_less_is_an_error(long_run):
+    exported = export.read_run(long_run[0], "hue/plaid")
+    export.measure(exported, "safetensors")
+    for split, examples in (("validation", 60), ("test", 60)):
+        for change in (-1, 1):
+            recorded = exported.recorded | {split: exported.recorded[split] + change / examples}
+            with pytest.raises(export.UserError, match=f"{split} examples rightly, but"):
+                export.measure(dataclasses.replace(exported, recorded=recorded), "safetensors")
+
+
+def test_a_few_measured_examples_do_not_hide_another_model(tmp_path):
+    fields = {"rounds": 2, "evaluation.max_examples": 7}
+    workdir = run(tmp_path / "run", embedded_config(tmp_path, "fedavg", **fields))
+    exported = export.read_run(workdir, "hue/plaid")
+    export.measure(exported, "safetensors")  # the same seven examples as in training
+    other = jax.tree.map(np.zeros_like, exported.params)
+    with pytest.raises(export.UserError, match="of 7 validation examples rightly"):
+        export.measure(dataclasses.replace(exported, params=other), "safetensors")
 
 
 def test_runs_in_bfloat16_are_compared_in_bfloat16(tmp_path, monkeypatch):
     fields = {"rounds": 1, "model.compute_dtype": "bfloat16"}
     workdir = run(tmp_path / "run", embedded_config(tmp_path, "per_task", **fields))
     exported = export.read_run(workdir, "hue/plaid")
-    assert exported.accuracy is not None
-    asked = []
+    assert exported.recorded.keys() == {"validation", "test"}
+    asked, real = [], export.count_slot
 
-    def accuracy(exported, model, params):
-        del params
-        asked.append(model.logits is not exported.model.logits)
-        return exported.accuracy if asked[-1] else 0.9  # float32 far away, bfloat16 the same
+    def counted(config, model, splits, *args, rounding):
+        asked.append((model.logits is not exported.model.logits, rounding))
+        return real(config, model, splits, *args, rounding=rounding)
 
-    monkeypatch.setattr(export, "_accuracy", accuracy)
-    assert export.measure(exported, "safetensors") == 0.9
-    assert asked == [False, True]
+    monkeypatch.setattr(export, "count_slot", counted)
+    export.measure(exported, "safetensors")
+    assert asked == [(True, 2.0**-7), (True, 2.0**-7), (False, 2.0**-10)]
 
 
 def test_an_experiment_that_registers_its_own_can_be_exported(tmp_path, monkeypatch, capsys):
@@ -547,6 +592,40 @@ def test_an_experiment_that_registers_its_own_can_be_exported(tmp_path, monkeypa
         assert export.main(["export", *argv, "--config", str(file)]) == 0
     finally:
         ARCHITECTURES.pop("mine", None)
+
+
+def test_an_experiment_with_an_algorithm_of_its_own_can_be_exported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(ALGORITHMS, "mine", ALGORITHMS["fedavg"])
+    workdir = run(tmp_path / "run", embedded_config(tmp_path, "mine", rounds=1))
+    monkeypatch.delitem(ALGORITHMS, "mine")
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from matu_jax.algorithms import ALGORITHMS\n"
+        "from matu_jax.config import default\n"
+        "ALGORITHMS['mine'] = ALGORITHMS['fedavg']\n"
+        "get_config = default\n"
+    )
+    argv = ["--workdir", str(workdir), "--task", "hue/plaid", "--format", "safetensors"]
+    argv += ["--out", str(tmp_path / "out")]
+    assert export.main(["export", *argv]) == 2
+    assert "give that file to --config" in " ".join(capsys.readouterr().err.split())
+    assert export.main(["export", *argv, "--config", str(file)]) == 0
+    assert "Measuring on 60 validation and 60 test examples" in capsys.readouterr().out
+
+
+def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, monkeypatch, long_run):
+    exported = export.read_run(long_run[0], "hue/plaid")
+    real = exporting.load_file
+
+    def flipped(file):
+        found = real(file)
+        next(iter(found.values())).flat[0] += 1
+        return found
+
+    monkeypatch.setattr(exporting, "load_file", flipped)
+    with pytest.raises(export.UserError, match="reads back otherwise than it was written"):
+        export.write(exported, "safetensors", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_dtype_is_left_at_any_depth():

@@ -12,14 +12,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from matu_jax.config import ModelConfig
+from matu_jax.json_files import is_own
 from matu_jax.models import huggingface
 from matu_jax.models.architectures import Architecture
-from matu_jax.models.tensor_names import CLIP_PROJECTIONS, to_huggingface
-from matu_jax.trees import PyTree
+from matu_jax.models.tensor_names import (
+    CLIP_PROJECTIONS,
+    from_huggingface,
+    tensor_names,
+    to_huggingface,
+)
+from matu_jax.tensors import some_of
+from matu_jax.trees import PyTree, leaf_items
 
 # PEFT names the modules as transformers 5 has them in memory, which for plain vision transformers
 # is not what checkpoint files call them.
@@ -42,6 +50,37 @@ def _modules(architecture: Architecture) -> tuple[str, dict[str, str], str]:
     if architecture.family == "clip" and architecture.projection is None:
         return "encoder.layers", CLIP_PROJECTIONS, "CLIPVisionModel"
     return _MODULES[architecture.family]
+
+
+def features_code(architecture: Architecture, kind: str) -> str:
+    """Python code that gives `features`, what a head takes, of a `model` that was exported.
+
+    Args:
+      architecture: the model's.
+      kind: "merged" or "peft".
+    """
+    model_class = _modules(architecture)[2]
+    if model_class == "ViTForImageClassification":
+        # Called as a whole it classifies, an adapted one with the head of its base.
+        tower = "model.base_model.model.vit" if kind == "peft" else "model.vit"
+        return f"{tower}(pixel_values).last_hidden_state[:, 0]"
+    output = "pooler_output" if model_class == "CLIPVisionModel" else "image_embeds"
+    return f"model(pixel_values).{output}"
+
+
+def images_text(architecture: Architecture) -> str:
+    """In words, how an image file becomes the `pixel_values` that a model takes."""
+    transform = architecture.transform
+    size = f"{transform.size} x {transform.size}"
+    if transform.resize == "squash":
+        resized = f"resized to {size} pixels ({transform.resample})"
+    else:
+        resized = f"shortest side to {transform.size} pixels ({transform.resample}), centre {size}"
+    mean, std = (
+        ", ".join(f"{value:.6g}" for value in values)
+        for values in (architecture.image_mean, architecture.image_std)
+    )
+    return f"RGB, {resized}, divided by 255, minus ({mean}), divided by ({std})"
 
 
 def base_model(checkpoint: str) -> tuple[str, str | None]:
@@ -71,7 +110,8 @@ def write_adapter(
       The name of the transformers class that the adapter fits.
 
     Raises:
-      ValueError: if every lora_b is zero, so that the adapter would change nothing.
+      ValueError: if every lora_b is zero, so that the adapter would change nothing; or as
+        `save_checked`.
     """
     prefix, names, model_class = _modules(architecture)
     tensors = {}
@@ -79,12 +119,12 @@ def write_adapter(
         for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
             for layer, matrix in enumerate(np.asarray(pair[ours], np.float32)):
                 name = f"{prefix}.{layer}.{names[projection]}.{theirs}.weight"
-                tensors[f"base_model.model.{name}"] = matrix.T.copy(order="C")
+                tensors[f"base_model.model.{name}"] = matrix.T
     if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
         raise ValueError(
             "every lora_B is zero: the adapter would change nothing. The run has not trained it."
         )
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_checked(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     targets = "|".join(re.escape(names[projection]) for projection in adapters["blocks"])
     settings = {
         "peft_type": "LORA",
@@ -147,6 +187,9 @@ def write_merged(
 
     Returns:
       The name of the transformers class to load it with.
+
+    Raises:
+      ValueError: as `save_checked`, or if the files give another image tower than the one written.
     """
     kind = "clip_vision" if architecture.family == "clip" else "vit"
     tensors = to_huggingface(tower, kind)
@@ -155,7 +198,7 @@ def write_merged(
     if source is not None:
         config = huggingface.read_json(source / "config.json")
         for name in (*huggingface.IMAGE_FILES, *huggingface.TOKENIZER_FILES):
-            if (source / name).is_file():
+            if (source / name).is_file() and is_own(source / name):
                 shutil.copy(source / name, folder / name)
     assert config is not None
     if kind == "vit":
@@ -173,14 +216,57 @@ def write_merged(
         if architecture.projection is not None and "vision_config" in config:
             # Where CLIPVisionModelWithProjection looks for it; some checkpoints leave it out there.
             config["vision_config"]["projection_dim"] = architecture.projection
-    save_file(
-        {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()},
-        folder / huggingface.WEIGHTS,
-        {"format": "pt"},
-    )
+    save_checked(tensors, folder / huggingface.WEIGHTS, {"format": "pt"})
+    _check_tower(folder, tower, kind)
     config = without_dtypes(config) | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return model_class
+
+
+def links_left_out(source: Path | None) -> list[str]:
+    """Files that `write_merged` does not copy, being links out of the source's folder."""
+    if source is None:
+        return []
+    files = [source / name for name in (*huggingface.IMAGE_FILES, *huggingface.TOKENIZER_FILES)]
+    return [file.name for file in files if file.is_file() and not is_own(file)]
+
+
+def save_checked(
+    tensors: Mapping[str, Any], file: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, and reads it back.
+
+    Raises:
+      ValueError: if it holds other names, dtypes, shapes or bits than it was given.
+    """
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    save_file(tensors, file, metadata)
+    _check_same(file, load_file(file), tensors)
+
+
+def _check_same(
+    file: Path, found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
+) -> None:
+    def bits(array: np.ndarray | None) -> Any:
+        return None if array is None else (array.dtype, array.shape, array.tobytes())
+
+    names = found.keys() | expected.keys()
+    wrong = [name for name in names if bits(found.get(name)) != bits(expected.get(name))]
+    if wrong:
+        raise ValueError(
+            f"{file}: reads back otherwise than it was written: {some_of(wrong)}. Nothing is kept; "
+            "is the disk sound?"
+        )
+
+
+def _check_tower(folder: Path, tower: PyTree, kind: str) -> None:
+    """Checks that a checkpoint, read as any other is, gives the image tower that was written."""
+    files = huggingface.tensor_files(folder)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), tower)
+    tensors = huggingface.read_tensors(files, tensor_names(kind, shapes))
+    found = dict(leaf_items(from_huggingface(tensors, kind, shapes)))
+    expected = {path: np.asarray(leaf, np.float32) for path, leaf in leaf_items(tower)}
+    _check_same(folder / huggingface.WEIGHTS, found, expected)
 
 
 def model_card(
@@ -214,7 +300,7 @@ def model_card(
     return (
         f"---\n{head}---\n\n# {title}\n\n| | |\n|---|---|\n{table}\n"
         f"Load it:\n\n```python\n{loading}\n```\n\nClassify with head.safetensors (class names in "
-        f"its metadata), from image embeddings `features`:\n\n```python\n{classify}\n```\n\n"
+        f"its metadata):\n\n```python\n{classify}\n```\n\n"
         f"The run's configuration:\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
     )
 
