@@ -36,7 +36,8 @@ class DataConfig:
         `<task>/test/<class>/<image>`: of images of one's own, which need nothing else, and of
         datasets that are not in TFDS or shall not come from there; "" = `$MATU_JAX_FOLDERS`, or
         `folders` in the cache directory.
-      validation_fraction: part of the training split that is held out for validation.
+      validation_fraction: part of the training split that is held out for validation; of no
+        account for image folders that bring a validation split, as `val`.
       clients: number of clients.
       tasks_per_client: how many different tasks each client holds.
       assignment: task positions per client, as a tuple of tuples; empty = drawn from the seed.

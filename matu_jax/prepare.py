@@ -9,7 +9,8 @@ Every image goes once through the model's transform into the cache ($MATU_JAX_CA
 ~/.cache/matu_jax). A dataset is taken from the image folder <folders>/<name> if there is one
 (config.data.folders, or $MATU_JAX_FOLDERS, or `folders` in the cache), and else from TensorFlow
 Datasets. Folders are laid out as <name>/train/<class>/<image> and <name>/test/<class>/<image>, or,
-where there is no test split, as <name>/<class>/<image>. Folders of your own need nothing else; all
+where there is no test split, as <name>/<class>/<image>; images in <name>/val/<class> are validated
+on, and not trained on. Folders of your own need nothing else; all
 in config.data.folders are prepared where config.data.tasks names none. What is prepared already is
 left alone, unless its image folder has changed; what was interrupted is gone on with.
 
@@ -141,15 +142,12 @@ def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_ru
         if images is None:
             row.state += ", downloaded if need be"
             if not dataset.test:
-                row.state += f"; test: {preparation.SEEDED}"
+                row.state += f"; test: {prepared.SEEDED.format('all images')}"
             return
         source = preparation.open_source(dataset, image_folders=folders)
-        count = len(source.train) + len(source.test or ())
-        row.size = count * transform.size**2 * 3
-        fifth = max(1, round(preparation.TEST_FRACTION * count))
-        row.test = fifth if source.test is None else len(source.test)
-        row.train = count - row.test
-        notes = [] if source.test is not None else [f"test: {preparation.SEEDED}"]
+        row.train, row.test = preparation.counts(source)
+        row.size = (row.train + row.test) * transform.size**2 * 3
+        notes = prepared.notes_of_splits(prepared.test_split(source), source.validation)
         row.state = "; ".join((row.state, *notes, *source.notes))
         return
     _fill(row, _run(row.name, transform, folders, console), f"prepared {anew or 'now'}")
@@ -193,7 +191,8 @@ def _fill(row: _Row, metadata: dict, state: str) -> None:
 
 def _table(rows: Sequence[_Row]) -> Table:
     table = Table(
-        caption="left out of train: images that are in test + images that are twice in train",
+        caption="left out of train: images that are in test + images that are twice in train, "
+        "or in validation",
         caption_justify="left",
     )
     for column in ("dataset", "source"):

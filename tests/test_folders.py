@@ -57,12 +57,26 @@ def test_train_test_and_validation_folders(tmp_path):
     ]
     assert source.test is not None
     assert [label for _, label in labelled(source.test)] == [0, 1]
+    assert (source.validation, source.labels) == (2, (0, 0, 1, 0, 1))
     assert source.class_names == ("a", "b b")
     assert source.origin == f"folder {tmp_path}"
     (note,) = source.notes
     assert "3 files are no images" in note
     image, label = images.picture(source.train[2]), source.train[2].label
     assert (image.mode, image.size, label) == ("RGB", (8, 6), 1)
+
+
+@pytest.mark.parametrize("name", ["val", "Valid", "VALIDATION"])
+def test_a_validation_split_is_trained_on_where_the_table_has_it_so_and_this_is_said(
+    tmp_path, name
+):
+    tree(tmp_path, "train/a/1.png", "train/b/1.png", f"{name}/a/2.png", "test/b/3.png")
+    row = dataclasses.replace(toys(), train="train+validation")
+    told = ("the validation split is among what is trained on: 1 images",)
+    for dataset, validation, notes in ((row, 0, told), (toys(), 1, ())):
+        source = folders.source(dataset, tmp_path)
+        assert len(source.train) == 3
+        assert (source.validation, source.notes) == (validation, notes)
 
 
 def test_class_folders_without_splits(tmp_path):

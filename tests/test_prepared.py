@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from matu_jax.data import Transform, images, preparation, prepared, selection
-from matu_jax.data.datasets import DATASETS
+from matu_jax.data.datasets import DATASETS, Example, Source
 
 SMALL = Transform(8, "squash", "bilinear")
 OFFICIAL, SEEDED = "intel_images", "garbage"  # 6 classes each; the latter without a test split
@@ -130,6 +131,74 @@ def test_a_missing_test_split_is_seeded_and_said(places):
     one, other = (content(next(f.glob(f"{SEEDED}-*[0-9a-f]")))
                   for f in (again / "prepared", places["cache_dir"] / "prepared"))  # fmt: skip
     assert one == other
+
+
+@pytest.mark.parametrize("with_test", [False, True])
+def test_a_validation_split_of_ones_own_is_validated_on_and_never_trained_on(places, with_test):
+    root = official(places["folders"], name="ward") / "ward"
+    for label in range(6):
+        for i in range(3):
+            paint(root / "Val" / f"class_{label}" / f"{i}.png", 100 * label + 70 + i)
+    paint(root / "train/class_0/copy_of_validation.png", 70)
+    paint(root / "Val/class_1/copy_of_test.png", 150)
+    validated = [100 * label + 70 + i for label in range(6) for i in range(3)] + [150]
+    if not with_test:
+        shutil.rmtree(root / "test")
+    metadata = prepare("ward", places)
+    few, many = (load("ward", places, validation_fraction=f) for f in (0.01, 0.9))
+    assert shown(few.validation) == shown(many.validation)
+    assert sorted(shown(few.validation)) == sorted(validated)
+    assert not {*shown(few.train), *shown(few.test)} & {*validated} - {150}
+    assert [*few.train.labels] == [value // 100 for value in shown(few.train)]
+    assert [*few.validation.labels] == [value // 100 for value in shown(few.validation)]
+    assert "validation: the folder's own split, of size 19" in few.notes
+    if with_test:
+        assert metadata["left_out"] == {"train_in_test": 0, "train_twice": 1}
+        assert len(few.train.labels) == 30
+        assert few.notes[-1] == "images that are in validation and in test: 1"
+    else:
+        assert few.notes[0].startswith("test: seeded, no official test split (0.2 of each class")
+        assert np.bincount(few.test.labels).tolist() == [1] * 6
+        # Of class 0 the copy was drawn for the test split, or left out of train.
+        assert len(few.train.labels) in (24, 25)
+
+
+@pytest.mark.parametrize("sizes", [[2, 2, 2], [1, 2, 30], [1, 1], [5, 10, 3]])
+def test_a_seeded_test_split_has_a_fifth_of_each_class_and_trains_on_some(places, sizes):
+    for label, size in enumerate(sizes):
+        for i in range(size):
+            paint(places["folders"] / f"ward/class_{label}/{i}.png", 100 * label + i)
+    source = preparation.open_source(
+        selection.find("ward", places["folders"]), image_folders=places["folders"]
+    )
+    found = preparation._places(source)
+    labels = np.array(source.labels)
+    tested = np.bincount(labels[found.part == 1], minlength=len(sizes)).tolist()
+    wanted = [0 if n == 1 else max(1, round(n / 5)) for n in sizes]
+    assert tested == wanted or (wanted == [0, 0] and sum(tested) == 1)
+    assert preparation.counts(source) == (sum(sizes) - sum(tested), sum(tested))
+    for part in (0, 1):
+        assert sorted(found.row[found.part == part]) == list(range(found.counts[part]))
+
+
+def test_where_no_labels_are_known_the_last_fifth_of_the_shuffled_order_is_tested_on():
+    source = Source([Example(b"", 0, "")] * 23, None, ("a", "b"), "1", "TFDS")
+    keys = [hashlib.sha256(f"0/{i}".encode()).digest() for i in range(23)]
+    order = sorted(range(23), key=keys.__getitem__)
+    found = preparation._places(source)
+    assert found.counts == (18, 5)
+    for place, index in enumerate(order):
+        assert (found.part[index], found.row[index]) == divmod(place, 18)
+
+
+def test_a_test_split_that_was_drawn_otherwise_is_drawn_anew(places):
+    seeded(places["folders"])
+    prepare(SEEDED, places)
+    (folder,) = (places["cache_dir"] / "prepared").glob(f"{SEEDED}-*[0-9a-f]")
+    other = prepared.SEEDED.format("all images")
+    damage(folder, "metadata.json", f"signed: test_split='{other}'")
+    assert prepared.missing([SEEDED], transform=SMALL, **places) == [SEEDED]
+    assert "each class" in prepare(SEEDED, places)["test_split"]
 
 
 def test_an_official_test_split_must_be_there(places):
@@ -597,6 +666,11 @@ def damage(folder, file, how):
         ("metadata.json", "signed: white_levels={'0': 0}", r"white_levels\.0: found 0"),
         ("metadata.json", "signed: class_names=3", r"class_names: found 3"),
         ("metadata.json", "signed: transform=null", r"transform: found None"),
+        (
+            "metadata.json",
+            "signed: validation=30",
+            r"found validation 30, expected less than the 30",
+        ),
         ("metadata.json", "signed: name='mnist'", r"metadata\.json is of 'mnist'"),
     ],
 )

@@ -4,7 +4,8 @@ A dataset is one line of `DATASETS`; a new one is one more line. Image folders o
 none (`matu_jax.data.selection`). Where `tfds` is empty, or where the
 folder `<folders>/<name>` exists, the images are read from that folder (`matu_jax.data.folders`),
 otherwise from TensorFlow Datasets (`matu_jax.data.tfds`). A dataset whose `test` is empty was
-published without a test split: a seeded fifth of its training images is used, the same always.
+published without a test split: a seeded fifth of its training images is used, the same always (of
+an image folder, a fifth of each class).
 """
 # ruff: noqa: E501 (a dataset is one line)
 
@@ -28,7 +29,8 @@ class Dataset:
         tfds: Builder of TensorFlow Datasets as `name/config:version`; "" where there is none that
             has labels for an official test split.
         train: Splits of the builder that may be trained on, joined by "+". Validation is taken from
-            them by `validation_fraction`.
+            them by `validation_fraction`, unless an image folder brings a validation split that is
+            not among them.
         test: The split that is reported; "" where none is published. Where an image folder has one
             all the same, it is taken.
         num_classes: Number of classes; 0 = as many as its image folder has.
@@ -74,14 +76,17 @@ class Source(NamedTuple):
     """The examples of a dataset as they were published.
 
     Attributes:
-        train: Random access, in an order that never changes. What cannot be read raises a
-            ValueError that names it.
+        train: Random access, in an order that never changes; images that the publisher validates on
+            come last. What cannot be read raises a ValueError that names it.
         test: The same; None where no test split is published.
         class_names: One per label.
         version: What tells one state of the data from another.
         origin: For people: "TFDS mnist/3.0.1" or "folder /data/gtsrb".
         notes: For people: what was found and not used.
         deep: Whether there may be images of more than 8 bits a sample.
+        validation: How many of `train` are the publisher's own validation split; 0 = none, and
+            some are divided off.
+        labels: Those of `train`, where they are known without reading it; else empty.
     """
 
     train: Sequence[Example]
@@ -91,6 +96,8 @@ class Source(NamedTuple):
     origin: str
     notes: tuple[str, ...] = ()
     deep: bool = True
+    validation: int = 0
+    labels: tuple[int, ...] = ()
 
 
 _PHOTO = ("a photo of a {}.", "a photo of the {}.", "a close-up photo of a {}.")

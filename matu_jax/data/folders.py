@@ -1,10 +1,13 @@
 """Image folders: which images and classes there are.
 
-A folder is laid out in one of two ways; `val`, `valid` and `validation` mean the same, and their
-images may be trained on, since validation is divided off anew:
+A folder is laid out in one of two ways:
 
-    root/<split>/<class>/<image>      with the splits train, test and val
+    root/<split>/<class>/<image>      with the splits train, and test and val where there are any
     root/<class>/<image>              without an official test split
+
+Without `test`, a seeded fifth of each class of `train` is tested on. `val` (or `valid`, or
+`validation`) is what is validated on; without it, a part of the training images is divided off. It
+is trained on only if the table of datasets says so of this dataset, which is reported.
 
 Upper and lower case make no difference to a split's name. Classes are numbered in the alphabetical
 order of their folders (by value, if all are numbers); names that differ only in their Unicode
@@ -241,10 +244,15 @@ def source(dataset: Dataset, root: Path) -> Source:
                 f"dataset {dataset.name!r}: the class folders {', '.join(map(repr, same))} in "
                 f"{root} all read as {name!r}; rename all but one"
             )
-    train = listing.splits["train"] + listing.splits.get("validation", ())
+    given = listing.splits.get("validation", ())
+    train = listing.splits["train"] + given
     notes = ()
+    if given and "validation" in dataset.train.split("+"):
+        # As from TFDS, where the split of this name is among those to train on.
+        notes = (f"the validation split is among what is trained on: {len(given):,} images",)
+        given = ()
     if listing.ignored:
-        notes = (f"{len(listing.ignored)} files are no images, such as {listing.ignored[0]}",)
+        notes += (f"{len(listing.ignored)} files are no images, such as {listing.ignored[0]}",)
     if listing.linked:
         notes += (
             f"{len(listing.linked)} links lead out of the folder, such as {listing.linked[0]}",
@@ -257,4 +265,6 @@ def source(dataset: Dataset, root: Path) -> Source:
         listing.digest,
         f"folder {root}",
         notes,
+        validation=len(given),
+        labels=tuple(label for _, label in train),
     )

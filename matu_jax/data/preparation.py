@@ -7,8 +7,8 @@ that a preparation that was killed goes on there, and ends with the same bytes. 
 written last, and the whole folder renamed into place.
 
 Splits are made disjoint by the hash of the resized pixels. The official test split stays as it is
-(its duplicates are counted); what occurs in it, or earlier in the training split, is left out of
-the training split, and counted.
+(its duplicates are counted), and so does a validation split of the dataset's own; what occurs in
+them, or earlier in the training split, is left out of the training split, and counted.
 """
 
 import dataclasses
@@ -28,16 +28,10 @@ from numpy.lib import format as npy
 
 from matu_jax.data import Transform, folders, images, prepared, resuming, selection, tfds
 from matu_jax.data.datasets import Dataset, Example, Source
-from matu_jax.data.prepared import FORMAT, PARTS
+from matu_jax.data.prepared import FORMAT, PARTS, SEED, TEST_FRACTION
 
-__all__ = ["TEST_FRACTION", "open_source", "prepare"]
+__all__ = ["counts", "open_source", "prepare"]
 
-TEST_FRACTION = 0.2
-"""Of a dataset without an official test split, what is tested on."""
-SEED = 0
-"""What the order of training images, and test splits that are not official, are drawn from."""
-SEEDED = f"seeded, no official test split ({TEST_FRACTION:g} of all images, seed {SEED})"
-"""What is said of a test split that is not official."""
 CHUNK = 256
 """Images between two flushes to the disk."""
 _REPORTED = 20
@@ -141,28 +135,61 @@ def _unusable(dataset: Dataset, final: Path, image_folders, cache_dir) -> bool:
 
 
 class _Places(NamedTuple):
-    """Where the examples of a source go: `part[i]` (0 train, 1 test) and the row there."""
+    """Where the examples of a source go: `part[i]` (0 train, 1 test) and the row there.
+
+    The first `validation` rows of train are the source's own validation split.
+    """
 
     part: np.ndarray
     row: np.ndarray
     counts: tuple[int, int]
+    validation: int
+
+
+def counts(source: Source) -> tuple[int, int]:
+    """Images of train (and validation) and of test, before any is left out."""
+    return _places(source).counts
 
 
 def _places(source: Source) -> _Places:
-    """Shuffles the training images; the last of all are the test split if there is none."""
-    count = len(source.train)
+    """Shuffles the training images, and draws the test split from them if there is none."""
+    given = source.validation
+    count = len(source.train) - given
     # By hashes, which are the same in every version of every library.
     keys = [hashlib.sha256(f"{SEED}/{index}".encode()).digest() for index in range(count)]
     rank = np.empty(count, np.int64)
     rank[sorted(range(count), key=keys.__getitem__)] = np.arange(count)
-    if source.test is not None:
-        tested = len(source.test)
-        part = np.repeat(np.arange(2), (count, tested))
-        return _Places(part, np.concatenate([rank, np.arange(tested)]), (count, tested))
-    tested = max(1, round(TEST_FRACTION * count))
-    trained = count - tested
-    part = (rank >= trained).astype(np.int64)
-    return _Places(part, rank - trained * part, (trained, tested))
+    drawn = np.zeros(count, bool)
+    if source.test is None:
+        drawn = _drawn(rank, np.array(source.labels[:count] or [0] * count))
+    official = len(source.test or ())
+    part = np.concatenate([drawn, np.zeros(given, bool), np.ones(official, bool)]).astype(int)
+    rows = [np.empty(count, np.int64), np.arange(given), np.arange(official)]
+    for one, first in ((~drawn, given), (drawn, 0)):
+        rows[0][one] = first + np.argsort(np.argsort(rank[one]))
+    tested = int(part.sum())
+    return _Places(part, np.concatenate(rows), (len(part) - tested, tested), given)
+
+
+def _drawn(rank: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Which images are tested on where there is no test split: the last of each label.
+
+    Args:
+        rank: `[examples]`, their places in the shuffled order.
+        labels: `[examples]`. Of two images or more, one is tested on and one is trained on.
+
+    Returns:
+        bool `[examples]`; one image at least is tested on.
+    """
+    drawn = np.zeros(len(rank), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        members = members[np.argsort(rank[members])]
+        tested = min(max(1, round(TEST_FRACTION * len(members))), len(members) - 1)
+        drawn[members[len(members) - tested :]] = True
+    if not drawn.any():
+        drawn[np.argmax(rank)] = True
+    return drawn
 
 
 def _at(source: Source, index: int) -> Example:
@@ -204,6 +231,8 @@ def _write(
         "transform": dataclasses.asdict(transform),
         "examples": list(places.counts),
         "class_names": list(source.class_names),
+        "test_split": prepared.test_split(source),
+        "validation": places.validation,
     }
     begun = resuming.begun(partial, plan)
     if begun is None or not begun.done:
@@ -301,11 +330,13 @@ def _finish(
     ]
     keys = [[row.tobytes() for row in part] for part in hashes]
     keep, in_test = _distinct(places, *keys)
-    kept = int(keep.sum())
-    if kept < 2:
+    kept, given = int(keep.sum()), places.validation
+    least = 1 if given else 2  # to train on, and to validate on
+    if kept - given < least:
         raise ValueError(
-            f"dataset {dataset.name!r}: {kept} of {len(keep)} training images are left without "
-            "those that also occur in the test split, or twice; expected 2 at least"
+            f"dataset {dataset.name!r}: {kept - given} of {len(keep) - given} training images are "
+            "left without those that also occur in the test or validation split, or twice; "
+            f"expected {least} at least"
         )
     gaps, movers = np.flatnonzero(~keep[:kept]), kept + np.flatnonzero(keep[kept:])
     file = partial / "train_images.npy"
@@ -325,6 +356,8 @@ def _finish(
     _shorten(file, kept)
     rows = (kept, len(keys[1]))
     notes = [*source.notes, *_notes(source.class_names, [labels[0][:kept], labels[1]], levels)]
+    if shared := len(set(keys[1]).intersection(keys[0][:given])):
+        notes.append(f"images that are in validation and in test: {shared}")
     splits = {
         part: _described(partial, part, label[:count], digest[:count])
         for part, count, label, digest in zip(PARTS, rows, labels, hashes, strict=True)
@@ -335,7 +368,8 @@ def _finish(
         "version": source.version,
         "contents": prepared.contents_digest(source, published),
         "origin": source.origin,
-        "test_split": "official" if source.test is not None else SEEDED,
+        "test_split": prepared.test_split(source),
+        "validation": given,
         "transform": dataclasses.asdict(transform),
         "class_names": list(source.class_names),
         "published": {"train": len(source.train), "test": len(source.test or ())},
@@ -363,12 +397,14 @@ def _distinct(
         tested: The same of the test split.
 
     Returns:
-        bool `[examples]`, whether a row of the training images is kept; and how many are not since
-        they are in the test split.
+        bool `[examples]`, whether a row of the training images is kept, as all of the source's own
+        validation split are; and how many are not since they are in the test split.
     """
-    in_test, seen = set(tested), set()
-    keep, left_out = np.zeros(len(trained), bool), 0
-    for row in places.row[places.part == 0]:  # in the source's order
+    given = places.validation
+    in_test, seen = set(tested), set(trained[:given])
+    keep, left_out = np.arange(len(trained)) < given, 0
+    rows = places.row[places.part == 0]  # in the source's order
+    for row in rows[rows >= given]:
         key = trained[row]
         left_out += key in in_test
         keep[row] = key not in in_test and key not in seen

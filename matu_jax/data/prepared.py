@@ -13,8 +13,8 @@
 The key is a hash of the dataset's name and of what its row in the table says of splits and classes,
 its version in TFDS (or that it is a folder; its path too, of one that is not in the table), the
 transform and the version of this format. Training images lie
-in a fixed, shuffled order, so that training and validation are two slices of one file: `load`
-copies no image.
+in a fixed, shuffled order, behind the dataset's own validation split if it has one, so that
+training and validation are two slices of one file: `load` copies no image.
 """
 
 import contextlib
@@ -39,6 +39,12 @@ __all__ = ["check", "load", "location", "missing", "notes", "outdated"]
 FORMAT = 2
 """Of the cache; part of the key, to be raised by any change to what is written."""
 PARTS = ("train", "test")
+TEST_FRACTION = 0.2
+"""Of a dataset without an official test split, what is tested on."""
+SEED = 0
+"""What the order of training images, and test splits that are not official, are drawn from."""
+SEEDED = f"seeded, no official test split ({TEST_FRACTION:g} of {{}}, seed {SEED})"
+"""What is said of a test split that is not official."""
 _COMPARED: dict[tuple[Path, Path, str, str], bool] = {}
 """Whether images have changed, by what was compared, so that they are read once by a process."""
 
@@ -103,6 +109,9 @@ def outdated(dataset: Dataset, folder: Path, images: Path | None) -> bool:
     from matu_jax.data.images import read
 
     source, seen = folders.source(dataset, images), folder / "seen_again"
+    splits = metadata["test_split"], metadata.get("validation", 0)
+    if splits != (test_split(source), source.validation):
+        return True
     known = [metadata["version"]]
     with contextlib.suppress(OSError, ValueError):
         known.append(seen.read_text())
@@ -132,6 +141,13 @@ def outdated(dataset: Dataset, folder: Path, images: Path | None) -> bool:
     return changed
 
 
+def test_split(source: Source) -> str:
+    """What is said of where the images to test on are from."""
+    if source.test is not None:
+        return "official"
+    return SEEDED.format("each class" if source.labels else "all images")
+
+
 def contents_digest(source: Source, published: Iterable[tuple[int, bytes]]) -> str:
     """SHA-256 of what a dataset's source holds: its classes, labels and image files.
 
@@ -141,7 +157,8 @@ def contents_digest(source: Source, published: Iterable[tuple[int, bytes]]) -> s
             of test.
     """
     sizes = len(source.train), None if source.test is None else len(source.test)
-    digest = hashlib.sha256(json.dumps([source.class_names, sizes]).encode())
+    validation = [source.validation] if source.validation else []
+    digest = hashlib.sha256(json.dumps([source.class_names, sizes, *validation]).encode())
     for label, content in published:
         digest.update(label.to_bytes(8, "little") + content)
     return digest.hexdigest()
@@ -158,9 +175,9 @@ def load(
 ) -> tuple[Task, ...]:
     """Opens prepared datasets.
 
-    The last `validation_fraction` of the training images are the validation split; their order was
-    shuffled once and for all when the dataset was prepared, so that every run with the same
-    fraction validates on the same images.
+    An image folder's own validation split is the validation split. Else it is the last
+    `validation_fraction` of the training images; their order was shuffled once and for all when the
+    dataset was prepared, so that every run with the same fraction validates on the same images.
 
     Args:
         names: Names that `matu_jax.data.selection.find` knows, each at most once.
@@ -168,7 +185,7 @@ def load(
         cache_dir: By default the environment's `MATU_JAX_CACHE`, else `~/.cache/matu_jax`.
         folders: Where image folders are; "" = `$MATU_JAX_FOLDERS`, or `folders` in the cache.
         validation_fraction: Of the training images, more than 0 and less than 1; one image at
-            least.
+            least. Datasets with a validation split of their own do not look at it.
         how: What a message tells to do about datasets that are not prepared.
 
     Returns:
@@ -194,8 +211,12 @@ def load(
         folder = location(name, transform=transform, cache_dir=cache_dir, folders=folders)
         metadata = check(name, folder)
         images, labels = _arrays(folder, "train")
+        given = metadata.get("validation", 0)
         held_out = max(1, round(validation_fraction * len(labels)))
-        if held_out == len(labels):
+        trained, validated = slice(0, -held_out), slice(-held_out, None)
+        if given:
+            trained, validated = slice(given, None), slice(given)
+        elif held_out == len(labels):
             raise ValueError(
                 f"dataset {name!r}: no training image is left of {len(labels)} if "
                 f"validation_fraction is {validation_fraction}; lower it"
@@ -206,8 +227,8 @@ def load(
                 label_space=name,
                 domain=name,
                 class_names=tuple(metadata["class_names"]),
-                train=Split(images[:-held_out], labels[:-held_out]),
-                validation=Split(images[-held_out:], labels[-held_out:]),
+                train=Split(images[trained], labels[trained]),
+                validation=Split(images[validated], labels[validated]),
                 test=Split(*_arrays(folder, "test")),
                 templates=selection.find(name, folders, cache_dir).templates,
                 fingerprint=metadata["sha256"],
@@ -224,16 +245,28 @@ def notes(metadata: dict) -> tuple[str, ...]:
         metadata: From `check`.
 
     Returns:
-        Sentences: where the test split is from if it is not official, how images of more than 8
-        bits were scaled, what was passed over, links that were followed, and images that the test
-        split holds more than once.
+        Sentences: where the test split is from if it is not official, whether the validation split
+        is the dataset's own, how images of more than 8 bits were scaled, what was passed over,
+        links that were followed, and images that the test split holds more than once.
     """
-    found = [*metadata["notes"]]
-    if metadata["test_split"] != "official":
-        found.insert(0, f"test: {metadata['test_split']}")
+    validation = metadata.get("validation", 0)
+    found = [*notes_of_splits(metadata["test_split"], validation), *metadata["notes"]]
     if metadata["test_twice"]:
         found.append(f"{metadata['test_twice']} images are in test more than once")
     return tuple(found)
+
+
+def notes_of_splits(test: str, validation: int) -> list[str]:
+    """Of `notes`, where the images to test and to validate on are from.
+
+    Args:
+        test: From `test_split`.
+        validation: See `matu_jax.data.datasets.Source`.
+    """
+    found = [] if test == "official" else [f"test: {test}"]
+    if validation:
+        found.append(f"validation: the folder's own split, of size {validation:,}")
+    return found
 
 
 def check(name: str, folder: Path) -> dict:
@@ -283,6 +316,12 @@ def check(name: str, folder: Path) -> dict:
                 f"dataset {name!r}: {folder}/{part}_labels.npy: its hash is another than in "
                 f"metadata.json; {remedy}"
             )
+    trained = metadata["splits"]["train"]["examples"]
+    if metadata.get("validation", 0) >= trained:
+        raise ValueError(
+            f"dataset {name!r}: {folder}/metadata.json: found validation {metadata['validation']}, "
+            f"expected less than the {trained} images of train; {remedy}"
+        )
     return metadata
 
 
@@ -339,6 +378,7 @@ class _Metadata(BaseModel):
     transform: _Transform
     class_names: Annotated[list[str], Field(min_length=1)]
     published: _Published
+    validation: _Count = 0
     left_out: _LeftOut
     test_twice: _Count
     white_levels: WhiteLevels
