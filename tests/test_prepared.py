@@ -435,18 +435,35 @@ def test_training_images_shortened_to_another_number_are_told(places):
     assert prepare(OFFICIAL, places)["splits"]["train"]["examples"] == 30
 
 
-def test_folders_of_ones_own_are_told_apart_by_their_place(places, tmp_path):
+@pytest.mark.parametrize("name", ["ward", OFFICIAL])
+def test_folders_of_one_name_are_told_apart_by_their_place(places, tmp_path, name):
     other = {**places, "folders": tmp_path / "elsewhere"}
-    official(places["folders"], name="ward")
-    official(other["folders"], name="ward", train=7)
-    prepare("ward", places)
-    assert prepared.missing(["ward"], transform=SMALL, **other) == ["ward"]
-    prepare("ward", other)
-    counts = [len(load("ward", place).train.labels) for place in (places, other)]
+    official(places["folders"], name=name)
+    official(other["folders"], name=name, train=7)
+    first = prepare(name, places)
+    assert prepared.missing([name], transform=SMALL, **other) == [name]
+    prepare(name, other)
+    counts = [len(load(name, place).train.labels) for place in (places, other)]
     assert counts == [27, 38], "one does not take the other's place"
+    assert prepare(name, places) == first
+    (tmp_path / "link").symlink_to(places["folders"])
+    through_link = {**places, "folders": tmp_path / "link"}
+    assert prepared.missing([name], transform=SMALL, **through_link) == []
     shutil.rmtree(places["folders"])
-    assert len(load("ward", places).train.labels) == 27
-    assert load("ward", places).templates
+    assert len(load(name, places).train.labels) == 27
+    assert load(name, places).templates
+
+
+def test_a_folder_called_as_a_dataset_of_tfds_does_not_take_its_place(places):
+    def location():
+        return prepared.location("mnist", transform=SMALL, **places)
+
+    tfds = location()
+    (places["folders"] / "mnist").mkdir(parents=True)
+    folder = location()
+    shutil.rmtree(places["folders"] / "mnist")
+    assert (location(), folder.parent) == (tfds, tfds.parent)
+    assert folder != tfds
 
 
 def test_a_very_long_name_fits_into_the_cache(places):

@@ -11,10 +11,9 @@
                             and whose images were found to be the same; often not there
 
 The key is a hash of the dataset's name and of what its row in the table says of splits and classes,
-its version in TFDS (or that it is a folder; its path too, of one that is not in the table), the
-transform and the version of this format. Training images lie
-in a fixed, shuffled order, behind the dataset's own validation split if it has one, so that
-training and validation are two slices of one file: `load` copies no image.
+its version in TFDS or the path of its folder, the transform and the version of this format.
+Training images lie in a fixed, shuffled order, behind the dataset's own validation split if it has
+one, so that training and validation are two slices of one file: `load` copies no image.
 """
 
 import contextlib

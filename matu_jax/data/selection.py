@@ -186,16 +186,13 @@ def short_name(name: str) -> str:
 
 
 def place_of(name: str, folders: _Folder = "", cache_dir: _Folder | None = None) -> str:
-    """What tells one source of a dataset from another: its TFDS builder, or its folder.
+    """What tells one source of a dataset from another: its TFDS builder, or its folder's path.
 
-    Datasets of the table are the same wherever their folder lies. A folder of one's own may be
-    called as another one elsewhere, and so counts by its path.
+    A folder may be called as another one elsewhere, even if the table knows a dataset of this name.
     """
     folder = image_folder(name, folders, cache_dir)
     if folder is None:
         return DATASETS[name].tfds
-    if name in DATASETS:
-        return "folder"
     path = os.fsencode(os.path.realpath(folder))
     return f"folder {hashlib.sha256(path).hexdigest()}"
 
