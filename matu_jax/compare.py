@@ -41,6 +41,7 @@ from matu_jax.comparison import plan, report
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tuning import search
 from matu_jax.config import Config, override
+from matu_jax.json_files import remove_unfinished
 from matu_jax.metrics import write_json
 from matu_jax.parallel import keep_programs, use_cores
 from matu_jax.progress import RoundProgress, draws_bars
@@ -151,6 +152,8 @@ def tune(comparison: plan.Comparison, source: Source, workdir: Path, console: Co
     _check_inputs(comparison, trials, source)
     target = source.file.parent / comparison.tuned
     found = {"arms": {}}
+    with disk_errors(target.parent):
+        remove_unfinished(target.parent, target.name)
     if target.exists():
         try:
             found["arms"] |= plan.read_tuned(target)["arms"]
@@ -208,6 +211,8 @@ def compare(
     _check_inputs(comparison, runs, source)
     _print_plan(comparison, runs, workdir, console)
     news = False
+    with disk_errors(workdir):
+        remove_unfinished(workdir)
     with Runner(len(runs)) as runner:
         for run in runs:
             config, folder = plan.run_config(comparison, run), run.folder(workdir)

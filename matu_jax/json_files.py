@@ -82,9 +82,36 @@ def replace_file(path: Path, contents: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.tmp")
+
+
 def is_unfinished(path: Path) -> bool:
     """Whether a path is called as what `replace_file` leaves behind if its process is killed."""
-    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
+    return _UNFINISHED.fullmatch(path.name) is not None
+
+
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Removes what `replace_file` left in a folder when its process was killed.
+
+    What belongs to a process that is at work on this machine stays.
+
+    Args:
+      folder: need not be there.
+      name: of the one file to look for; "" = of all.
+
+    Raises:
+      OSError: if it cannot be removed.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _UNFINISHED.fullmatch(path.name)
+        if not match or name not in ("", match["name"]) or path.is_dir():
+            continue
+        try:
+            os.kill(int(match["process"]), 0)
+        except (ProcessLookupError, OverflowError):
+            path.unlink(missing_ok=True)
+        except PermissionError:  # another user's, and at work
+            pass
 
 
 def read_json(path: Path) -> Any:

@@ -399,9 +399,12 @@ def test_a_killed_comparison_goes_on_where_it_was(write, tmp_path):
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
     assert first.exists()
+    left = out / f".comparison.json.{process.pid}.tmp"
+    left.touch()
     before = first.stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "0 are done" not in done.stdout
+    assert not left.exists()
     assert first.stat().st_mtime_ns == before
     found = json.loads((out / "comparison.json").read_text())
     assert not any(setting["missing"] for setting in found["settings"])

@@ -3,6 +3,7 @@ import copy
 import html.parser
 import io
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -468,6 +469,14 @@ def test_pictures_are_the_files(tmp_path):
             assert picture.format == "PNG"
             assert min(picture.size) > 500
             assert len(picture.convert("RGB").getcolors(10**6) or []) > 20
+
+
+def test_files_are_replaced_and_pipes_not_waited_at(tmp_path, undrawn):
+    for name in ("report.html", "report.md"):
+        os.mkfifo(tmp_path / name)
+    files = report.write(make_comparison(), tmp_path)
+    assert all(file.is_file() for file in files)
+    assert {path.name for path in tmp_path.iterdir()} == {file.name for file in files}
 
 
 def test_equal_input_gives_equal_files(tmp_path):

@@ -1,5 +1,6 @@
 import hashlib
 import itertools
+import os
 import subprocess
 import sys
 import warnings
@@ -241,7 +242,9 @@ def test_the_cache_is_read_and_says_the_same(cache, tasks, monkeypatch):
     assert len(list(cache.iterdir())) == 5
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "garbage", "empty", "other arrays"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "garbage", "empty", "pipe", "other arrays"]
+)
 def test_a_damaged_cache_file_is_generated_anew_with_a_warning(tmp_path, damage):
     good = _prints(embedded.load(["hue/noise"], cache_dir=tmp_path, **SMALL))
     (file,) = tmp_path.iterdir()
@@ -255,6 +258,9 @@ def test_a_damaged_cache_file_is_generated_anew_with_a_warning(tmp_path, damage)
         file.write_bytes(b"no archive at all")
     elif damage == "empty":
         file.write_bytes(b"")
+    elif damage == "pipe":
+        file.unlink()
+        os.mkfifo(file)
     else:
         with np.load(file) as stored:
             arrays = dict(stored)

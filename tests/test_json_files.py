@@ -1,12 +1,21 @@
 """JSON of others ends in a value or in one message, whatever it holds."""
 
 import os
+import subprocess
+import sys
 from typing import Annotated
 
 import pytest
 from pydantic import BaseModel, Field
 
-from matu_jax.json_files import checked, is_own, name_inside, parse_json, read_json
+from matu_jax.json_files import (
+    checked,
+    is_own,
+    name_inside,
+    parse_json,
+    read_json,
+    remove_unfinished,
+)
 
 
 @pytest.mark.parametrize(
@@ -110,3 +119,20 @@ def test_own_files_are_those_inside_and_the_blobs_of_a_cached_snapshot(tmp_path)
     hidden = tmp_path / "models--z" / "snapshots" / "1" / "x"
     hidden.symlink_to("../../blobs/secret")
     assert not is_own(hidden)
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine, init = os.getpid(), 1
+    left = [f".a.json.{ended.pid}.tmp", f".b.json.{ended.pid}.tmp", f".a.json.{'9' * 30}.tmp"]
+    kept = [f".a.json.{mine}.tmp", f".a.json.{init}.tmp", "a.json", ".a.json.tmp", "a.json.1.tmp"]
+    for name in left + kept:
+        (tmp_path / name).touch()
+    (tmp_path / f".c.{ended.pid}.tmp").mkdir()
+    remove_unfinished(tmp_path, "b.json")
+    assert not (tmp_path / left[1]).exists()
+    assert (tmp_path / left[0]).exists()
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, f".c.{ended.pid}.tmp"}
+    remove_unfinished(tmp_path / "not there")

@@ -258,7 +258,7 @@ def test_an_interrupted_preparation_goes_on_to_the_same_bytes(places, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "broken", ["np.save", "Path.unlink", "Path.rename", "_shorten", "_sync", "_write_json"]
+    "broken", ["np.save", "Path.unlink", "Path.rename", "_shorten", "_sync", "replace_file"]
 )
 def test_a_kill_at_the_end_does_no_harm(places, monkeypatch, broken):
     """Stops in each step of the last stage, after and before it did its work."""
@@ -417,6 +417,42 @@ def test_what_was_begun_is_believed_only_if_it_is_whole(places, monkeypatch, don
     ]
 
 
+@pytest.mark.parametrize("name", ["train_images.npy", "test_all_hashes.npy", "progress.json"])
+def test_a_pipe_in_what_was_begun_starts_it_anew(places, monkeypatch, name):
+    monkeypatch.setattr(preparation, "CHUNK", 20)
+    official(places["folders"])
+
+    def interrupt(done, total):
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(OFFICIAL, places, progress=interrupt)
+    (partial,) = (places["cache_dir"] / "prepared").glob("*.partial")
+    (partial / name).unlink()
+    os.mkfifo(partial / name)
+    started = []
+    prepare(OFFICIAL, places, progress=lambda done, total: started.append(done))
+    assert started[0] == 0
+    assert len(load(OFFICIAL, places).train.labels) == 27
+
+
+def test_pipes_in_the_cache_are_not_waited_at(places):
+    official(places["folders"])
+    prepare(OFFICIAL, places)
+    folder = prepared.location(OFFICIAL, transform=SMALL, **places)
+    os.mkfifo(folder / "seen_again")
+    for file in files(places):
+        os.utime(file, ns=(0, 0))
+    assert prepared.missing([OFFICIAL], transform=SMALL, **places) == []
+    assert (folder / "seen_again").is_file(), "replaced"
+    lock = folder.with_name(folder.name + ".lock")
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(ValueError, match=r"\.lock is no regular file; remove it"):
+        prepare(OFFICIAL, places)
+
+
 def test_training_images_shortened_to_another_number_are_told(places):
     official(places["folders"])
     paint(places["folders"] / OFFICIAL / "train/class_0/copy.png", 0)
@@ -545,7 +581,7 @@ def test_a_process_reads_a_folder_once_where_the_cache_cannot_be_written(
         raise PermissionError(13, "Permission denied", str(file))
 
     read, names = images.read, []
-    monkeypatch.setattr(Path, "write_text", refused)
+    monkeypatch.setattr(prepared, "replace_file", refused)
     monkeypatch.setattr(
         images, "read", lambda content, name: names.append(name) or read(content, name)
     )

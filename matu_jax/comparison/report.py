@@ -30,6 +30,7 @@ from matu_jax.comparison.html import (
     to_html,
     to_markdown,
 )
+from matu_jax.json_files import replace_file
 from matu_jax.report import human_bits, human_bytes
 
 _NONE = "–"
@@ -69,12 +70,12 @@ def write(comparison: Mapping[str, Any], folder: str | os.PathLike) -> list[Path
     blocks = list(_document(comparison))
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "report.html", folder / "report.md"]
-    files[0].write_text(to_html(title, blocks), encoding="utf-8", newline="\n")
-    files[1].write_text(to_markdown(title, blocks), encoding="utf-8", newline="\n")
+    replace_file(files[0], to_html(title, blocks).encode())
+    replace_file(files[1], to_markdown(title, blocks).encode())
     for block in blocks:
         if isinstance(block, Picture):
             files.append(folder / block.file)
-            files[-1].write_bytes(block.png)
+            replace_file(files[-1], block.png)
     return files
 
 

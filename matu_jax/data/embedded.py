@@ -52,6 +52,7 @@ from matu_jax.data.sprites import (
     SHAPES,
     SPRITES,
 )
+from matu_jax.json_files import regular_file
 
 __all__ = [
     "DOMAINS",
@@ -303,7 +304,7 @@ def _read(file: Path, domain: str, counts: dict[str, int]) -> _Pool | None:
         expected[f"{part}/images"] = ("uint8", (count, SIZE, SIZE, 3))
         expected |= {f"{part}/{space}": ("int32", (count,)) for space in _attributes(domain)}
     try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        with regular_file(file).open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             pool = {key: stored[key] for key in expected}
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -29,6 +29,7 @@ from numpy.lib import format as npy
 from matu_jax.data import Transform, folders, images, prepared, resuming, selection, tfds
 from matu_jax.data.datasets import Dataset, Example, Source
 from matu_jax.data.prepared import FORMAT, PARTS, SEED, TEST_FRACTION
+from matu_jax.json_files import remove_unfinished, replace_file
 
 __all__ = ["counts", "open_source", "prepare"]
 
@@ -110,6 +111,8 @@ def _lock(final: Path, name: str) -> Iterator[None]:
     file = final.with_name(final.name + ".lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not file.is_file():
+            raise ValueError(f"dataset {name!r}: {file} is no regular file; remove it")
         stream = file.open("w")
     except OSError as error:
         raise ValueError(
@@ -278,7 +281,7 @@ def _write(
                 for array in (*arrays[0], *arrays[1]):
                     array.flush()
                 state = resuming.state(plan, resuming.Progress(indices.stop, levels))
-                _write_json(partial / "progress.json", state)
+                replace_file(partial / "progress.json", _json(state))
             progress(indices.stop, total)
     if errors:
         raise ValueError(
@@ -381,7 +384,7 @@ def _finish(
         "sha256": hashlib.sha256("".join(splits[p]["sha256"] for p in PARTS).encode()).hexdigest(),
     }
     metadata["checksum"] = prepared.checksum(metadata)
-    _write_json(partial / "metadata.json", metadata)
+    replace_file(partial / "metadata.json", _json(metadata))
     _sync(partial)
     return metadata
 
@@ -447,6 +450,7 @@ def _tidy(folder: Path) -> None:
     """Removes what only an unfinished preparation needs; not before, lest it cannot be resumed."""
     for file in (*folder.glob("*_all_*.npy"), folder / "progress.json"):
         file.unlink(missing_ok=True)
+    remove_unfinished(folder)
 
 
 def _shorten(file: Path, rows: int) -> None:
@@ -464,14 +468,8 @@ def _shorten(file: Path, rows: int) -> None:
         stream.truncate(start + int(np.prod(shape[1:])) * rows * dtype.itemsize)
 
 
-def _write_json(file: Path, content: dict) -> None:
-    """Writes a file whole or not at all."""
-    new = file.with_name(file.name + ".new")
-    with new.open("w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(file)
+def _json(content: dict) -> bytes:
+    return json.dumps(content, indent=1).encode()
 
 
 def _sync(path: Path) -> None:

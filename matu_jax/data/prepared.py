@@ -31,7 +31,7 @@ from pydantic import BaseModel, Field
 
 from matu_jax.data import Split, Task, Transform, selection
 from matu_jax.data.datasets import Dataset, Example, Source
-from matu_jax.json_files import checked, read_json
+from matu_jax.json_files import checked, read_json, regular_file, replace_file
 
 __all__ = ["check", "load", "location", "missing", "notes", "outdated"]
 
@@ -113,7 +113,7 @@ def outdated(dataset: Dataset, folder: Path, images: Path | None) -> bool:
         return True
     known = [metadata["version"]]
     with contextlib.suppress(OSError, ValueError):
-        known.append(seen.read_text())
+        known.append(regular_file(seen).read_text())
     if source.version in known:
         return False
     compared = (folder, images, source.version, metadata["checksum"])
@@ -136,7 +136,7 @@ def outdated(dataset: Dataset, folder: Path, images: Path | None) -> bool:
     if not changed:
         # Where the cache cannot be written, the next process reads them again.
         with contextlib.suppress(OSError):
-            seen.write_text(source.version)
+            replace_file(seen, source.version.encode())
     return changed
 
 

@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 from pydantic import BaseModel, Field
 
 from matu_jax.data.prepared import PARTS, WhiteLevels, checksum
-from matu_jax.json_files import checked, read_json
+from matu_jax.json_files import checked, read_json, regular_file
 
 __all__ = ["Progress", "begun", "open_arrays", "state"]
 
@@ -126,7 +126,8 @@ def _there(partial: Path, plan: dict, *, complete: bool) -> bool:
     for part, examples in zip(PARTS, plan["examples"], strict=True):
         for name, dtype, shape in _layout(part, examples, plan["transform"]["size"]):
             try:
-                array = np.load(partial / name, mmap_mode="r", allow_pickle=False)
+                file = regular_file(partial / name)
+                array = np.load(file, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError):
                 return False
             # The last stage shortens the training images.
