@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from matu_jax.trees import PyTree
 
+_PROGRAMS_BYTES = 2 * 1024**3
 AXIS = "slots"
 ROWS, WHOLE = PartitionSpec(AXIS), PartitionSpec()
 """How arrays lie on the devices: `[slots, ...]` shared out among them, or whole on each."""
@@ -31,13 +33,39 @@ def use_cores() -> None:
 def keep_programs() -> None:
     """Keeps compiled programs on disk, so that runs with the same shapes compile once.
 
-    In `compiled` under the environment's MATU_JAX_CACHE, else under `~/.cache/matu_jax`; JAX's own
-    setting, JAX_COMPILATION_CACHE_DIR, wins.
+    In `compiled` under the environment's MATU_JAX_CACHE, else under `~/.cache/matu_jax`; at most 2
+    GiB, of which the programs go first that were used least recently. JAX's own settings,
+    JAX_COMPILATION_CACHE_DIR and JAX_COMPILATION_CACHE_MAX_SIZE, win. Nothing is kept where the
+    folder cannot be written.
     """
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        cache = Path(os.environ.get("MATU_JAX_CACHE") or Path.home() / ".cache" / "matu_jax")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
+        return
+    cache = Path(os.environ.get("MATU_JAX_CACHE") or Path.home() / ".cache" / "matu_jax")
+    folder, size = cache / "compiled", getattr(jax.config, "jax_compilation_cache_max_size", -1)
+    if size == -1:  # JAX's default: no limit
+        size = _PROGRAMS_BYTES
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lockfile", timeout=10):  # JAX's own
+            _remove_unlisted(folder)
+    except (OSError, Timeout):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", size)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _remove_unlisted(folder: Path) -> None:
+    """Removes programs without the time of their last use.
+
+    They were kept without a limit, or their process was killed while it wrote them; JAX would keep
+    no other program for their sake.
+    """
+    for program in folder.glob("*-cache"):
+        used = program.with_name(f"{program.name.removesuffix('-cache')}-atime")
+        if not used.is_file() or used.stat().st_size != 8:
+            program.unlink()
+            used.unlink(missing_ok=True)
 
 
 def slot_mesh(devices: Sequence[Any] | None = None) -> Mesh:
