@@ -5,8 +5,8 @@
     --workdir DIR             where the run shall go, or an interrupted run is
 
 Tells whether devices, memory, packages and extras, data, checkpoint, disk and workdir are as the
-experiment needs them, and what to do where they are not. Changes nothing, but for a checkpoint that
-it fetches.
+experiment needs them, what to do where they are not, and what to know of the data. Changes nothing,
+but for a checkpoint that it fetches.
 
 Exit codes: 0 the experiment can be run; 2 it cannot, or there is a mistake in the command or the
 config; 130 interrupted with Ctrl-C.
@@ -99,7 +99,10 @@ def examine(config: Config, source: Source, workdir: Path | None) -> Iterator[Fi
     needed = None
     if ready:
         try:
-            found, needed = _memory(config)
+            federation = federate(config)
+            for line in data_notes(federation.tasks):
+                yield Finding("note", "data", line.removeprefix("data: "))
+            found, needed = _memory(config, federation)
             yield found
         except ValueError as error:
             yield Finding("problem", "experiment", str(error))
@@ -143,9 +146,8 @@ def _devices() -> Iterator[Finding]:
                 )
 
 
-def _memory(config: Config) -> tuple[Finding, int]:
+def _memory(config: Config, federation: rounds.Federation) -> tuple[Finding, int]:
     """Memory needed against memory there; and the bytes of a checkpoint."""
-    federation = rounds.federate(config)
     model = models.build(config.model, federation.tasks, seed=config.seed)
     algorithm, mesh = algorithms.build(config), slot_mesh()
     config = rounds.fitted(config, model, algorithm, federation, mesh)

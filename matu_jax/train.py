@@ -429,7 +429,7 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
         "workdir": str(workdir),
     }
     console.print(report.plan_table(plan))
-    for line in _data_notes(federation.tasks):
+    for line in data_notes(federation.tasks):
         console.print(line)
     there, needed = memory_there(device), sum(memory.values()) // mesh.size
     if there and needed > there:
@@ -441,7 +441,7 @@ def _print_plan(config, algorithm, model, federation, mesh, workdir, console) ->
         )
 
 
-def _data_notes(tasks: Sequence[Task]) -> Iterator[str]:
+def data_notes(tasks: Sequence[Task]) -> Iterator[str]:
     """What people should know of the data, a line for each note, with the tasks that share it."""
     named: dict[str, list[str]] = {}
     for task in tasks:

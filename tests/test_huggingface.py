@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -525,3 +527,24 @@ def test_tables_cover_full_size_towers():
 def test_adapters_have_no_name_in_a_checkpoint():
     with pytest.raises(ValueError, match="blocks/query/lora_a"):
         tensor_names.to_huggingface({"blocks": {"query": {"lora_a": np.zeros((2, 3))}}}, "vit")
+
+
+def test_transformers_is_not_heard_on_pytorch_which_nothing_needs(tmp_path):
+    code = """
+import sys
+
+sys.modules["torch"] = None  # as if it were not installed
+from matu_jax.models import huggingface
+
+try:
+    huggingface.tokenizer(sys.argv[1], 3)
+except ValueError as error:
+    print(error)
+import transformers
+
+assert not transformers.is_torch_available()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "tokenizer" in done.stdout
+    assert done.stderr == ""

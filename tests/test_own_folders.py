@@ -53,11 +53,17 @@ def test_what_is_learnt_is_more_than_chance_and_than_the_untrained_model(
     run, small = tmp_path / "run", ["--config.data.clients=2", "--config.rounds=3"]
     small += ["--config.local.steps=40", "--config.local.learning_rate=0.01"]
     assert prepare.main([*words, *small]) == 0
+    capsys.readouterr()
     assert doctor.main([*words, *small]) == 0
+    note = f"digits: files that are no images: 1, such as {folders / 'digits'}/read me.txt"
+    assert f"note     data                 {note}" in capsys.readouterr().out
     assert train.main([*words, *small, f"--workdir={run}"]) == 0
     out = capsys.readouterr().out
     for task in ("digits", "digits turned"):
-        assert f"data: {task}: 1 files are no images, such as {folders / task}/read me.txt" in out
+        assert (
+            f"data: {task}: files that are no images: 1, such as {folders / task}/read me.txt"
+            in out
+        )
     config, _, _ = read_config([*words, *small], "")
     before = dict(script("own_folders_baselines").baselines(config))
     after = json.loads((run / "summary.json").read_text())["accuracy"]["per_task"]

@@ -271,6 +271,11 @@ def read_tensors(files: dict[str, tuple[Path, str]], names: Iterable[str]) -> di
     return tensors
 
 
+def _needed(record: logging.LogRecord) -> bool:
+    """Whether to print what transformers says: its tokenizers need no PyTorch."""
+    return "PyTorch was not found" not in record.getMessage()
+
+
 def tokenizer(folder: Path, vocabulary: int) -> Any:
     """The checkpoint's CLIPTokenizer.
 
@@ -282,7 +287,12 @@ def tokenizer(folder: Path, vocabulary: int) -> Any:
       ValueError: if the files are not there. transformers then hands out a tokenizer with a handful
         of tokens and says nothing, which would make every prompt the same.
     """
-    from transformers import CLIPTokenizer
+    logger = logging.getLogger("transformers")
+    logger.addFilter(_needed)
+    try:
+        from transformers import CLIPTokenizer
+    finally:
+        logger.removeFilter(_needed)
 
     wanted = "tokenizer.json, or vocab.json and merges.txt,"
     try:
