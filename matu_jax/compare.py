@@ -250,13 +250,13 @@ def _print_plan(
 ) -> None:
     left = [run for run in runs if not (run.folder(workdir) / "summary.json").exists()]
     console.print(
-        f"{len(runs)} runs: {len(comparison.settings)} settings, {len(comparison.arms)} arms, "
-        f"{len(comparison.seeds)} seeds; {len(runs) - len(left)} are done."
+        f"Runs: {len(runs)}, done: {len(runs) - len(left)} (settings: {len(comparison.settings)}, "
+        f"arms: {len(comparison.arms)}, seeds: {len(comparison.seeds)})."
     )
     known = [comparison.settings[run.setting].seconds for run in left]
     if left and all(known):
         console.print(
-            f"The other {len(left)} take about {sum(known) / 60:.0f} minutes on two CPU cores, as "
+            f"What is left takes about {sum(known) / 60:.0f} min on two CPU cores, as "
             "measured when the comparison was made. Interrupted, the same command goes on."
         )
 

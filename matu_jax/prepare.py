@@ -151,7 +151,7 @@ def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_ru
         row.state = "; ".join((row.state, *notes, *source.notes))
         return
     _fill(row, _run(row.name, transform, folders, console), f"prepared {anew or 'now'}")
-    console.print(f"{row.name}: {row.train:,} images for train, {row.test:,} for test")
+    console.print(f"{row.name}: images for train: {row.train:,}, for test: {row.test:,}")
 
 
 def _run(name: str, transform: Transform, folders: str, console: Console) -> dict:

@@ -366,8 +366,8 @@ def test_the_program_compares_tunes_and_reports(write, tmp_path, capsys):
     text, progress = capsys.readouterr()
     for arm in tuned["arms"]:  # without a terminal, a line a round
         assert f"pairs / {arm} / seed 0: round 2 of 2: loss " in progress
-    assert "2 runs: 1 settings, 2 arms, 1 seeds; 0 are done." in text
-    assert "take about 2 minutes" in text
+    assert "Runs: 2, done: 0 (settings: 1, arms: 2, seeds: 1)." in text
+    assert "What is left takes about 2 min" in text
     found = json.loads((out / "comparison.json").read_text())
     (setting,) = found["settings"]
     for arm in setting["arms"]:
@@ -382,7 +382,7 @@ def test_the_program_compares_tunes_and_reports(write, tmp_path, capsys):
 
     assert compare.main(["compare", *arguments, "--seeds=0,1"]) == 0
     text, progress = capsys.readouterr()
-    assert "4 runs: 1 settings, 2 arms, 2 seeds; 2 are done." in text
+    assert "Runs: 4, done: 2 (settings: 1, arms: 2, seeds: 2)." in text
     assert "seed 1: round 1 of 2: " in progress
     assert "seed 0: " not in progress
     assert json.loads((out / "comparison.json").read_text())["seeds"] == [0, 1]
@@ -403,7 +403,7 @@ def test_a_killed_comparison_goes_on_where_it_was(write, tmp_path):
     left.touch()
     before = first.stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "0 are done" not in done.stdout
+    assert "done: 0 " not in done.stdout
     assert not left.exists()
     assert first.stat().st_mtime_ns == before
     found = json.loads((out / "comparison.json").read_text())

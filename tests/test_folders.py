@@ -61,7 +61,7 @@ def test_train_test_and_validation_folders(tmp_path):
     assert source.class_names == ("a", "b b")
     assert source.origin == f"folder {tmp_path}"
     (note,) = source.notes
-    assert "3 files are no images" in note
+    assert "files that are no images: 3, such as" in note
     image, label = images.picture(source.train[2]), source.train[2].label
     assert (image.mode, image.size, label) == ("RGB", (8, 6), 1)
 
@@ -72,7 +72,7 @@ def test_a_validation_split_is_trained_on_where_the_table_has_it_so_and_this_is_
 ):
     tree(tmp_path, "train/a/1.png", "train/b/1.png", f"{name}/a/2.png", "test/b/3.png")
     row = dataclasses.replace(toys(), train="train+validation")
-    told = ("the validation split is among what is trained on: 1 images",)
+    told = ("images of the validation split that are trained on: 1",)
     for dataset, validation, notes in ((row, 0, told), (toys(), 1, ())):
         source = folders.source(dataset, tmp_path)
         assert len(source.train) == 3
@@ -171,7 +171,7 @@ def test_a_folder_of_ones_own_brings_its_classes(tmp_path):
     assert folders.source(own, tmp_path / "ward").test is None
     shutil.rmtree(tmp_path / "ward/TRAIN/眼")
     with pytest.raises(
-        ValueError, match=r"'ward': found 1 classes in .*\(Grüner Apfel\), expected 2"
+        ValueError, match=r"'ward': .*: found classes: 1 \(Grüner Apfel\), expected 2"
     ):
         folders.source(own, tmp_path / "ward")
 
@@ -209,7 +209,7 @@ def test_classes_that_are_called_the_same(tmp_path):
         (["val/a/1.png", "valid/a/1.png", "train/a/1.png"], "found val and valid, expected one"),
         (["train/a/1.png", "test/a/1.png", "extra/a/1.png"], "found a folder where images were"),
         (["train/a/1.png", "train/b/1.png", "test/c/1.png"], r"class 'c', which .*train lacks"),
-        (["train/a/1.png", "test/a/1.png"], r"found 1 classes .* \(a.*expected 2"),
+        (["train/a/1.png", "test/a/1.png"], r"found classes: 1 \(a.*expected 2"),
         (["train/1.png", "test/a/1.png"], "train: found no folder in it"),
         (["a/deep/1.png", "a/2.png", "b/1.png"], "a/deep: found a folder where images were"),
         ([], "found no folder in it"),
@@ -263,7 +263,7 @@ def test_links_that_lead_out_of_the_folder_are_followed_and_told(tmp_path):
     (tmp_path / "f/test/b").symlink_to(tmp_path / "elsewhere")
     source = folders.source(toys(), tmp_path / "f")
     assert len(source.train) == 4
-    assert source.notes == (f"2 links lead out of the folder, such as {tmp_path}/f/test/b",)
+    assert source.notes == (f"links out of the folder: 2, such as {tmp_path}/f/test/b",)
 
 
 def test_a_file_name_that_is_not_utf_8_can_be_told(tmp_path):

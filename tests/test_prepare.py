@@ -104,7 +104,7 @@ def test_as_a_user(images, tmp_path):
     assert row(done.stdout, "mnist") == [
         "mnist", "folder", "59", "20", "11.3 MiB", "1 + 0", "prepared now",
     ]  # fmt: skip
-    assert "mnist: 59 images for train, 20 for test" in done.stdout
+    assert "mnist: images for train: 59, for test: 20" in done.stdout
     assert str(tmp_path / "cache" / "prepared") in done.stdout
     (task,) = prepared.load(["mnist"], transform=TRANSFORM)
     assert [len(split.labels) for split in (task.train, task.validation, task.test)] == [53, 6, 20]
@@ -220,8 +220,8 @@ def test_a_dry_run_tells_what_is_known_and_what_is_not(images, tmp_path, capsys,
     assert run("--config.data.tasks=mnist,dtd,eurosat", "--dry-run") == 0
     out = capsys.readouterr().out
     assert row(out, "mnist")[-1] == (
-        f"to be prepared; 1 files are no images, such as {images}/mnist/train/3/notes.txt; "
-        f"1 links lead out of the folder, such as {images}/mnist/train/3/linked.png"
+        f"to be prepared; files that are no images: 1, such as {images}/mnist/train/3/notes.txt; "
+        f"links out of the folder: 1, such as {images}/mnist/train/3/linked.png"
     )
     assert row(out, "dtd")[-1] == "to be prepared, downloaded if need be"
     assert row(out, "eurosat")[-1] == (

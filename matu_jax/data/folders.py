@@ -215,7 +215,7 @@ def source(dataset: Dataset, root: Path) -> Source:
     listing = list_folder(root)
     if len(listing.folders) != dataset.num_classes:
         some = ", ".join(listing.folders[:5]) + ", ..." * (len(listing.folders) > 5)
-        where = f"dataset {dataset.name!r}: found {len(listing.folders)} classes in {root} ({some})"
+        where = f"dataset {dataset.name!r}: {root}: found classes: {len(listing.folders)} ({some})"
         if dataset.num_classes:
             raise ValueError(
                 f"{where}, expected {dataset.num_classes}, as the dataset of this name has; a "
@@ -249,14 +249,13 @@ def source(dataset: Dataset, root: Path) -> Source:
     notes = ()
     if given and "validation" in dataset.train.split("+"):
         # As from TFDS, where the split of this name is among those to train on.
-        notes = (f"the validation split is among what is trained on: {len(given):,} images",)
+        notes = (f"images of the validation split that are trained on: {len(given):,}",)
         given = ()
     if listing.ignored:
-        notes += (f"{len(listing.ignored)} files are no images, such as {listing.ignored[0]}",)
+        passed, first = len(listing.ignored), listing.ignored[0]
+        notes += (f"files that are no images: {passed}, such as {first}",)
     if listing.linked:
-        notes += (
-            f"{len(listing.linked)} links lead out of the folder, such as {listing.linked[0]}",
-        )
+        notes += (f"links out of the folder: {len(listing.linked)}, such as {listing.linked[0]}",)
     test = listing.splits.get("test")
     return Source(
         _Images(root, train),

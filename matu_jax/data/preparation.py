@@ -285,8 +285,9 @@ def _write(
             progress(indices.stop, total)
     if errors:
         raise ValueError(
-            f"dataset {dataset.name!r}: {len(errors)}{'+' * (len(errors) >= _REPORTED)} images "
-            "cannot be used:\n  " + "\n  ".join(errors)
+            f"dataset {dataset.name!r}: images that cannot be used: {len(errors)}"
+            + " or more" * (len(errors) >= _REPORTED)
+            + "".join(f"\n  {error}" for error in errors)
         )
     return levels
 

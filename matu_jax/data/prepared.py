@@ -202,8 +202,8 @@ def load(
     absent = missing(names, transform=transform, cache_dir=cache_dir, folders=folders)
     if absent:
         raise ValueError(
-            f"{len(absent)} of {len(names)} datasets are not prepared for {transform}, or their "
-            f"image folder has changed since: {', '.join(absent)}; {how}"
+            f"datasets that are not prepared for {transform}, or whose image folder has changed "
+            f"since ({len(absent)} of {len(names)}): {', '.join(absent)}; {how}"
         )
     tasks = []
     for name in names:
@@ -251,7 +251,7 @@ def notes(metadata: dict) -> tuple[str, ...]:
     validation = metadata.get("validation", 0)
     found = [*notes_of_splits(metadata["test_split"], validation), *metadata["notes"]]
     if metadata["test_twice"]:
-        found.append(f"{metadata['test_twice']} images are in test more than once")
+        found.append(f"images that are in test more than once: {metadata['test_twice']}")
     return tuple(found)
 
 

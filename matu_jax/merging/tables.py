@@ -29,7 +29,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
       console: where to print; lines are as long as the number of models asks for.
     """
     models = report["models"]
-    table = Table(box=box.SIMPLE, title=f"{report['method']}: {len(models)} models")
+    table = Table(box=box.SIMPLE, title=f"{report['method']}: models: {len(models)}")
     table.add_column("")
     table.add_column("model")
     columns = [name for name in _COLUMNS if name in models[0]]
@@ -54,7 +54,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             similarity.add_row(str(number), Text(model["name"]), *(f"{x:.3f}" for x in row))
         _print(console, similarity)
     for line in _notes(report):
-        console.print(line, markup=False, highlight=False)
+        console.print(line)
 
 
 def rebuilt_notes(report: Mapping[str, Any]) -> list[str]:
@@ -69,7 +69,7 @@ def rebuilt_notes(report: Mapping[str, Any]) -> list[str]:
     lines = [f"Rebuilding is lossy: of {task}, {near}."]
     if names:
         lines.append(
-            f"Not {task}'s own: {len(names)} tensors are the base's: {some_of(names)}"
+            f"Not {task}'s own but the base's, tensors: {len(names)}: {some_of(names)}"
             + ("" if report["from_base_known"] else " (some may be equal in all)")
         )
     if report["left_out"]:
@@ -89,15 +89,15 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"Copied, equal in all: {some_of(tensors['equal'])}")
     if tensors["from_base"]:
         lines.append(
-            f"From the base, outside --only: {len(tensors['from_base'])} tensors: "
+            f"From the base, outside --only, tensors: {len(tensors['from_base'])}: "
             f"{some_of(tensors['from_base'])}"
         )
-    lines.append(f"Merged: {tensors['merged']} tensors, {report['parameters']:,} parameters.")
+    lines.append(f"Merged: tensors: {tensors['merged']}, parameters: {report['parameters']:,}.")
     if report["method"] == "unify":
         lines.append(
             f"Size: {human_bytes(size['result_file'])}, {size['ratio']:.4f} of the "
             f"{human_bytes(size['merged_tensors_of_all_models'])} of the same tensors in "
-            f"{len(report['models'])} models; rebuilding one takes the base as well."
+            f"all models; rebuilding one takes the base as well."
         )
     lines += _left_out(report)
     lines.append(f"Result: {report['result']} ({report['seconds']:.1f} seconds)")
