@@ -195,14 +195,26 @@ class Source(NamedTuple):
     Attributes:
       file: of `--config`.
       fields: to change in it, such as {"local.steps": "10"}.
+      options: of a comparison: which part of it, and its workdir, such as {"arms": "matu"}.
     """
 
     file: Path
     fields: Mapping[str, str] = {}
+    options: Mapping[str, str] = {}
 
-    def command(self, program: str, words: Sequence[str] = ()) -> str:
-        """A command line about the same experiment, for messages; see `command`."""
-        changes = [f"--config.{name}={text}" for name, text in self.fields.items()]
+    def command(self, program: str, words: Sequence[str] = (), **options: str) -> str:
+        """A command line about the same experiment, for messages; see `command`.
+
+        Args:
+          program: of the package, such as "train".
+          words: what follows.
+          options: in place of those that were given, such as arms="matu".
+        """
+        given = {f"config.{name}": text for name, text in self.fields.items()}
+        if program == "compare":  # the only one that takes them
+            given |= self.options
+        given |= options
+        changes = [f"--{name}={text}" for name, text in given.items()]
         return command(program, self.file, [*changes, *words])
 
 

@@ -58,7 +58,8 @@ def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Source, Path, bool]:
     """
     names = ["settings", "arms", "seeds"]
     source, options = read_words(argv, __doc__ or "", ["workdir", *names], ["tune"])
-    file, fields = source
+    source = source._replace(options={k: v for k, v in options.items() if k != "tune"})
+    file, fields, _ = source
     comparison = run_file(file)
     if not isinstance(comparison, plan.Comparison):
         raise UserError(
@@ -143,10 +144,12 @@ def tune(comparison: plan.Comparison, source: Source, workdir: Path, console: Co
     Raises:
       UserError: if the comparison names no file for the result, or no fields to search.
     """
-    if not comparison.tuned or not comparison.search:
-        raise UserError(
-            f"--tune: {source.file} has no `search`, or no `tuned` file for its result."
-        )
+    for name, what in (
+        ("search", "the fields that are tried for every arm"),
+        ("tuned", "the file for what is found"),
+    ):
+        if not getattr(comparison, name):
+            raise UserError(f"--tune: {source.file} has no `{name}`: {what}. Give it one.")
     setting = comparison.tuning_setting or next(iter(comparison.settings))
     trials = [plan.Run(setting, label, comparison.tuning_seed) for label in comparison.arms]
     _check_inputs(comparison, trials, source)

@@ -99,8 +99,8 @@ def examine(config: Config, source: Source, workdir: Path | None) -> Iterator[Fi
     needed = None
     if ready:
         try:
-            federation = federate(config)
-            for line in data_notes(federation.tasks):
+            federation = rounds.federate(config)
+            for line in train.data_notes(federation.tasks):
                 yield Finding("note", "data", line.removeprefix("data: "))
             found, needed = _memory(config, federation)
             yield found

@@ -200,7 +200,8 @@ def near_ties(
     """Examples that another order of the same sums may put on the other side: bool `[examples]`.
 
     Those whose own class's logit is less than `rounding` times the example's largest magnitude away
-    from the best of the other classes.
+    from the best of the other classes; logits less their mean, since what all classes have in
+    common decides nothing.
 
     Args:
       logits: `[examples, width]`, of which the first num_classes count.
@@ -210,6 +211,8 @@ def near_ties(
     """
     column = jnp.arange(logits.shape[-1])[None]
     own, there = column == targets[:, None], column < num_classes
+    mean = jnp.where(there, logits, 0).sum(axis=-1, keepdims=True)
+    logits = logits - mean / num_classes.astype(logits.dtype)
     target = jnp.where(own, logits, 0).sum(axis=-1)
     best = jnp.where(own | ~there, -jnp.inf, logits).max(axis=-1)
     largest = jnp.where(there, jnp.abs(logits), 0).max(axis=-1)

@@ -9,12 +9,13 @@ What a task's client was measured with, in one of three formats:
 and beside it head.safetensors ("weight" [classes, features]; "bias" of a trained head or
 "logit_scale" of a zero-shot one) and a model card, README.md: how it was made, how to load it.
 
-The round is the one that the run's results speak of, the best on validation, or --round. First the
-model is measured as the run did. It must get as many validation and test examples right as the run
-recorded, up to those that are near ties, which rounding may decide; else nothing is written. The
-card's accuracy is that on the test examples in float32. All files of tensors are read back and
-compared bit for bit. Of a round that the run did not measure nothing can be compared. Algorithms
-that train a linearised model (ntk_fedavg) have none that these formats could hold.
+The round is the one that the run's results speak of, the best on validation, or --round. Data, base
+checkpoint and state have to be the run's, byte for byte. Then the model is measured as the run did:
+it must get as many validation and test examples right as the run recorded, up to those that are
+near ties, which rounding may decide; else nothing is written. Of a round that the run did not
+measure nothing can be compared. The card's accuracy is that on the test examples in float32. All
+files of tensors are read back and compared bit for bit. Algorithms that train a linearised model
+(ntk_fedavg) have none that these formats could hold.
 
 Exit codes: 0 done; 2 a mistake in the command or the run, said in one message.
 """
@@ -44,7 +45,14 @@ from matu_jax.models.architectures import transform_of
 from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.provenance import versions
 from matu_jax.trees import PyTree, leaf_items
-from matu_jax.workdir import check_data, check_origin, chosen_round, config_of, records_of
+from matu_jax.workdir import (
+    check_base,
+    check_data,
+    check_origin,
+    chosen_round,
+    config_of,
+    records_of,
+)
 
 FORMATS = ("peft", "merged", "safetensors")
 
@@ -133,6 +141,10 @@ def read_run(
         raise UserError(str(error)) from None
     check_origin(workdir / "checkpoints", meta, config)
     check_data(workdir / "checkpoints", meta, rounds.fingerprints(federation))
+    try:
+        check_base(workdir / "checkpoints", meta, models.base_fingerprint(config.model))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     accuracies = [record["accuracy"] for record in records if record["round"] == chosen]
     measured = accuracies[0] if accuracies else None
     row = _holder(federation.slots, names.index(task_name), client, measured, task_name)
@@ -209,8 +221,8 @@ def _registered(config: Config) -> algorithms.Algorithm:
         ) from None
 
 
-def measure(exported: Exported, kind: str) -> float:
-    """Test accuracy of what is to be written, in float32, with the run's evaluation settings.
+def measure(exported: Exported, kind: str) -> Counts:
+    """Counts the test examples that what is to be written gets right, in float32.
 
     First the parameters are counted as the run did, in its dtype and batches, on its validation and
     test examples. Each count has to be the recorded one, but for near ties, which may have changed
@@ -244,7 +256,7 @@ def measure(exported: Exported, kind: str) -> float:
                 f"{in_float32.examples} test examples rightly, adapters beside them "
                 f"{adapters.right}; nothing is written. Export with --format peft."
             )
-    return in_float32.right / in_float32.examples
+    return in_float32
 
 
 def _check_count(exported: Exported, found: Counts, recorded: float, split: str) -> None:
@@ -406,40 +418,26 @@ def _write_model(exported: Exported, kind: str, folder: Path) -> str:
     )
 
 
-def _card(exported: Exported, kind: str, loaded_by: str, measured: float) -> str:
+def _card(exported: Exported, kind: str, loaded_by: str, measured: Counts) -> str:
+    """The text of an export's README.md.
+
+    Args:
+      exported: the model.
+      kind: "peft", "merged" or "safetensors".
+      loaded_by: the transformers class that loads it.
+      measured: on the test split, in float32.
+    """
     config, task = exported.config, exported.task
     model, data = config.model, config.data
-    checkpoint, revision = exporting.base_model(model.checkpoint)
     library = {"peft": "peft", "merged": "transformers", "safetensors": "matu_jax"}[kind]
     header: dict[str, Any] = {"library_name": library}
+    checkpoint, _ = exporting.base_model(model.checkpoint)
     if model.checkpoint not in ("random", "embedded") and not Path(checkpoint).exists():
         header["base_model"] = checkpoint
-    at = f", revision={revision!r}" if revision else ""
-    loading = {
-        "peft": "# with transformers 5.23 or newer\n"
-        f"base = transformers.{loaded_by}.from_pretrained({checkpoint!r}{at})\n"
-        'model = peft.PeftModel.from_pretrained(base, "FOLDER")',
-        "merged": f'model = transformers.{loaded_by}.from_pretrained("FOLDER")',
-        "safetensors": "# Add the tensors to base parameters of the same names.\n"
-        'vector = safetensors.numpy.load_file("FOLDER/task_vector.safetensors")',
-    }[kind]
-    if "bias" in exported.head:
-        classify = "logits = features @ weight.T + bias"
-    else:
-        norm = "features.norm(dim=-1, keepdim=True)"
-        classify = f"logits = logit_scale * features / {norm} @ weight.T"
-    if kind == "safetensors":
-        images = f"made {transform_of(model).size} pixels high and wide"
-        classify = f"# features: of the image tower with base + vector\n{classify}"
-    else:
-        architecture = architecture_of(model)
-        images = exporting.images_text(architecture)
-        numbers = "\n".join(f'{name} = head["{name}"]' for name in exported.head)
-        classify = (
-            f"features = {exporting.features_code(architecture, kind)}\n"
-            f'head = safetensors.torch.load_file("FOLDER/head.safetensors")\n{numbers}\n{classify}'
-        )
-    recorded = ""
+    images = f"made {transform_of(model).size} pixels high and wide"
+    if model.architecture != "embedded":
+        images = exporting.images_text(architecture_of(model))
+    recorded = "; the run did not measure this round"
     if exported.accuracy is not None:
         recorded = f"; recorded in training: {100 * exported.accuracy:.1f} %"
     rows = {
@@ -453,7 +451,9 @@ def _card(exported: Exported, kind: str, loaded_by: str, measured: float) -> str
         "rounds": f"{exported.round} of {config.rounds}: {exported.why}",
         "clients": f"{data.clients}, {data.tasks_per_client} tasks each; this is the model of "
         f"client {exported.client}",
-        "test accuracy": f"{100 * measured:.1f} % (of these files, in float32{recorded})",
+        "test accuracy": f"{100 * measured.right / measured.examples:.1f} % of "
+        f"{measured.examples} of {len(task.test.labels)} test examples (of these files, in "
+        f"float32{recorded})",
         "images": images,
         "data": f"{data.source} {data.tasks or 'folders'}, "
         f"fingerprint {task.fingerprint or 'none'}",
@@ -464,10 +464,53 @@ def _card(exported: Exported, kind: str, loaded_by: str, measured: float) -> str
         f"{task.name}, fine-tuned with matu_jax",
         header,
         rows,
-        loading=loading,
-        classify=classify,
+        loading=_loading(exported, kind, loaded_by),
+        classify=_classify(exported, kind),
         settings=dataclasses.asdict(config),
     )
+
+
+def _loading(exported: Exported, kind: str, loaded_by: str) -> str:
+    """Python code that loads the model."""
+    model = exported.config.model
+    checkpoint, revision = exporting.base_model(model.checkpoint)
+    if kind == "merged":
+        return f'import transformers\n\nmodel = transformers.{loaded_by}.from_pretrained("FOLDER")'
+    if kind == "peft":
+        at = f", revision={revision!r}" if revision else ""
+        return (
+            "import peft\nimport transformers  # 5.23 or newer\n\n"
+            f"base = transformers.{loaded_by}.from_pretrained({checkpoint!r}{at})\n"
+            'model = peft.PeftModel.from_pretrained(base, "FOLDER")'
+        )
+    where = f"the base, {model.checkpoint!r}"
+    if model.checkpoint == "random":
+        where = f"the base, which matu_jax.models.build draws from seed {exported.config.seed}"
+    return (
+        "import safetensors.numpy\n\n"
+        f"# To be added to parameters of the same names of {where}.\n"
+        'vector = safetensors.numpy.load_file("FOLDER/task_vector.safetensors")'
+    )
+
+
+def _classify(exported: Exported, kind: str) -> str:
+    """Python code that uses the head."""
+    head, norm = exported.head, "features.norm(dim=-1, keepdim=True)"
+    lines = [
+        "import safetensors.torch",
+        "",
+        'head = safetensors.torch.load_file("FOLDER/head.safetensors")',
+    ]
+    if kind == "safetensors":
+        lines.append("# features [examples, features]: of the image tower with base + vector")
+    else:
+        features = exporting.features_code(architecture_of(exported.config.model), kind)
+        lines.append(f"features = {features}")
+    if "bias" in head:
+        lines.append('logits = features @ head["weight"].T + head["bias"]')
+    else:
+        lines.append(f'logits = head["logit_scale"] * features / {norm} @ head["weight"].T')
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -219,7 +219,7 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], bool]:
       UserError: with what is wrong, and where.
     """
     doc, flags = __doc__ or "", ["dry-run"]
-    (file, fields), options = read_words(argv, doc, flags=flags)
+    (file, fields, _), options = read_words(argv, doc, flags=flags)
     comparison = run_file(file)
     if not isinstance(comparison, plan.Comparison):
         return [read_config(argv, doc, flags=flags)[0]], "dry-run" in options

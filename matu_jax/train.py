@@ -69,7 +69,7 @@ from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
 from matu_jax.progress import RoundProgress
 from matu_jax.provenance import commit, machine, versions
-from matu_jax.workdir import check_data, check_origin, opened
+from matu_jax.workdir import check_base, check_data, check_origin, opened
 
 _FINISHING = "Stopping after this round, which is saved then; once more ends at once and loses it."
 INTERRUPTED = "Interrupted. The same command with the same --workdir goes on."
@@ -200,7 +200,16 @@ def train(
     # While it is imported, etils replaces Python's import, on which a bar drawn meanwhile fails.
     importlib.import_module("grain")
     log = MetricsLog(workdir / "metrics.jsonl")
-    meta = {"config": dataclasses.asdict(config), "data": rounds.fingerprints(federation)}
+    with hosts.together():
+        try:
+            base = models.base_fingerprint(config.model) if first else None
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    meta = {
+        "config": dataclasses.asdict(config),
+        "data": rounds.fingerprints(federation),
+        "base": base,
+    }
     if profile and first and not (workdir / "profile").is_dir() and (workdir / "profile").exists():
         raise UserError(f"--profile: {workdir / 'profile'} is no folder. Move it away.")
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
@@ -211,7 +220,7 @@ def train(
             if first:
                 folder = workdir / "checkpoints"
                 checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
-        start, similarity_sum = _restored(checkpoints, log, config, meta["data"], target, zero)
+        start, similarity_sum = _restored(checkpoints, log, config, meta, target, zero)
         best = selected(log.records()) if first else None
         if start:
             console.print(f"Going on after round {start[0]} of {config.rounds}.")
@@ -329,7 +338,7 @@ def _restored(
     checkpoints: Checkpoints | None,
     log: MetricsLog,
     config: Config,
-    data: dict[str, Any],
+    meta: dict[str, Any],
     target: Any,
     zero: np.ndarray,
 ) -> tuple[tuple[int, Any] | None, np.ndarray]:
@@ -341,7 +350,8 @@ def _restored(
                 found = checkpoints.restore(target)
                 if found:
                     check_origin(checkpoints.directory, found[2], config)
-                    check_data(checkpoints.directory, found[2], data)
+                    check_data(checkpoints.directory, found[2], meta["data"])
+                    check_base(checkpoints.directory, found[2], meta["base"])
                 _keep_records(log, checkpoints, found)
         except ValueError as error:
             raise UserError(str(error)) from None

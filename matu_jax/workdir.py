@@ -333,6 +333,25 @@ def check_data(directory: Path, meta: dict[str, Any], fingerprints: dict[str, An
         )
 
 
+def check_base(directory: Path, meta: dict[str, Any], fingerprint: str | None) -> None:
+    """Refuses checkpoints of a run that fine-tuned another base, to which task vectors are added.
+
+    Args:
+      directory: where they are.
+      meta: what was saved with the checkpoint; older versions put no fingerprint there.
+      fingerprint: of the base as it is now, from `models.base_fingerprint`.
+
+    Raises:
+      UserError: if it has changed.
+    """
+    if meta.get("base", fingerprint) != fingerprint:
+        raise UserError(
+            f"{directory}: config.model.checkpoint holds other tensors than when this run began, "
+            "and task vectors are differences from those. Bring the checkpoint back as it was, or "
+            "remove that folder to start from round 0 with the one of now."
+        )
+
+
 def differences(found: Any, config: Config) -> list[str]:
     """Where a config that was written as JSON differs from the one here, a line for each field."""
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))

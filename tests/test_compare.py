@@ -418,7 +418,7 @@ def test_a_killed_comparison_goes_on_where_it_was(write, tmp_path):
         (["--settings=some"], "--settings: found 'some'"),
         (["--config.roudns=3"], 'Did you mean "rounds"'),
         (["--config.algorithm=mattu"], 'Did you mean "matu"'),
-        (["--tune"], "no `tuned` file"),
+        (["--tune"], "no `tuned`"),
         (["--tune=yes"], "expected no value"),
         (["--seed=1"], 'Did you mean "seeds"'),
     ],
@@ -459,17 +459,25 @@ def test_a_damaged_search_is_said(write, tmp_path, capsys, text, words):
 @pytest.mark.parametrize("arms", [None, ("matu",), ("matu", "per_task", "a", "b")])
 def test_what_makes_a_search_repeats_the_changes_and_searches_what_is_missing(tmp_path, arms):
     made = dataclasses.replace(
-        comparison(), tuned="tuned.json", arms={"matu": {}, "per_task": {}, "a, b": {}, "c": {}}
+        comparison(),
+        tuned="tuned.json",
+        arms={"matu": {}, "per_task": {}, "a, b": {}, "c": {}},
+        search={"local.learning_rate": (0.1, 0.2)},
     )
-    source = Source(tmp_path / "my file.py", {"rounds": "2", "algorithm": "x y"})
+    with pytest.raises(ValueError, match=r"Bring it back, or give .*`search`, or set tuned = ''"):
+        plan.with_tuned(dataclasses.replace(made, search={}), Source(tmp_path / "mine.py"))
+    source = Source(
+        tmp_path / "my file.py", {"rounds": "2", "algorithm": "x y"}, {"workdir": "a b"}
+    )
     if arms is not None:
         found = {"arms": {arm: {"chosen": {}} for arm in arms}}
         (tmp_path / "tuned.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match=" with: python") as raised:
         plan.with_tuned(made, source)
     words = shlex.split(str(raised.value).partition(" with: ")[2])
-    given, options = read_words(words[2:], "", ["arms"], ["tune"])
-    assert given == source
+    given, options = read_words(words[2:], "", ["arms", "workdir"], ["tune"])
+    assert given == source._replace(options={})
+    assert options["workdir"] == "a b"
     assert "tune" in options
     lacking = [label for label in made.arms if label not in (arms or ())]
     chosen = plan.part(made, arms=options["arms"]) if "arms" in options else made

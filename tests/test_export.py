@@ -13,31 +13,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
 import tiny
 import tiny_clip
 from jax.sharding import AxisType
 from rich.console import Console
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
-from matu_jax import export, models, rounds, train
+from matu_jax import export, models, rounds
 from matu_jax.algorithms import ALGORITHMS
 from matu_jax.config import default, freeze, set_field
+from matu_jax.evaluate import count_slot
+from matu_jax.export import measure, read_run
 from matu_jax.metrics import MetricsLog
 from matu_jax.models import exporting
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.backbone import parameter_shapes
 from matu_jax.models.checkpoint_config import checked_architecture
+from matu_jax.models.exporting import model_card
 from matu_jax.models.pretrained import read_towers
 from matu_jax.models.towers import VisionTower
 from matu_jax.report import result_table
+from matu_jax.rounds import federate
+from matu_jax.train import train
 from matu_jax.trees import leaf_items
 from matu_jax.workdir import opened
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-pytest.importorskip("safetensors.torch")  # of what cards show
 
 QUIET = Console(quiet=True)
 
@@ -70,14 +74,14 @@ def config_of(architecture, checkpoint, **model):
 
 def run(workdir, config):
     with opened(workdir, config):
-        train.train(config, "tiny", workdir, QUIET)
+        train(config, "tiny", workdir, QUIET)
     return workdir
 
 
 def our_logits(workdir, exported, images):
     """From the exported vector, through the package's own model."""
     config = exported.config
-    federation = rounds.federate(config)
+    federation = federate(config)
     model = models.build(config.model, federation.tasks, seed=config.seed)
     number = [task.name for task in federation.tasks].index(exported.task.name)
     params = exported.params
@@ -126,8 +130,7 @@ def as_the_card_says(folder, images, architecture):
     """Logits by executing the code that a card shows."""
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     code = "".join(blocks).replace("FOLDER", str(folder))
-    names: dict[str, Any] = {"transformers": transformers, "peft": peft, "safetensors": safetensors}
-    names["pixel_values"] = tiny_clip.pixel_values(images, architecture)
+    names: dict[str, Any] = {"pixel_values": tiny_clip.pixel_values(images, architecture)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(code, names)
@@ -148,7 +151,7 @@ def embeds_of(model, images, architecture=tiny_clip.TINY_CLIP):
 
 def test_a_peft_adapter_gives_our_logits(tmp_path, clip_run, clip_folder):
     images, out = tiny_clip.images(), tmp_path / "out"
-    exported = export.read_run(clip_run, "svhn")
+    exported = read_run(clip_run, "svhn")
     export.write(exported, "peft", out)
     base = load(transformers.CLIPVisionModelWithProjection, clip_folder)
     before = classified(out, embeds_of(base, images))
@@ -170,7 +173,7 @@ def test_a_merged_clip_checkpoint_gives_our_logits_and_keeps_the_text_tower(
     tmp_path, clip_run, clip_folder
 ):
     images, out = tiny_clip.images(), tmp_path / "out"
-    exported = export.read_run(clip_run, "dtd")
+    exported = read_run(clip_run, "dtd")
     export.write(exported, "merged", out)
     model = load(transformers.CLIPVisionModelWithProjection, out)
     expected = our_logits(clip_run, exported, images)
@@ -186,7 +189,7 @@ def test_a_merged_clip_checkpoint_gives_our_logits_and_keeps_the_text_tower(
 def test_a_run_on_a_random_tower_and_of_all_parameters_leaves_too(tmp_path):
     config = config_of("tiny_clip", "random", trainable="full")
     workdir, out = run(tmp_path / "run", config), tmp_path / "out"
-    exported = export.read_run(workdir, "mnist")
+    exported = read_run(workdir, "mnist")
     export.write(exported, "merged", out)
     images = tiny_clip.images()
     model = load(transformers.CLIPVisionModelWithProjection, out)
@@ -210,7 +213,7 @@ def test_a_plain_vision_transformer_leaves_with_its_trained_head(tmp_path, kind)
     architecture = "vit" if kind == "merged" else "tiny_vit"
     config = config_of(architecture, folder, head="trained")
     workdir, out = run(tmp_path / "run", config), tmp_path / "out"
-    exported = export.read_run(workdir, "svhn")
+    exported = read_run(workdir, "svhn")
     export.write(exported, kind, out)
     images = tiny_clip.images()
     pixels = tiny_clip.pixel_values(images, tiny_clip.TINY_VIT)
@@ -241,7 +244,7 @@ def test_a_vision_tower_of_any_shape_without_projection_leaves(tmp_path):
     config = transformers.CLIPVisionConfig(**sizes, hidden_act="relu")
     tiny_clip.save(tiny_clip.randomised(transformers.CLIPVisionModel(config)), folder)
     workdir = run(tmp_path / "run", config_of("clip", folder, head="trained"))
-    exported = export.read_run(workdir, "svhn")
+    exported = read_run(workdir, "svhn")
     expected = our_logits(workdir, exported, images)
     for kind in ("merged", "peft"):
         out = tmp_path / kind
@@ -259,11 +262,11 @@ def test_a_vision_tower_of_any_shape_without_projection_leaves(tmp_path):
 
 
 def test_the_raw_task_vector_is_tuned_minus_base(tmp_path, clip_run):
-    exported, out = export.read_run(clip_run, "svhn"), tmp_path / "out"
+    exported, out = read_run(clip_run, "svhn"), tmp_path / "out"
     export.write(exported, "safetensors", out)
     vector = load_file(out / "task_vector.safetensors")
     config = exported.config
-    federation = rounds.federate(config)
+    federation = federate(config)
     base = models.build(config.model, federation.tasks, seed=config.seed).base
     assert sorted(vector) == sorted(
         f"blocks/{target}/{name}"
@@ -277,7 +280,7 @@ def test_the_raw_task_vector_is_tuned_minus_base(tmp_path, clip_run):
 
 
 def test_the_card_says_how_it_was_made(tmp_path, clip_run, clip_folder):
-    exported, out = export.read_run(clip_run, "svhn", client=None), tmp_path / "out"
+    exported, out = read_run(clip_run, "svhn", client=None), tmp_path / "out"
     export.write(exported, "peft", out)
     card = (out / "README.md").read_text()
     summary = json.loads((clip_run / "summary.json").read_text())
@@ -292,7 +295,9 @@ def test_the_card_says_how_it_was_made(tmp_path, clip_run, clip_folder):
     assert (exported.client, exported.accuracy) in holders
     assert exported.accuracy is not None
     percent = f"{100 * exported.accuracy:.1f} %"
-    assert f"{percent} (of these files, in float32; recorded in training: {percent})" in card
+    examples = f"8 of {len(exported.task.test.labels)} test examples"
+    recorded = f"(of these files, in float32; recorded in training: {percent})"
+    assert f"{percent} of {examples} {recorded}" in card
     assert "2 of 2: the round with the best mean validation accuracy" in card
     for words in (
         "library_name: peft",
@@ -308,8 +313,8 @@ def test_the_card_says_how_it_was_made(tmp_path, clip_run, clip_folder):
 def test_what_is_exported_is_what_was_measured(clip_run):
     """Test accuracy of the exported parameters = that of the slot in the run's last record."""
     summary = json.loads((clip_run / "summary.json").read_text())
-    config = export.read_run(clip_run, "svhn").config
-    federation = rounds.federate(config)
+    config = read_run(clip_run, "svhn").config
+    federation = federate(config)
     mesh = jax.make_mesh((1,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     drawn = rounds._evaluation_sets(config, federation, mesh)["test"]
     images, labels = drawn.load(0)
@@ -317,7 +322,7 @@ def test_what_is_exported_is_what_was_measured(clip_run):
     for slot, (client, number) in enumerate(
         zip(federation.slots.client, federation.slots.task, strict=True)
     ):
-        exported = export.read_run(clip_run, federation.tasks[number].name, int(client))
+        exported = read_run(clip_run, federation.tasks[number].name, int(client))
         logits = our_logits(clip_run, exported, images[number].reshape(-1, *images.shape[3:]))
         targets = labels[number].reshape(-1)
         accuracy = (logits.argmax(1) == targets)[targets >= 0].mean()
@@ -327,15 +332,15 @@ def test_what_is_exported_is_what_was_measured(clip_run):
 
 
 def test_every_holder_can_be_asked_for(clip_run):
-    config = export.read_run(clip_run, "svhn").config
-    slots = rounds.federate(config).slots
+    config = read_run(clip_run, "svhn").config
+    slots = federate(config).slots
     holders = slots.client[slots.task == 1].tolist()
     assert len(holders) == 2
-    first, second = (export.read_run(clip_run, "svhn", client) for client in holders)
+    first, second = (read_run(clip_run, "svhn", client) for client in holders)
     assert [first.client, second.client] == holders
     (other,) = set(range(3)) - set(holders)
     with pytest.raises(export.UserError, match=f"--client {other}: does not hold"):
-        export.read_run(clip_run, "svhn", other)
+        read_run(clip_run, "svhn", other)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +391,7 @@ def test_the_embedded_model_leaves_as_a_task_vector_only(tmp_path):
     config.local.steps = 1
     config.evaluation.max_examples = 4
     workdir = run(tmp_path / "run", freeze(config))
-    exported = export.read_run(workdir, "hue/plaid")
+    exported = read_run(workdir, "hue/plaid")
     with pytest.raises(export.UserError, match="--format safetensors"):
         export.write(exported, "merged", tmp_path / "merged")
     export.write(exported, "safetensors", tmp_path / "out")
@@ -434,7 +439,7 @@ def accuracy_of(exported):
 def test_the_card_states_the_accuracy_of_what_is_written(tmp_path, algorithm, head):
     fields = {"rounds": 2, "model.head": head}
     workdir = run(tmp_path / "run", embedded_config(tmp_path, algorithm, **fields))
-    exported = export.read_run(workdir, "hue/plaid")
+    exported = read_run(workdir, "hue/plaid")
     export.write(exported, "safetensors", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     expected = accuracy_of(exported)
@@ -448,7 +453,7 @@ def test_the_card_states_the_accuracy_of_what_is_written(tmp_path, algorithm, he
 def test_a_linearised_model_is_refused_with_the_reason(tmp_path):
     workdir = run(tmp_path / "run", embedded_config(tmp_path, "ntk_fedavg", rounds=1))
     with pytest.raises(export.UserError, match="ntk_fedavg trains the model's first-order"):
-        export.read_run(workdir, "hue/plaid")
+        read_run(workdir, "hue/plaid")
 
 
 @pytest.fixture(scope="module")
@@ -474,7 +479,7 @@ def test_table_summary_card_and_checkpoints_speak_of_the_best_round(tmp_path, lo
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["selected_round"] == best
     assert "best mean validation accuracy" in summary["selection"]
-    exported = export.read_run(workdir, "hue/plaid")
+    exported = read_run(workdir, "hue/plaid")
     assert exported.round == best
     row = summary["slots"]["client"].index(exported.client)
     while summary["slots"]["task"][row] != 1:
@@ -513,14 +518,14 @@ def test_a_run_that_did_not_keep_its_best_round_says_so(tmp_path, long_run):
     shutil.copytree(workdir, other)
     shutil.rmtree(other / "checkpoints" / str(best))
     with pytest.raises(export.UserError, match=f"round {best}, .*has no checkpoint") as caught:
-        export.read_run(other, "hue/plaid")
+        read_run(other, "hue/plaid")
     assert "--round 6" in str(caught.value)
-    assert export.read_run(other, "hue/plaid", round_index=6).round == 6
+    assert read_run(other, "hue/plaid", round_index=6).round == 6
 
 
 def test_another_model_than_the_measured_one_is_an_error(tmp_path, long_run):
     workdir, _ = long_run
-    exported = export.read_run(workdir, "hue/plaid")
+    exported = read_run(workdir, "hue/plaid")
     rng = np.random.default_rng(0)
     noise = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), exported.params)
     with pytest.raises(export.UserError, match="but the run recorded") as caught:
@@ -530,42 +535,61 @@ def test_another_model_than_the_measured_one_is_an_error(tmp_path, long_run):
     # Of a round that the run did not measure there is nothing to differ from.
     unmeasured = dataclasses.replace(exported, params=noise, recorded={})
     export.write(unmeasured, "safetensors", tmp_path / "out")
-    assert "recorded" not in (tmp_path / "out" / "README.md").read_text().split("configuration")[0]
+    assert "the run did not measure this round" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_one_example_more_or_less_is_an_error(long_run):
-    exported = export.read_run(long_run[0], "hue/plaid")
-    export.measure(exported, "safetensors")
+    exported = read_run(long_run[0], "hue/plaid")
+    measure(exported, "safetensors")
     for split, examples in (("validation", 60), ("test", 60)):
         for change in (-1, 1):
             recorded = exported.recorded | {split: exported.recorded[split] + change / examples}
             with pytest.raises(export.UserError, match=f"{split} examples rightly, but"):
-                export.measure(dataclasses.replace(exported, recorded=recorded), "safetensors")
+                measure(dataclasses.replace(exported, recorded=recorded), "safetensors")
 
 
 def test_a_few_measured_examples_do_not_hide_another_model(tmp_path):
     fields = {"rounds": 2, "evaluation.max_examples": 7}
     workdir = run(tmp_path / "run", embedded_config(tmp_path, "fedavg", **fields))
-    exported = export.read_run(workdir, "hue/plaid")
-    export.measure(exported, "safetensors")  # the same seven examples as in training
+    exported = read_run(workdir, "hue/plaid")
+    measure(exported, "safetensors")  # the same seven examples as in training
     other = jax.tree.map(np.zeros_like, exported.params)
     with pytest.raises(export.UserError, match="of 7 validation examples rightly"):
-        export.measure(dataclasses.replace(exported, params=other), "safetensors")
+        measure(dataclasses.replace(exported, params=other), "safetensors")
+
+
+def test_another_base_than_the_run_began_with_is_refused(tmp_path):
+    config = embedded_config(tmp_path, "fedavg", rounds=1)
+    workdir, base = run(tmp_path / "run", config), tmp_path / "tiny.safetensors"
+    tensors = load_file(base)
+    with safe_open(base, "np") as file:
+        metadata = file.metadata()
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: np.nextafter(tensors[name], np.float32(9))}, base, metadata)
+    with pytest.raises(export.UserError, match="other tensors than when this run began"):
+        read_run(workdir, "hue/plaid")
+    summary = (workdir / "summary.json").read_bytes()
+    (workdir / "summary.json").unlink()
+    with pytest.raises(export.UserError, match="other tensors than when this run began"):
+        run(workdir, config)
+    (workdir / "summary.json").write_bytes(summary)
+    save_file(dict(reversed(tensors.items())), base, metadata)  # the same, in another order
+    assert read_run(workdir, "hue/plaid").round == 1
 
 
 def test_runs_in_bfloat16_are_compared_in_bfloat16(tmp_path, monkeypatch):
     fields = {"rounds": 1, "model.compute_dtype": "bfloat16"}
     workdir = run(tmp_path / "run", embedded_config(tmp_path, "per_task", **fields))
-    exported = export.read_run(workdir, "hue/plaid")
+    exported = read_run(workdir, "hue/plaid")
     assert exported.recorded.keys() == {"validation", "test"}
-    asked, real = [], export.count_slot
+    asked, real = [], count_slot
 
     def counted(config, model, splits, *args, rounding):
         asked.append((model.logits is not exported.model.logits, rounding))
         return real(config, model, splits, *args, rounding=rounding)
 
-    monkeypatch.setattr(export, "count_slot", counted)
-    export.measure(exported, "safetensors")
+    monkeypatch.setattr("matu_jax.export.count_slot", counted)
+    measure(exported, "safetensors")
     assert asked == [(True, 2.0**-7), (True, 2.0**-7), (False, 2.0**-10)]
 
 
@@ -614,7 +638,7 @@ def test_an_experiment_with_an_algorithm_of_its_own_can_be_exported(tmp_path, mo
 
 
 def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, monkeypatch, long_run):
-    exported = export.read_run(long_run[0], "hue/plaid")
+    exported = read_run(long_run[0], "hue/plaid")
     real = exporting.load_file
 
     def flipped(file):
@@ -661,7 +685,7 @@ def test_links_are_named_as_they_were_given(tmp_path, clip_folder):
 
 
 def test_what_a_card_quotes_keeps_its_form():
-    card = exporting.model_card(
+    card = model_card(
         "t", {"base_model": "a: [b"}, {"task": "a|b\nc"}, loading="", classify="", settings={}
     )
     assert 'base_model: "a: [b"\n' in card
@@ -676,7 +700,7 @@ def test_results_and_exports_cannot_speak_of_different_rounds(long_run, tmp_path
         shutil.copytree(long_run[0], workdir, dirs_exist_ok=True)
         harm()
         with pytest.raises(export.UserError, match=words):
-            export.read_run(workdir, "hue/grating")
+            read_run(workdir, "hue/grating")
         shutil.rmtree(workdir)
 
     log = workdir / "metrics.jsonl"

@@ -668,7 +668,9 @@ def test_classes_without_images_are_told(places):
 def test_all_missing_ones_are_listed_with_the_command(places):
     official(places["folders"])
     prepare(OFFICIAL, places)
-    with pytest.raises(ValueError, match=r"not prepared .*\(2 of 3\): gtsrb, mnist; run python -m matu_jax"):
+    with pytest.raises(
+        ValueError, match=r"not prepared .*\(2 of 3\): gtsrb, mnist; run python -m matu_jax"
+    ):
         prepared.load(["gtsrb", OFFICIAL, "mnist"], transform=SMALL, **places)
     with pytest.raises(ValueError, match="unknown dataset 'mnits'; did you mean 'mnist'"):
         prepared.missing(["mnits"], transform=SMALL, **places)

@@ -176,9 +176,7 @@ def _arm(
         "algorithm": summaries[0]["algorithm"],
         "overrides": dict(comparison.arms[label]),
         "commands": [
-            source.command(
-                "compare", [f"--settings={setting}", f"--arms={label}", f"--seeds={seed}"]
-            )
+            source.command("compare", settings=setting, arms=label, seeds=str(seed))
             for seed in comparison.seeds
         ],
         "accuracy": {

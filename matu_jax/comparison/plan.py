@@ -233,6 +233,11 @@ def part(comparison: Comparison, **chosen: str) -> Comparison:
     return dataclasses.replace(comparison, **changes)
 
 
+_UNSEARCHED = (
+    "Bring it back, or give the comparison what --tune shall try, `search`, or set tuned = ''."
+)
+
+
 class _Trial(BaseModel):
     fields: dict[str, Any]
     validation: float | None
@@ -284,6 +289,7 @@ def with_tuned(comparison: Comparison, source: Source) -> tuple[Comparison, dict
         return comparison, None
     path = source.file.parent / comparison.tuned
     advice = f"Make it with: {source.command('compare', ['--tune'])}"
+    advice = advice if comparison.search else _UNSEARCHED
     try:
         found = read_tuned(path)
     except FileNotFoundError:
@@ -293,10 +299,11 @@ def with_tuned(comparison: Comparison, source: Source) -> tuple[Comparison, dict
     chosen = {label: arm["chosen"] for label, arm in found["arms"].items()}
     lacking = [label for label in comparison.arms if label not in chosen]
     if lacking:
-        words = ["--tune"]
+        arms = {}
         if _names(",".join(lacking), comparison.arms) == lacking:
-            words.insert(0, f"--arms={','.join(lacking)}")
-        advice = f"Add them with: {source.command('compare', words)}"
+            arms = {"arms": ",".join(lacking)}
+        advice = f"Add them with: {source.command('compare', ['--tune'], **arms)}"
+        advice = advice if comparison.search else _UNSEARCHED
         raise ValueError(f"tuned: {path} lacks {', '.join(map(repr, lacking))}. {advice}")
     arms = {label: {**fields, **chosen[label]} for label, fields in comparison.arms.items()}
     return dataclasses.replace(comparison, arms=arms), found

@@ -48,6 +48,31 @@ class Model(NamedTuple):
     logit_scale: float
 
 
+def base_fingerprint(config: ModelConfig) -> str | None:
+    """SHA-256 of the checkpoint that is fine-tuned, over names, dtypes, shapes and bytes.
+
+    Args:
+      config: architecture and checkpoint.
+
+    Returns:
+      Hexadecimal digits; None where parameters are drawn at random.
+
+    Raises:
+      ValueError: if the checkpoint cannot be found or read.
+    """
+    from matu_jax.models import embedded, huggingface
+    from matu_jax.tensors import Checkpoint, fingerprint
+
+    if config.checkpoint == "random":
+        return None
+    if config.architecture == "embedded":
+        path = embedded.file_of(config.checkpoint)
+    else:
+        path = huggingface.checkpoint_folder(config.checkpoint, config.architecture)
+    with Checkpoint(path) as checkpoint:
+        return fingerprint(checkpoint)
+
+
 def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model:
     """Builds the model of an experiment.
 

@@ -137,6 +137,11 @@ def image_size(checkpoint: str) -> int:
     return ViTShape().image_size if checkpoint == "random" else _open(checkpoint)[0].image_size
 
 
+def file_of(checkpoint: str) -> Path:
+    """The file of a checkpoint, "embedded" or a path."""
+    return CHECKPOINT if checkpoint == "embedded" else Path(checkpoint).expanduser()
+
+
 def _read(checkpoint: str) -> tuple[ViTShape, dict[str, np.ndarray]]:
     """Shape and tensors of a checkpoint, label vectors among them."""
     shape, tensors = _open(checkpoint, tensors=True)
@@ -157,7 +162,7 @@ def _read(checkpoint: str) -> tuple[ViTShape, dict[str, np.ndarray]]:
 
 
 def _open(checkpoint: str, *, tensors: bool = False) -> tuple[ViTShape, dict[str, np.ndarray]]:
-    path = CHECKPOINT if checkpoint == "embedded" else Path(checkpoint).expanduser()
+    path = file_of(checkpoint)
     try:
         check_readable(path)
         with safe_open(path, framework="numpy") as file:

@@ -80,7 +80,10 @@ def images_text(architecture: Architecture) -> str:
         ", ".join(f"{value:.6g}" for value in values)
         for values in (architecture.image_mean, architecture.image_std)
     )
-    return f"RGB, {resized}, divided by 255, minus ({mean}), divided by ({std})"
+    return (
+        "turned as their EXIF says, what is transparent over white, samples of more than 8 bits "
+        f"scaled to 8, RGB, {resized}, divided by 255, minus ({mean}), divided by ({std})"
+    )
 
 
 def base_model(checkpoint: str) -> tuple[str, str | None]:
