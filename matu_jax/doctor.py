@@ -96,7 +96,7 @@ def examine(config: Config, source: Source, workdir: Path | None) -> Iterator[Fi
         if importlib.util.find_spec("tensorflow") is None:
             text = "TensorFlow is not installed; only datasets from image folders can be prepared."
             yield Finding("note", "packages", f"{text} Else: pip install 'matu_jax[prepare]'")
-    needed = None
+    needed, federation = None, None
     if ready:
         try:
             federation = rounds.federate(config)
@@ -107,7 +107,7 @@ def examine(config: Config, source: Source, workdir: Path | None) -> Iterator[Fi
         except ValueError as error:
             yield Finding("problem", "experiment", str(error))
     if workdir:
-        yield _workdir(workdir, config)
+        yield _workdir(workdir, config, federation)
     yield _disk(workdir or Path(), (needed or 0) * (config.checkpoint.keep + 2))
 
 
@@ -168,7 +168,7 @@ def _memory(config: Config, federation: rounds.Federation) -> tuple[Finding, int
     return Finding(level, "memory", text), size
 
 
-def _workdir(workdir: Path, config: Config) -> Finding:
+def _workdir(workdir: Path, config: Config, federation: rounds.Federation | None) -> Finding:
     try:
         if not workdir.exists():
             return Finding("ok", "workdir", f"{workdir} will be made")
@@ -184,7 +184,11 @@ def _workdir(workdir: Path, config: Config) -> Finding:
             if damaged and last is None:
                 return Finding("problem", "workdir", unreadable(checkpoints.directory, damaged))
             if last is not None:
-                workdirs.check_origin(checkpoints.directory, checkpoints.meta(last), config)
+                directory, meta = checkpoints.directory, checkpoints.meta(last)
+                workdirs.check_origin(directory, meta, config)
+                if federation is not None:
+                    workdirs.check_data(directory, meta, rounds.fingerprints(federation))
+                    workdirs.check_base(directory, meta, models.base_fingerprint(config.model))
         text = f"{workdir}: the run goes on after round {last or 0} of {config.rounds}"
         for number, damage in damaged.items():
             text += f". The checkpoint of round {number} is damaged ({damage}) and left out"

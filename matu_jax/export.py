@@ -449,9 +449,9 @@ def _card(exported: Exported, kind: str, loaded_by: str, measured: Counts) -> st
         else "every parameter of the image tower",
         "algorithm": config.algorithm,
         "rounds": f"{exported.round} of {config.rounds}: {exported.why}",
-        "clients": f"{data.clients}, {data.tasks_per_client} tasks each; this is the model of "
+        "clients": f"{data.clients}, tasks of each: {data.tasks_per_client}; this is the model of "
         f"client {exported.client}",
-        "test accuracy": f"{100 * measured.right / measured.examples:.1f} % of "
+        "test accuracy": f"{100 * (measured.right / measured.examples):.1f} % of "
         f"{measured.examples} of {len(task.test.labels)} test examples (of these files, in "
         f"float32{recorded})",
         "images": images,
@@ -495,22 +495,23 @@ def _loading(exported: Exported, kind: str, loaded_by: str) -> str:
 
 def _classify(exported: Exported, kind: str) -> str:
     """Python code that uses the head."""
-    head, norm = exported.head, "features.norm(dim=-1, keepdim=True)"
-    lines = [
-        "import safetensors.torch",
-        "",
-        'head = safetensors.torch.load_file("FOLDER/head.safetensors")',
-    ]
+    head, kept = exported.head, "torch"
+    norm = "features.norm(dim=-1, keepdim=True)"
     if kind == "safetensors":
-        lines.append("# features [examples, features]: of the image tower with base + vector")
+        kept, norm = "numpy", "(features**2).sum(axis=-1, keepdims=True) ** 0.5"
+        features = "# features [examples, features]: of the image tower with base + vector"
     else:
-        features = exporting.features_code(architecture_of(exported.config.model), kind)
-        lines.append(f"features = {features}")
+        code = exporting.features_code(architecture_of(exported.config.model), kind)
+        features = f"features = {code}"
+    logits = f'head["logit_scale"] * features / {norm} @ head["weight"].T'
     if "bias" in head:
-        lines.append('logits = features @ head["weight"].T + head["bias"]')
-    else:
-        lines.append(f'logits = head["logit_scale"] * features / {norm} @ head["weight"].T')
-    return "\n".join(lines)
+        logits = 'features @ head["weight"].T + head["bias"]'
+    return (
+        f"import safetensors.{kept}\n\n"
+        f'head = safetensors.{kept}.load_file("FOLDER/head.safetensors")\n'
+        f"{features}\n"
+        f"logits = {logits}"
+    )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -42,7 +42,7 @@ def keep_programs() -> None:
         return
     cache = Path(os.environ.get("MATU_JAX_CACHE") or Path.home() / ".cache" / "matu_jax")
     folder, size = cache / "compiled", getattr(jax.config, "jax_compilation_cache_max_size", -1)
-    if size == -1:  # JAX's default: no limit
+    if size == -1 and "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:  # JAX's default
         size = _PROGRAMS_BYTES
     try:
         folder.mkdir(parents=True, exist_ok=True)

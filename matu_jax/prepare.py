@@ -133,7 +133,7 @@ def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_ru
             if not prepared.outdated(dataset, target, images):
                 _fill(row, prepared.check(row.name, target), "prepared")
                 return
-            anew = "anew, since the image folder has changed"
+            anew = "anew, since the image folder, or how it is divided, has changed"
         except ValueError as error:
             anew = "anew, since it is damaged"
             console.print(str(error))

@@ -222,13 +222,18 @@ def system_reason(error: OSError) -> str:
     return f"{reason}. Allow more and start again: ulimit -n 1024"
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of all names, dtypes, shapes and bytes, whatever the shards, as hexadecimal."""
+def fingerprint(*checkpoints: Checkpoint) -> str:
+    """SHA-256 of all names, dtypes, shapes and bytes, whatever the shards, as hexadecimal.
+
+    Args:
+      *checkpoints: the parts of one checkpoint; of tensors of one name the last one counts.
+    """
+    whose = {name: checkpoint for checkpoint in checkpoints for name in checkpoint.tensors}
     digest = hashlib.sha256()
-    for name in sorted(checkpoint.tensors):
-        tensor = checkpoint.tensors[name]
+    for name in sorted(whose):
+        tensor = whose[name].tensors[name]
         digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-        for _, data in checkpoint.pieces(name):
+        for _, data in whose[name].pieces(name):
             digest.update(data)
     return digest.hexdigest()
 

@@ -327,9 +327,10 @@ def check_data(directory: Path, meta: dict[str, Any], fingerprints: dict[str, An
     changed = [repr(name) for name in names if before.get(name) != fingerprints.get(name)]
     if changed:
         raise UserError(
-            f"{directory}: the data of this run has changed since it began: task "
-            f"{', '.join(changed)}. Bring it back as it was, or remove that folder to start from "
-            "round 0 with the data of now."
+            f"{directory}: the data of this run has changed since it began, or this version of "
+            f"matu_jax divides it otherwise: task {', '.join(changed)}. Bring it back as it was, "
+            "go on with the version that began the run, or remove that folder to start from round "
+            "0 with the data of now."
         )
 
 

@@ -60,6 +60,13 @@ def test_a_run_is_seen_before_in_the_middle_of_and_after_it(ask, tmp_path):
     (run / "summary.json").unlink()
     code, text = ask(*words)
     assert (code, "goes on after round 2 of 2" in text) == (0, True)
+    # What train refuses the doctor does not promise.
+    base = next(tmp_path.rglob("tiny.safetensors"))
+    whole = base.read_bytes()
+    base.write_bytes(whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:])
+    code, text = ask(*words)
+    assert (code, "other tensors than when this run began" in text) == (2, True)
+    base.write_bytes(whole)
     for number, left in ((2, "goes on after round 1 of 2"), (1, "no checkpoint can be read")):
         (run / "checkpoints" / f"{number}" / "meta" / "metadata").write_text("damaged")
         code, text = ask(*words)

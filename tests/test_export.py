@@ -448,6 +448,13 @@ def test_the_card_states_the_accuracy_of_what_is_written(tmp_path, algorithm, he
     written = load_file(tmp_path / "out" / "task_vector.safetensors")
     for path, leaf in leaf_items(exported.vector):
         np.testing.assert_array_equal(written[path], leaf)
+    # The card's code runs as it stands, given features.
+    code = "".join(re.findall(r"```python\n(.*?)```", card, re.S)).replace(
+        "FOLDER", str(tmp_path / "out")
+    )
+    names: dict[str, Any] = {"features": np.ones((2, exported.head["weight"].shape[1]), np.float32)}
+    exec(code, names)
+    assert names["logits"].shape == (2, exported.task.num_classes)
 
 
 def test_a_linearised_model_is_refused_with_the_reason(tmp_path):

@@ -152,6 +152,17 @@ def test_sharded_files(whole, tmp_path):
     assert "weight_map: found None" in refusal(folder)
 
 
+def test_a_fingerprint_is_of_tensors_whatever_the_shards(whole, tmp_path):
+    folder = tiny_clip.save(tiny_clip.clip_model(), tmp_path, max_shard_size="20KB")
+    assert huggingface.fingerprint(folder) == huggingface.fingerprint(whole)
+    # What a shard holds besides its index, as older files do, is read over, not refused.
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    more = {"vision_model.embeddings.position_ids": np.arange(17)[None]}
+    save_file(load_file(shard) | more, shard, {"format": "pt"})
+    assert same(read(whole), read(folder))
+    assert huggingface.fingerprint(folder) != huggingface.fingerprint(whole)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_files_become_float32(dtype, folder):
     full = read(folder)

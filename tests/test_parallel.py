@@ -36,6 +36,8 @@ def test_programs_are_kept_up_to_a_size(tmp_path):
     assert 0 < sum(found.values()) <= 30_000
     sizes = compiled(tmp_path, JAX_COMPILATION_CACHE_MAX_SIZE="1000000")
     assert sum(sizes.values()) > 30_000, "JAX's own setting wins"
+    sizes = compiled(tmp_path, JAX_COMPILATION_CACHE_MAX_SIZE="-1")
+    assert sum(sizes.values()) > 30_000, "no limit"
 
 
 def test_a_cache_that_cannot_be_made_keeps_nothing(tmp_path):

@@ -665,6 +665,32 @@ def test_classes_without_images_are_told(places):
     assert "classes without an image in test: class 3" in notes
 
 
+def test_classes_that_all_are_validated_on_are_told(places):
+    """A folder's own validation split: what remains of train counts, not both together."""
+    root = places["folders"] / "ward"
+    for label in range(3):
+        for i in range(4):
+            paint(root / f"train/class_{label}/{i}.png", 10 * label + i)
+            paint(root / f"test/class_{label}/{i}.png", 100 + 10 * label + i)
+    shutil.copytree(root / "train/class_2", root / "val/class_2")
+    paint(root / "val/class_0/0.png", 200)
+    notes = prepare("ward", places)["notes"]
+    assert "classes without an image in train: class 2" in notes
+    assert "classes without an image in validation: class 1" in notes
+
+
+def test_classes_that_the_division_leaves_out_are_told(places):
+    root = places["folders"] / "ward"
+    for label in range(6):
+        paint(root / f"train/class_{label}/0.png", 10 * label)
+        paint(root / f"test/class_{label}/0.png", 100 + 10 * label)
+    prepare("ward", places)
+    task = load("ward", places)
+    (lost,) = np.setdiff1d(np.arange(6), task.train.labels)
+    note = "classes without an image to train on: all are held out to validate on"
+    assert f"{note}: class {lost}" in task.notes
+
+
 def test_all_missing_ones_are_listed_with_the_command(places):
     official(places["folders"])
     prepare(OFFICIAL, places)

@@ -285,6 +285,6 @@ def test_a_run_whose_data_has_changed_is_not_gone_on_with(
     monkeypatch.setattr(rounds, "load_tasks", changed)
     assert train.main(words) == 2
     said = capsys.readouterr().err
-    assert "has changed since it began: task 'hue/grating'. Bring it back" in " ".join(said.split())
+    assert "divides it otherwise: task 'hue/grating'. Bring it back" in " ".join(said.split())
     monkeypatch.undo()
     assert train.main(words) == 0

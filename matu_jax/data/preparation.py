@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -359,7 +359,9 @@ def _finish(
         array[gaps] = array[movers]
     _shorten(file, kept)
     rows = (kept, len(keys[1]))
-    notes = [*source.notes, *_notes(source.class_names, [labels[0][:kept], labels[1]], levels)]
+    shown = {"train": labels[0][given:kept], "test": labels[1]}
+    shown |= {"validation": labels[0][:given]} if given else {}
+    notes = [*source.notes, *_notes(source.class_names, shown, levels)]
     if shared := len(set(keys[1]).intersection(keys[0][:given])):
         notes.append(f"images that are in validation and in test: {shared}")
     splits = {
@@ -434,17 +436,14 @@ def _described(partial: Path, part: str, labels: np.ndarray, hashes: np.ndarray)
 
 
 def _notes(
-    class_names: Sequence[str], labels: Sequence[np.ndarray], levels: dict[int, int]
+    class_names: Sequence[str], labels: Mapping[str, np.ndarray], levels: dict[int, int]
 ) -> Iterator[str]:
     """What people should know of a prepared dataset."""
     for declared, level in sorted(levels.items()):
         whose = f"say that {declared} is their largest" if declared else "do not say their largest"
         yield f"images of more than 8 bits that {whose} value: 0 to {level} became 0 to 255"
-    for part, found in zip(PARTS, labels, strict=True):
-        lacking = [name for i, name in enumerate(class_names) if not (found == i).any()]
-        if lacking:
-            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-            yield f"classes without an image in {part}: {', '.join(lacking[:5])}{more}"
+    for part, found in labels.items():
+        yield from prepared.notes_of_classes(class_names, found, f"in {part}")
 
 
 def _tidy(folder: Path) -> None:

@@ -213,6 +213,7 @@ def load(
         given = metadata.get("validation", 0)
         held_out = max(1, round(validation_fraction * len(labels)))
         trained, validated = slice(0, -held_out), slice(-held_out, None)
+        divided: list[str] = []
         if given:
             trained, validated = slice(given, None), slice(given)
         elif held_out == len(labels):
@@ -220,6 +221,9 @@ def load(
                 f"dataset {name!r}: no training image is left of {len(labels)} if "
                 f"validation_fraction is {validation_fraction}; lower it"
             )
+        else:
+            where = "to train on: all are held out to validate on"
+            divided = notes_of_classes(metadata["class_names"], labels[trained], where, labels)
         tasks.append(
             Task(
                 name=name,
@@ -231,7 +235,7 @@ def load(
                 test=Split(*_arrays(folder, "test")),
                 templates=selection.find(name, folders, cache_dir).templates,
                 fingerprint=metadata["sha256"],
-                notes=notes(metadata),
+                notes=(*notes(metadata), *divided),
             )
         )
     return tuple(tasks)
@@ -253,6 +257,23 @@ def notes(metadata: dict) -> tuple[str, ...]:
     if metadata["test_twice"]:
         found.append(f"images that are in test more than once: {metadata['test_twice']}")
     return tuple(found)
+
+
+def notes_of_classes(
+    class_names: Sequence[str], labels: np.ndarray, where: str, among: np.ndarray | None = None
+) -> list[str]:
+    """Of `notes`, which classes have no image.
+
+    Args:
+        class_names: By label.
+        labels: Those that there are.
+        where: Such as "in train".
+        among: Labels of which a class is asked; None = all classes.
+    """
+    asked = range(len(class_names)) if among is None else np.unique(among)
+    lacking = [class_names[label] for label in asked if not (labels == label).any()]
+    more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+    return [f"classes without an image {where}: {', '.join(lacking[:5])}{more}"] if lacking else []
 
 
 def notes_of_splits(test: str, validation: int) -> list[str]:

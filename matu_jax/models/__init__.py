@@ -65,11 +65,11 @@ def base_fingerprint(config: ModelConfig) -> str | None:
 
     if config.checkpoint == "random":
         return None
-    if config.architecture == "embedded":
-        path = embedded.file_of(config.checkpoint)
-    else:
-        path = huggingface.checkpoint_folder(config.checkpoint, config.architecture)
-    with Checkpoint(path) as checkpoint:
+    if config.architecture != "embedded":
+        return huggingface.fingerprint(
+            huggingface.checkpoint_folder(config.checkpoint, config.architecture)
+        )
+    with Checkpoint(embedded.file_of(config.checkpoint)) as checkpoint:
         return fingerprint(checkpoint)
 
 

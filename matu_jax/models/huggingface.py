@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from matu_jax import json_files
+from matu_jax import json_files, tensors
 from matu_jax.config import ModelConfig
 from matu_jax.models.architectures import ARCHITECTURES, FAMILIES
 from matu_jax.models.tensor_names import full_names
@@ -241,6 +241,18 @@ def tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
         with _opened(path) as file:
             found.update(dict.fromkeys(file.keys(), path))
     return {full: (found[name], name) for full, name in full_names(found).items()}
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of all tensors of a checkpoint, as `matu_jax.tensors.fingerprint` has it.
+
+    Raises:
+      ValueError: if a file is missing, cut off or not safetensors.
+    """
+    # Shard by shard, since nothing but names that the index lacks may be more than it lists.
+    shards = sorted({path for path, _ in tensor_files(folder).values()})
+    with contextlib.ExitStack() as stack:
+        return tensors.fingerprint(*[stack.enter_context(tensors.Checkpoint(s)) for s in shards])
 
 
 def read_tensors(files: dict[str, tuple[Path, str]], names: Iterable[str]) -> dict[str, np.ndarray]:
