@@ -117,6 +117,7 @@ def test_operations_are_those_that_xla_counts(peft_loop, monkeypatch):
     assert expected == pytest.approx(cost["flops"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_scale_and_its_exponents(tmp_path):
     result = results("bench_scale", ["--quick", "--repeats", "1"], tmp_path)
     rows, fits = result["rows"], result["fits"]
@@ -187,6 +188,7 @@ def test_the_benchmarks_of_messages(tmp_path):
                 assert entropy - 0.01 < row["Huffman"] < 1.03 * entropy + 0.01
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_server_of_each_kind(tmp_path):
     options = "--repeats 1 --rounds 3 --width 16 --depth 1"
     rows = results("bench_hosts", options.split(), tmp_path)["rows"]
