@@ -185,15 +185,16 @@ def _workdir(workdir: Path, config: Config, federation: rounds.Federation | None
                 return Finding("problem", "workdir", unreadable(checkpoints.directory, damaged))
             if last is not None:
                 directory, meta = checkpoints.directory, checkpoints.meta(last)
-                workdirs.check_origin(directory, meta, config)
-                if federation is not None:
-                    workdirs.check_data(directory, meta, rounds.fingerprints(federation))
-                    workdirs.check_base(directory, meta, models.base_fingerprint(config.model))
+                if federation is None:
+                    workdirs.check_origin(directory, meta, config)
+                else:
+                    identity = rounds.identity(config, federation)
+                    workdirs.check_identity(directory, meta, config, identity)
         text = f"{workdir}: the run goes on after round {last or 0} of {config.rounds}"
         for number, damage in damaged.items():
             text += f". The checkpoint of round {number} is damaged ({damage}) and left out"
         return Finding("note" if damaged else "ok", "workdir", text)
-    except UserError as error:
+    except (UserError, ValueError) as error:  # the latter: of a base that cannot be read
         return Finding("problem", "workdir", str(error))
     except OSError as error:
         return Finding("problem", "workdir", f"{workdir}: {error.strerror}. Give another --workdir")

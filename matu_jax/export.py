@@ -46,9 +46,7 @@ from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.provenance import versions
 from matu_jax.trees import PyTree, leaf_items
 from matu_jax.workdir import (
-    check_base,
-    check_data,
-    check_origin,
+    check_identity,
     chosen_round,
     config_of,
     records_of,
@@ -137,12 +135,8 @@ def read_run(
             chosen, why = chosen_round(workdir, checkpoints, records, round_index)
             saved = {"state": target, "similarity_sum": similarity}
             restored, meta = checkpoints.restore_round(chosen, saved)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    check_origin(workdir / "checkpoints", meta, config)
-    check_data(workdir / "checkpoints", meta, rounds.fingerprints(federation))
-    try:
-        check_base(workdir / "checkpoints", meta, models.base_fingerprint(config.model))
+        identity = rounds.identity(config, federation)
+        check_identity(workdir / "checkpoints", meta, config, identity)
     except ValueError as error:
         raise UserError(str(error)) from None
     accuracies = [record["accuracy"] for record in records if record["round"] == chosen]

@@ -28,7 +28,7 @@ from matu_jax.evaluate import EvaluationSet, evaluation, per_task
 from matu_jax.hosts import agreed, gathered, highest, is_first
 from matu_jax.local import Trained, local_training
 from matu_jax.metrics import relatedness_auc
-from matu_jax.models import Model, linearised
+from matu_jax.models import Model, base_fingerprint, linearised
 from matu_jax.models.architectures import check_architecture, transform_of
 from matu_jax.models.backbone import recomputed_bytes
 from matu_jax.parallel import (
@@ -203,6 +203,21 @@ def federate(config: Config) -> Federation:
 def fingerprints(federation: Federation) -> dict[str, Any]:
     """What tells one state of each task's data from another, as JSON holds it."""
     return {task.name: task.fingerprint or embedded.fingerprint(task) for task in federation.tasks}
+
+
+def identity(config: Config, federation: Federation) -> dict[str, Any]:
+    """What a run is of, as its checkpoints keep it: "config", and what "data" and "base" hold.
+
+    `workdir.check_identity` compares with it.
+
+    Raises:
+      ValueError: if the base checkpoint cannot be found or read.
+    """
+    return {
+        "config": dataclasses.asdict(config),
+        "data": fingerprints(federation),
+        "base": base_fingerprint(config.model),
+    }
 
 
 def related(tasks: tuple[Task, ...]) -> np.ndarray:

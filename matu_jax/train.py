@@ -69,7 +69,7 @@ from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.parallel import keep_programs, memory_there, own_devices, slot_mesh, use_cores
 from matu_jax.progress import RoundProgress
 from matu_jax.provenance import commit, machine, versions
-from matu_jax.workdir import check_base, check_data, check_origin, opened
+from matu_jax.workdir import check_identity, opened
 
 _FINISHING = "Stopping after this round, which is saved then; once more ends at once and loses it."
 INTERRUPTED = "Interrupted. The same command with the same --workdir goes on."
@@ -192,6 +192,7 @@ def train(
             model = models.build(config.model, federation.tasks, seed=config.seed)
             algorithm, mesh = algorithms.build(config), slot_mesh()
             target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
+            meta = rounds.identity(config, federation) if first else {}
         except ValueError as error:
             raise UserError(str(error)) from None
     fitted = rounds.fitted(config, model, algorithm, federation, mesh)
@@ -200,16 +201,6 @@ def train(
     # While it is imported, etils replaces Python's import, on which a bar drawn meanwhile fails.
     importlib.import_module("grain")
     log = MetricsLog(workdir / "metrics.jsonl")
-    with hosts.together():
-        try:
-            base = models.base_fingerprint(config.model) if first else None
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    meta = {
-        "config": dataclasses.asdict(config),
-        "data": rounds.fingerprints(federation),
-        "base": base,
-    }
     if profile and first and not (workdir / "profile").is_dir() and (workdir / "profile").exists():
         raise UserError(f"--profile: {workdir / 'profile'} is no folder. Move it away.")
     saving = 0.0  # seconds of the round before, since a round's line is written before it is saved
@@ -349,9 +340,7 @@ def _restored(
             if checkpoints:
                 found = checkpoints.restore(target)
                 if found:
-                    check_origin(checkpoints.directory, found[2], config)
-                    check_data(checkpoints.directory, found[2], meta["data"])
-                    check_base(checkpoints.directory, found[2], meta["base"])
+                    check_identity(checkpoints.directory, found[2], config, meta)
                 _keep_records(log, checkpoints, found)
         except ValueError as error:
             raise UserError(str(error)) from None

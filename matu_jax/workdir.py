@@ -291,6 +291,25 @@ def _has_run(workdir: Path) -> bool:
     )
 
 
+def check_identity(
+    directory: Path, meta: dict[str, Any], config: Config, identity: dict[str, Any]
+) -> None:
+    """Refuses checkpoints of another config, other data or another base than a run has now.
+
+    Args:
+      directory: where they are.
+      meta: what was saved with the checkpoint.
+      config: of the run.
+      identity: of the run, from `rounds.identity`.
+
+    Raises:
+      UserError: with what differs.
+    """
+    check_origin(directory, meta, config)
+    _check_data(directory, meta, identity["data"])
+    _check_base(directory, meta, identity["base"])
+
+
 def check_origin(directory: Path, meta: dict[str, Any], config: Config) -> None:
     """Refuses checkpoints that a run of another config has saved, as after copying folders.
 
@@ -311,7 +330,7 @@ def check_origin(directory: Path, meta: dict[str, Any], config: Config) -> None:
         )
 
 
-def check_data(directory: Path, meta: dict[str, Any], fingerprints: dict[str, Any]) -> None:
+def _check_data(directory: Path, meta: dict[str, Any], fingerprints: dict[str, Any]) -> None:
     """Refuses checkpoints of a run whose data was another.
 
     Args:
@@ -334,7 +353,7 @@ def check_data(directory: Path, meta: dict[str, Any], fingerprints: dict[str, An
         )
 
 
-def check_base(directory: Path, meta: dict[str, Any], fingerprint: str | None) -> None:
+def _check_base(directory: Path, meta: dict[str, Any], fingerprint: str | None) -> None:
     """Refuses checkpoints of a run that fine-tuned another base, to which task vectors are added.
 
     Args:

@@ -43,7 +43,11 @@ def ask(tmp_path, capsys, monkeypatch):
     return ask
 
 
-def test_a_run_is_seen_before_in_the_middle_of_and_after_it(ask, tmp_path):
+def refused(model):
+    raise ValueError("a shard is cut off")
+
+
+def test_a_run_is_seen_before_in_the_middle_of_and_after_it(ask, tmp_path, monkeypatch):
     run = tmp_path / "run"
     words = [f"--workdir={run}"]
     code, text = ask(*words)
@@ -67,6 +71,10 @@ def test_a_run_is_seen_before_in_the_middle_of_and_after_it(ask, tmp_path):
     code, text = ask(*words)
     assert (code, "other tensors than when this run began" in text) == (2, True)
     base.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr("matu_jax.rounds.base_fingerprint", refused)
+        code, text = ask(*words)
+    assert (code, "workdir              a shard is cut off" in text) == (2, True)
     for number, left in ((2, "goes on after round 1 of 2"), (1, "no checkpoint can be read")):
         (run / "checkpoints" / f"{number}" / "meta" / "metadata").write_text("damaged")
         code, text = ask(*words)
