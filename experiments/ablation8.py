@@ -10,8 +10,8 @@ that name rho have rho = 0.4; it is 0 by default since the arm "rho = 0" won: se
 import dataclasses
 from pathlib import Path
 
-from matu_jax.commandline import run_file
 from matu_jax.comparison.plan import Setting
+from matu_jax.runs.commandline import run_file
 
 DOMAINS = ("handwritten", "grating", "clutter", "noise", "plaid")
 

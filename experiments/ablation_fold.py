@@ -6,7 +6,7 @@ Clients send changes, and the server adds the mean of each task's to exact task 
 else differs between the arms but what they name. They are written densely here, slot by slot,
 rather than as options of the library, which has those that won. "folded" is what the library
 computes with transfer="none", "download not folded" the same with downloads="task_vectors"
-(tests/test_ablation.py); "folded" is what the first arms are measured by,
+(tests/aggregation/test_ablation.py); "folded" is what the first arms are measured by,
 "mean of 3" is folded with eq. 8's plain mean of three lenders.
 """
 
@@ -20,9 +20,9 @@ import jax.numpy as jnp
 
 from matu_jax.aggregation import direction_similarity
 from matu_jax.algorithms import ALGORITHMS, Algorithm, LocalRule, Message
-from matu_jax.algorithms.base import keep_where_absent, weighted_mean, zeros
 from matu_jax.algorithms.fed_lora_b import fed_lora_b
-from matu_jax.commandline import run_file
+from matu_jax.algorithms.means import keep_where_absent, weighted_mean, zeros
+from matu_jax.runs.commandline import run_file
 from matu_jax.trees import leaf_items
 
 

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from matu_jax.algorithms import ALGORITHMS, Algorithm, LocalRule, Message
-from matu_jax.algorithms.base import keep_where_absent, weighted_mean
-from matu_jax.commandline import run_file
+from matu_jax.algorithms.means import keep_where_absent, weighted_mean
+from matu_jax.runs.commandline import run_file
 
 HERE = Path(__file__)
 _of_the_fold = runpy.run_path(str(HERE.with_name("ablation_fold.py")))

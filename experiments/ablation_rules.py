@@ -10,8 +10,8 @@ the rule for transfer was designed; in "fours" every client holds tasks that con
 import dataclasses
 from pathlib import Path
 
-from matu_jax.commandline import run_file
 from matu_jax.comparison.plan import Setting
+from matu_jax.runs.commandline import run_file
 
 MEAN_OF_3 = {"matu.transfer": "mean", "matu.top_k": 3}
 ARMS = {

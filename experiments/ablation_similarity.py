@@ -10,7 +10,7 @@ shrinkage. In "kin", where a task has one holder, the two are the same.
 import dataclasses
 from pathlib import Path
 
-from matu_jax.commandline import run_file
+from matu_jax.runs.commandline import run_file
 
 MEAN_OF_3 = {"matu.transfer": "mean", "matu.top_k": 3}
 ARMS = {

@@ -5,17 +5,17 @@
 Four tasks with five holders each, of whom one lies about both of its tasks in every round (two who
 agree on their lie in "collusion"), and with ten holders each, of whom three agree on their lie.
 "nobody lies" and its variants are what the defences cost, "skewed" with labels that differ between
-a task's holders, so that honest clients look like liars. `matu_jax.attacks` says what a lie is,
-`matu_jax.AggregationConfig` what a defence does. The arms without a word behind them have the
-defences that are on by default; "maximum" is eq. 2 as the paper has it; "trim", alone, is run where
-numbers are so large that nothing else of them may be left in a sum.
+a task's holders, so that honest clients look like liars. `matu_jax.scenarios.attacks` says what a
+lie is, `matu_jax.AggregationConfig` what a defence does. The arms without a word behind them have
+the defences that are on by default; "maximum" is eq. 2 as the paper has it; "trim", alone, is run
+where numbers are so large that nothing else of them may be left in a sum.
 """
 
 import dataclasses
 from pathlib import Path
 
-from matu_jax.commandline import run_file
 from matu_jax.comparison.plan import Setting
+from matu_jax.runs.commandline import run_file
 
 TASKS = "hue/handwritten,hue/grating,tilt/handwritten,tilt/grating"
 DEFENCES = {  # the first is the default of every experiment

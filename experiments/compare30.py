@@ -11,8 +11,8 @@ on eight of these tasks, on validation accuracy and a seed of its own. It can be
 import dataclasses
 from pathlib import Path
 
-from matu_jax.commandline import run_file
 from matu_jax.comparison.plan import Setting
+from matu_jax.runs.commandline import run_file
 
 SETTINGS = {
     "thirty": Setting(

@@ -9,7 +9,7 @@ clients differ a good deal from each other. `attacks4.py` shows what the defence
 import dataclasses
 from pathlib import Path
 
-from matu_jax.commandline import run_file
+from matu_jax.runs.commandline import run_file
 
 ARMS = {
     "matu": {"defence.clip": 1.5, "defence.weighting": "agreement"},

@@ -8,7 +8,7 @@ The fields are downloads8's, chosen on eight of these tasks; so are the seeds.
 import dataclasses
 from pathlib import Path
 
-from matu_jax.commandline import run_file
+from matu_jax.runs.commandline import run_file
 
 ARMS = ("matu", "matu, int8 apart", "per_task", "matfl")
 

@@ -13,8 +13,8 @@ arms of MaTU have the fields that compare8's search has chosen for it, the other
 import dataclasses
 from pathlib import Path
 
-from matu_jax.commandline import run_file
 from matu_jax.comparison.plan import read_tuned
+from matu_jax.runs.commandline import run_file
 
 APART, INT8 = {"matu.downloads": "task_vectors"}, {"matu.precision": "int8"}
 OF_MATU = {

@@ -24,10 +24,11 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from matu_jax import models, rounds
-from matu_jax.commandline import read_config
+from matu_jax import models
 from matu_jax.config import Config
 from matu_jax.data import Split
+from matu_jax.runs.commandline import read_config
+from matu_jax.simulation.federation import federate
 
 BATCH_EXAMPLES = 128
 PENALTIES = tuple(10.0**power for power in range(-5, 3))  # values of C: the smaller, the stronger
@@ -35,7 +36,7 @@ PENALTIES = tuple(10.0**power for power in range(-5, 3))  # values of C: the sma
 
 def baselines(config: Config) -> Iterator[tuple[str, dict[str, float]]]:
     """Yields each task's name and its accuracies from 0 to 1, by baseline."""
-    federation = rounds.federate(config)
+    federation = federate(config)
     model = models.build(config.model, federation.tasks, seed=config.seed)
     features = jax.jit(lambda images: model.features(model.base, model.frozen, images))
     logits = jax.jit(lambda images, task: model.logits(model.base, model.frozen, images, task))

@@ -11,8 +11,8 @@ task of each of two families, labels that are skewed between a task's holders, a
 import dataclasses
 from pathlib import Path
 
-from matu_jax.commandline import run_file
 from matu_jax.comparison.plan import Setting
+from matu_jax.runs.commandline import run_file
 
 # Tasks 0 to 3 ask four questions about handwriting, 4 to 7 the same about gratings.
 PAIRS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2))

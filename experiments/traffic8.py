@@ -10,7 +10,7 @@ their own.
 import dataclasses
 from pathlib import Path
 
-from matu_jax.commandline import run_file
+from matu_jax.runs.commandline import run_file
 
 ARMS = {
     "matu": {},

@@ -28,26 +28,22 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from matu_jax import algorithms, train
-from matu_jax.commandline import (
-    Source,
-    UserError,
-    plain_console,
-    read_words,
-    run_file,
-    run_program,
-)
+from matu_jax import algorithms
 from matu_jax.comparison import plan, report
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tuning import search
 from matu_jax.config import Config, override
-from matu_jax.json_files import remove_unfinished
-from matu_jax.metrics import write_json
-from matu_jax.parallel import keep_programs, use_cores
-from matu_jax.progress import RoundProgress, draws_bars
-from matu_jax.provenance import machine, versions
-from matu_jax.rounds import StoppedError
-from matu_jax.workdir import disk_errors, opened
+from matu_jax.errors import UserError
+from matu_jax.json_files import remove_unfinished, write_json
+from matu_jax.runs.commandline import Source, plain_console, read_words, run_file, run_program
+from matu_jax.runs.plan import check_inputs
+from matu_jax.runs.processes import keep_programs, use_cores
+from matu_jax.runs.progress import RoundProgress, draws_bars
+from matu_jax.runs.provenance import machine, versions
+from matu_jax.runs.training import train
+from matu_jax.runs.workdir import disk_errors, opened
+from matu_jax.simulation.rounds import StoppedError
+from matu_jax.train import INTERRUPTED
 
 
 def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Source, Path, bool]:
@@ -121,7 +117,7 @@ class Runner:
         with opened(folder, config):
             fresh = not (folder / "summary.json").exists()
             try:
-                summary = train.train(config, name, folder, quiet, progress=progress)
+                summary = train(config, name, folder, quiet, progress=progress)
             except StoppedError as error:
                 raise UserError(f"{name}: {error}") from None
         seconds = time.perf_counter() - started
@@ -236,12 +232,12 @@ def compare(
 
 
 def _check_inputs(comparison: plan.Comparison, runs: Sequence[plan.Run], source: Source) -> None:
-    """Checks that what runs need is there, before the first of hours; see `train.check_inputs`."""
+    """Checks that what runs need is there, before the first of hours; see `plan.check_inputs`."""
     messages = {}
     for setting, arm in dict.fromkeys((run.setting, run.arm) for run in runs):
         try:
             config = plan.run_config(comparison, plan.Run(setting, arm, 0))
-            train.check_inputs(config, source)
+            check_inputs(config, source)
         except UserError as error:
             messages.setdefault(str(error), f"{setting} / {arm}")
     if messages:
@@ -277,7 +273,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             compare(*given)
 
-    return run_program(work, interrupted=train.INTERRUPTED)
+    return run_program(work, interrupted=INTERRUPTED)
 
 
 if __name__ == "__main__":

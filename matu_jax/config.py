@@ -7,11 +7,12 @@ with; whatever is wrong is said in one message.
 
 import ast
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any, cast
 
 from ml_collections import ConfigDict
+
+from matu_jax.errors import did_you_mean
 
 
 def _field(default: Any, **checks: Any) -> Any:
@@ -157,7 +158,7 @@ class MatuConfig:
         by folding, and k tasks take k vectors. In int8 those are less traffic than one unified
         vector in float32 up to four tasks. Needs uploads = "change".
       precision: how vectors cross the network, up and down: "float32", "bfloat16", or "int8" with a
-        float32 scale for 256 parameters (`matu_jax.rounding`).
+        float32 scale for 256 parameters (`matu_jax.messages.quantisation`).
     """
 
     magnitude: str = _field("mean", choices=("max", "mean"))
@@ -223,7 +224,9 @@ class FailureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttackConfig:
-    """Clients that lie, to find out what they can do; `matu_jax.attacks` says what each kind does.
+    """Clients that lie, to find out what they can do.
+
+    `matu_jax.scenarios.attacks` says what each kind does.
 
     Attributes:
       kind: "none", "sign_flip", "scaling", "noise", "constant", "label_flip", "masks", "scales",
@@ -256,7 +259,7 @@ class AttackConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrivacyConfig:
-    """Differential privacy of clients towards the server, see `matu_jax.privacy`.
+    """Differential privacy of clients towards the server, see `matu_jax.scenarios.privacy`.
 
     Attributes:
       clip_norm: what a client has changed in a round, over all its tasks, is scaled down to this
@@ -359,13 +362,6 @@ class Config:
 def default() -> ConfigDict:
     """The default experiment as a locked ConfigDict: fields can be changed, not added."""
     return ConfigDict(dataclasses.asdict(Config())).lock()
-
-
-def did_you_mean(word: str, choices: Any) -> str:
-    """A hint such as ` Did you mean "rounds"?`, or the choices if nothing is near."""
-    choices = sorted(choices)
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f' Did you mean "{near[0]}"?' if near else f" Choices: {', '.join(choices)}."
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:

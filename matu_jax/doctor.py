@@ -24,20 +24,20 @@ import jax
 from rich.console import Console
 from rich.text import Text
 
-from matu_jax import algorithms, models, privacy, rounds, train
-from matu_jax import workdir as workdirs
-from matu_jax.checkpoint import Checkpoints, unreadable
-from matu_jax.commandline import (
-    Source,
-    UserError,
-    read_config,
-    run_program,
-    without_devices,
-)
+from matu_jax import algorithms, models
 from matu_jax.config import Config
-from matu_jax.parallel import memory_there, slot_mesh, use_cores
-from matu_jax.provenance import versions
-from matu_jax.report import human_bytes
+from matu_jax.errors import UserError
+from matu_jax.runs import workdir as workdirs
+from matu_jax.runs.checkpoints import Checkpoints, unreadable
+from matu_jax.runs.commandline import Source, read_config, run_program, without_devices
+from matu_jax.runs.plan import check_inputs, data_notes
+from matu_jax.runs.processes import use_cores
+from matu_jax.runs.provenance import versions
+from matu_jax.runs.tables import human_bytes
+from matu_jax.scenarios import privacy
+from matu_jax.simulation.federation import Federation, federate, identity
+from matu_jax.simulation.memory import fitted, predicted_bytes
+from matu_jax.simulation.placement import memory_there, slot_mesh
 
 # Where the drivers of accelerators show themselves, and the package that lets JAX use them.
 _ACCELERATORS = {
@@ -88,7 +88,7 @@ def examine(config: Config, source: Source, workdir: Path | None) -> Iterator[Fi
         yield Finding("problem", "devices", text)
         return
     try:
-        train.check_inputs(config, source)
+        check_inputs(config, source)
         yield Finding("ok", "data and checkpoint", "all are there")
     except UserError as error:
         ready = False
@@ -99,8 +99,8 @@ def examine(config: Config, source: Source, workdir: Path | None) -> Iterator[Fi
     needed, federation = None, None
     if ready:
         try:
-            federation = rounds.federate(config)
-            for line in train.data_notes(federation.tasks):
+            federation = federate(config)
+            for line in data_notes(federation.tasks):
                 yield Finding("note", "data", line.removeprefix("data: "))
             found, needed = _memory(config, federation)
             yield found
@@ -146,12 +146,12 @@ def _devices() -> Iterator[Finding]:
                 )
 
 
-def _memory(config: Config, federation: rounds.Federation) -> tuple[Finding, int]:
+def _memory(config: Config, federation: Federation) -> tuple[Finding, int]:
     """Memory needed against memory there; and the bytes of a checkpoint."""
     model = models.build(config.model, federation.tasks, seed=config.seed)
     algorithm, mesh = algorithms.build(config), slot_mesh()
-    config = rounds.fitted(config, model, algorithm, federation, mesh)
-    needed = sum(rounds.predicted_bytes(config, model, algorithm, federation, mesh).values())
+    config = fitted(config, model, algorithm, federation, mesh)
+    needed = sum(predicted_bytes(config, model, algorithm, federation, mesh).values())
     there = memory_there(mesh.devices.flat[0])
     text = f"about {human_bytes(needed / mesh.size)} per device are needed"
     level = "ok"
@@ -168,7 +168,7 @@ def _memory(config: Config, federation: rounds.Federation) -> tuple[Finding, int
     return Finding(level, "memory", text), size
 
 
-def _workdir(workdir: Path, config: Config, federation: rounds.Federation | None) -> Finding:
+def _workdir(workdir: Path, config: Config, federation: Federation | None) -> Finding:
     try:
         if not workdir.exists():
             return Finding("ok", "workdir", f"{workdir} will be made")
@@ -188,8 +188,7 @@ def _workdir(workdir: Path, config: Config, federation: rounds.Federation | None
                 if federation is None:
                     workdirs.check_origin(directory, meta, config)
                 else:
-                    identity = rounds.identity(config, federation)
-                    workdirs.check_identity(directory, meta, config, identity)
+                    workdirs.check_identity(directory, meta, config, identity(config, federation))
         text = f"{workdir}: the run goes on after round {last or 0} of {config.rounds}"
         for number, damage in damaged.items():
             text += f". The checkpoint of round {number} is damaged ({damage}) and left out"

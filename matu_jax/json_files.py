@@ -8,13 +8,18 @@ Also what other files of a run are read and written with.
 
 import errno
 import json
+import math
 import os
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
+
 
 _DEEPEST = 100  # lists and objects in each other: real files have a handful, and walks may recurse
 
@@ -192,3 +197,50 @@ def checked(schema: type[T], value: Any, where: str) -> T:
             lines.append(f"  {field}: found {reprlib.repr(problem['input'])}: {message}")
         more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
         raise ValueError("\n".join([f"{where}:", *lines[:10], *more])) from None
+
+
+def plain(value: Any, where: str = "value") -> Any:
+    """Turns a value into what JSON knows; NaN and infinities, which it does not, become None.
+
+    Args:
+      value: nested mappings, lists and tuples of None, bool, numbers, strings, paths, and numpy or
+        JAX arrays and scalars.
+      where: what to call the value in the error.
+
+    Returns:
+      The same in dicts, lists, str, int, float, bool and None.
+
+    Raises:
+      ValueError: names the place of anything else.
+    """
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        if array.dtype != np.object_:
+            return plain(array.tolist(), where)
+    raise ValueError(
+        f"{where}: found {type(value).__name__}, which has no place in JSON; expected numbers, "
+        "strings, arrays, and lists and mappings of them (a dataclass: dataclasses.asdict)."
+    )
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `plain(value)` to a JSON file, atomically.
+
+    Raises:
+      ValueError: names the place of anything that JSON cannot hold; the file stays as it was.
+    """
+    path = Path(path)
+    text = json.dumps(plain(value, path.name), indent=2, allow_nan=False, ensure_ascii=False)
+    replace_file(path, (text + "\n").encode())

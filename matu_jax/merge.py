@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from matu_jax.commandline import Parser, UserError, check_words, plain_console, run_program
-from matu_jax.config import did_you_mean
+from matu_jax.errors import UserError, did_you_mean
+from matu_jax.json_files import write_json
 from matu_jax.merging import (
     PASSES,
     Alignment,
@@ -35,9 +35,9 @@ from matu_jax.merging import (
     unify_checkpoints,
 )
 from matu_jax.merging.folders import REPORT, copy_files, output_folder
-from matu_jax.metrics import write_json
-from matu_jax.provenance import versions
-from matu_jax.tensors import WHOLE, Checkpoint, CheckpointError
+from matu_jax.models.tensors import WHOLE, Checkpoint, CheckpointError
+from matu_jax.runs.commandline import Parser, check_words, plain_console, run_program
+from matu_jax.runs.provenance import versions
 
 UNIFIED = "unified.safetensors"
 _SIMILARITY = (

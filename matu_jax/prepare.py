@@ -30,12 +30,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from matu_jax.commandline import UserError, read_config, read_words, run_file, run_program
 from matu_jax.comparison import plan
 from matu_jax.config import Config, override
 from matu_jax.data import Transform, preparation, prepared, selection
+from matu_jax.errors import UserError
 from matu_jax.models.architectures import check_heads, transform_of
-from matu_jax.report import human_bytes
+from matu_jax.runs.commandline import read_config, read_words, run_file, run_program
+from matu_jax.runs.tables import human_bytes
 
 _TO_DO = "to be prepared"
 _LATER = (

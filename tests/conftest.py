@@ -65,3 +65,5 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("repeatable")
+
+pytest_plugins = ("federations",)  # fixtures that several files share

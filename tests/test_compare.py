@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -16,15 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from records import a_round
 from scipy import stats
-from test_metrics import a_round
 
 from matu_jax import compare
-from matu_jax.commandline import Source, read_words
 from matu_jax.comparison import plan
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tuning import search
 from matu_jax.config import default
+from matu_jax.runs.commandline import Source, read_words
 
 FILE = """
 from matu_jax.comparison.plan import Comparison, Setting
@@ -82,9 +83,9 @@ def mistake(capsys, *arguments):
 def test_what_a_later_arm_lacks_is_said_before_the_first_run(
     write, capsys, monkeypatch, tmp_path, options
 ):
-    known = compare.train.importlib.util.find_spec
+    known = importlib.util.find_spec
     monkeypatch.setattr(
-        compare.train.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *rest: None if name == "dp_accounting" else known(name, *rest),
     )

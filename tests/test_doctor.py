@@ -1,6 +1,7 @@
 """What the doctor finds on this machine, for experiments that can and cannot be run."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -72,7 +73,7 @@ def test_a_run_is_seen_before_in_the_middle_of_and_after_it(ask, tmp_path, monke
     assert (code, "other tensors than when this run began" in text) == (2, True)
     base.write_bytes(whole)
     with monkeypatch.context() as patch:
-        patch.setattr("matu_jax.rounds.base_fingerprint", refused)
+        patch.setattr("matu_jax.simulation.federation.base_fingerprint", refused)
         code, text = ask(*words)
     assert (code, "workdir              a shard is cut off" in text) == (2, True)
     for number, left in ((2, "goes on after round 1 of 2"), (1, "no checkpoint can be read")):
@@ -115,9 +116,9 @@ def test_what_is_missing_is_named_with_what_to_do(ask, tmp_path, monkeypatch):
 
 
 def test_a_package_that_privacy_needs_is_named(ask, monkeypatch):
-    known = train.importlib.util.find_spec
+    known = importlib.util.find_spec
     monkeypatch.setattr(
-        train.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *rest: None if name == "dp_accounting" else known(name, *rest),
     )

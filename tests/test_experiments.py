@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import matu_jax
-from matu_jax import rounds
-from matu_jax.commandline import read_config
 from matu_jax.data.datasets import DATASETS
+from matu_jax.runs.commandline import read_config
+from matu_jax.simulation.federation import task_names
 
 ROOT = Path(matu_jax.__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("vit*.py"))
@@ -33,7 +33,7 @@ def program(*arguments, **environment):
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
 def test_every_experiment_can_be_read_and_its_tasks_are_held(file):
     config, _, _ = read_config(["train", "--config", str(file)], "")
-    names = rounds.task_names(config)
+    names = task_names(config)
     assert len(names) in (8, 30)
     assert set(names) <= set(DATASETS)
     assert config.data.clients * config.data.tasks_per_client >= len(names)

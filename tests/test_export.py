@@ -20,12 +20,9 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from matu_jax import export, models, rounds
+from matu_jax import export, models
 from matu_jax.algorithms import ALGORITHMS
 from matu_jax.config import default, freeze, set_field
-from matu_jax.evaluate import count_slot
-from matu_jax.export import measure, read_run
-from matu_jax.metrics import MetricsLog
 from matu_jax.models import exporting
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.backbone import parameter_shapes
@@ -33,11 +30,15 @@ from matu_jax.models.checkpoint_config import checked_architecture
 from matu_jax.models.exporting import model_card
 from matu_jax.models.pretrained import read_towers
 from matu_jax.models.towers import VisionTower
-from matu_jax.report import result_table
-from matu_jax.rounds import federate
-from matu_jax.train import train
+from matu_jax.runs.exported import measure, read_run
+from matu_jax.runs.log import MetricsLog
+from matu_jax.runs.model_folder import write
+from matu_jax.runs.tables import result_table
+from matu_jax.runs.training import train
+from matu_jax.runs.workdir import opened
+from matu_jax.simulation.evaluate import count_slot, evaluation_sets
+from matu_jax.simulation.federation import federate
 from matu_jax.trees import leaf_items
-from matu_jax.workdir import opened
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -152,7 +153,7 @@ def embeds_of(model, images, architecture=tiny_clip.TINY_CLIP):
 def test_a_peft_adapter_gives_our_logits(tmp_path, clip_run, clip_folder):
     images, out = tiny_clip.images(), tmp_path / "out"
     exported = read_run(clip_run, "svhn")
-    export.write(exported, "peft", out)
+    write(exported, "peft", out)
     base = load(transformers.CLIPVisionModelWithProjection, clip_folder)
     before = classified(out, embeds_of(base, images))
     card = as_the_card_says(out, images, tiny_clip.TINY_CLIP)
@@ -174,7 +175,7 @@ def test_a_merged_clip_checkpoint_gives_our_logits_and_keeps_the_text_tower(
 ):
     images, out = tiny_clip.images(), tmp_path / "out"
     exported = read_run(clip_run, "dtd")
-    export.write(exported, "merged", out)
+    write(exported, "merged", out)
     model = load(transformers.CLIPVisionModelWithProjection, out)
     expected = our_logits(clip_run, exported, images)
     close(classified(out, embeds_of(model, images)), expected)
@@ -190,16 +191,16 @@ def test_a_run_on_a_random_tower_and_of_all_parameters_leaves_too(tmp_path):
     config = config_of("tiny_clip", "random", trainable="full")
     workdir, out = run(tmp_path / "run", config), tmp_path / "out"
     exported = read_run(workdir, "mnist")
-    export.write(exported, "merged", out)
+    write(exported, "merged", out)
     images = tiny_clip.images()
     model = load(transformers.CLIPVisionModelWithProjection, out)
     close(classified(out, embeds_of(model, images)), our_logits(workdir, exported, images))
     with pytest.raises(export.UserError, match="there is no adapter"):
-        export.write(exported, "peft", tmp_path / "other")
+        write(exported, "peft", tmp_path / "other")
     lora = dataclasses.replace(config.model, trainable="lora")
     drawn = dataclasses.replace(exported, config=dataclasses.replace(config, model=lora))
     with pytest.raises(export.UserError, match="drawn at random"):
-        export.write(drawn, "peft", tmp_path / "other")
+        write(drawn, "peft", tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["merged", "peft"])
@@ -214,7 +215,7 @@ def test_a_plain_vision_transformer_leaves_with_its_trained_head(tmp_path, kind)
     config = config_of(architecture, folder, head="trained")
     workdir, out = run(tmp_path / "run", config), tmp_path / "out"
     exported = read_run(workdir, "svhn")
-    export.write(exported, kind, out)
+    write(exported, kind, out)
     images = tiny_clip.images()
     pixels = tiny_clip.pixel_values(images, tiny_clip.TINY_VIT)
     expected = our_logits(workdir, exported, images)
@@ -248,7 +249,7 @@ def test_a_vision_tower_of_any_shape_without_projection_leaves(tmp_path):
     expected = our_logits(workdir, exported, images)
     for kind in ("merged", "peft"):
         out = tmp_path / kind
-        export.write(exported, kind, out)
+        write(exported, kind, out)
         model = load(transformers.CLIPVisionModel, folder if kind == "peft" else out)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -263,7 +264,7 @@ def test_a_vision_tower_of_any_shape_without_projection_leaves(tmp_path):
 
 def test_the_raw_task_vector_is_tuned_minus_base(tmp_path, clip_run):
     exported, out = read_run(clip_run, "svhn"), tmp_path / "out"
-    export.write(exported, "safetensors", out)
+    write(exported, "safetensors", out)
     vector = load_file(out / "task_vector.safetensors")
     config = exported.config
     federation = federate(config)
@@ -281,7 +282,7 @@ def test_the_raw_task_vector_is_tuned_minus_base(tmp_path, clip_run):
 
 def test_the_card_says_how_it_was_made(tmp_path, clip_run, clip_folder):
     exported, out = read_run(clip_run, "svhn", client=None), tmp_path / "out"
-    export.write(exported, "peft", out)
+    write(exported, "peft", out)
     card = (out / "README.md").read_text()
     summary = json.loads((clip_run / "summary.json").read_text())
     accuracy = summary["accuracy"]["per_slot"]
@@ -316,7 +317,7 @@ def test_what_is_exported_is_what_was_measured(clip_run):
     config = read_run(clip_run, "svhn").config
     federation = federate(config)
     mesh = jax.make_mesh((1,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    drawn = rounds._evaluation_sets(config, federation, mesh)["test"]
+    drawn = evaluation_sets(config, federation, mesh)["test"]
     images, labels = drawn.load(0)
     vectors = []
     for slot, (client, number) in enumerate(
@@ -393,8 +394,8 @@ def test_the_embedded_model_leaves_as_a_task_vector_only(tmp_path):
     workdir = run(tmp_path / "run", freeze(config))
     exported = read_run(workdir, "hue/plaid")
     with pytest.raises(export.UserError, match="--format safetensors"):
-        export.write(exported, "merged", tmp_path / "merged")
-    export.write(exported, "safetensors", tmp_path / "out")
+        write(exported, "merged", tmp_path / "merged")
+    write(exported, "safetensors", tmp_path / "out")
     assert (tmp_path / "out" / "task_vector.safetensors").is_file()
 
 
@@ -440,7 +441,7 @@ def test_the_card_states_the_accuracy_of_what_is_written(tmp_path, algorithm, he
     fields = {"rounds": 2, "model.head": head}
     workdir = run(tmp_path / "run", embedded_config(tmp_path, algorithm, **fields))
     exported = read_run(workdir, "hue/plaid")
-    export.write(exported, "safetensors", tmp_path / "out")
+    write(exported, "safetensors", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     expected = accuracy_of(exported)
     assert f"| test accuracy | {100 * expected:.1f} %" in card
@@ -492,7 +493,7 @@ def test_table_summary_card_and_checkpoints_speak_of_the_best_round(tmp_path, lo
     while summary["slots"]["task"][row] != 1:
         row = summary["slots"]["client"].index(exported.client, row + 1)
     assert exported.accuracy == summary["accuracy"]["per_slot"][row]
-    export.write(exported, "safetensors", tmp_path / "out")
+    write(exported, "safetensors", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{best} of 6: the round with the best mean validation accuracy" in card
     assert accuracy_of(exported) == pytest.approx(exported.accuracy, abs=1 / 60 + 1e-9)
@@ -536,12 +537,12 @@ def test_another_model_than_the_measured_one_is_an_error(tmp_path, long_run):
     rng = np.random.default_rng(0)
     noise = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), exported.params)
     with pytest.raises(export.UserError, match="but the run recorded") as caught:
-        export.write(dataclasses.replace(exported, params=noise), "safetensors", tmp_path / "out")
+        write(dataclasses.replace(exported, params=noise), "safetensors", tmp_path / "out")
     assert "of 60 validation examples" in str(caught.value)
     assert not (tmp_path / "out").exists()
     # Of a round that the run did not measure there is nothing to differ from.
     unmeasured = dataclasses.replace(exported, params=noise, recorded={})
-    export.write(unmeasured, "safetensors", tmp_path / "out")
+    write(unmeasured, "safetensors", tmp_path / "out")
     assert "the run did not measure this round" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -595,7 +596,7 @@ def test_runs_in_bfloat16_are_compared_in_bfloat16(tmp_path, monkeypatch):
         asked.append((model.logits is not exported.model.logits, rounding))
         return real(config, model, splits, *args, rounding=rounding)
 
-    monkeypatch.setattr("matu_jax.export.count_slot", counted)
+    monkeypatch.setattr("matu_jax.runs.exported.count_slot", counted)
     measure(exported, "safetensors")
     assert asked == [(True, 2.0**-7), (True, 2.0**-7), (False, 2.0**-10)]
 
@@ -655,7 +656,7 @@ def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, monkeypatch, lon
 
     monkeypatch.setattr(exporting, "load_file", flipped)
     with pytest.raises(export.UserError, match="reads back otherwise than it was written"):
-        export.write(exported, "safetensors", tmp_path / "out")
+        write(exported, "safetensors", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

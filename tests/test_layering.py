@@ -9,41 +9,29 @@ import matu_jax
 
 PACKAGE = Path(matu_jax.__file__).parent
 LAYER = {
-    "json_files": -1,
+    "errors": 0,
+    "json_files": 0,
     "trees": 0,
-    "config": 0,
-    "data": 0,
-    "tensors": 0,
-    "provenance": 0,
-    "progress": 0,
-    "rounding": 1,
-    "commandline": 1,
-    "aggregation": 1,
-    "wire": 2,
-    "models": 1,
-    "metrics": 1,
-    "checkpoint": 1,
-    "report": 1,
-    "algorithms": 3,
-    "parallel": 2,
-    "merging": 2,
-    "comparison": 2,
-    "compare": 8,
-    "interruption": 0,
-    "workdir": 2,
-    "hosts": 2,
-    "local": 4,
-    "failures": 3,
-    "privacy": 4,
-    "attacks": 5,
-    "evaluate": 5,
-    "rounds": 6,
-    "train": 7,
-    "prepare": 7,
-    "export": 7,
-    "doctor": 8,
-    "merge": 7,
+    "config": 1,
+    "data": 2,
+    "aggregation": 2,
+    "models": 3,
+    "messages": 3,
+    "algorithms": 4,
+    "scenarios": 5,
+    "simulation": 6,
+    "merging": 8,
+    "runs": 7,
+    "train": 8,
+    "comparison": 8,
+    "compare": 9,
+    "prepare": 9,
+    "export": 9,
+    "doctor": 9,
+    "merge": 9,
 }
+DOORS = {"train", "compare", "prepare", "doctor", "export", "merge"}
+GROUND = {"config", "errors", "json_files", "trees"}
 
 
 def imported_rooms(file):
@@ -68,6 +56,11 @@ def test_imports_only_go_down():
             if other != room and LAYER[other] >= LAYER[room]:
                 wrong.append(f"{file.relative_to(PACKAGE)} imports {other}")
     assert not wrong
+
+
+def test_the_top_of_the_package_holds_doors_and_ground():
+    top = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
+    assert top == DOORS | GROUND
 
 
 def test_library_imports_nothing_heavy():

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import matu_jax as matu
 from matu_jax import merge, merging
 from matu_jax.merging import blocks, methods
-from matu_jax.tensors import INDEX, Checkpoint, CheckpointError
+from matu_jax.models.tensors import INDEX, Checkpoint, CheckpointError
 
 SHAPES = {
     "vision.patch.weight": (37, 41),  # longer than one block of 1024

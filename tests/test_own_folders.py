@@ -11,7 +11,7 @@ from PIL import Image
 
 import matu_jax
 from matu_jax import doctor, export, prepare, train
-from matu_jax.commandline import read_config
+from matu_jax.runs.commandline import read_config
 
 EXPERIMENTS = Path(matu_jax.__file__).parents[1] / "experiments"
 

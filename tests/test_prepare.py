@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 
 import matu_jax
-from matu_jax import compare, prepare, rounds, train
-from matu_jax.commandline import read_config
+from matu_jax import compare, prepare, train
 from matu_jax.data import Transform, prepared
 from matu_jax.models.architectures import ARCHITECTURES
+from matu_jax.runs.commandline import read_config
+from matu_jax.runs.plan import check_inputs
+from matu_jax.simulation.federation import load_tasks
 
 EXPERIMENT = str(Path(matu_jax.__file__).parents[1] / "experiments" / "vitb32.py")
 TRANSFORM = ARCHITECTURES["clip_vit_b32"].transform
@@ -325,18 +327,18 @@ def test_what_a_message_tells_to_run_does_it(images, tmp_path, capsys):
     assert prepare.main(rest[1:]) == 0
     capsys.readouterr()
     config, source, _ = read_config(["train", "--config", EXPERIMENT, *words], "")
-    train.check_inputs(config, source)
+    check_inputs(config, source)
     # What a program says that has no file of the experiment's holds all that matters.
     (own / "left; right/train/0/0.png").unlink()
     with pytest.raises(ValueError, match="experiment file") as caught:
-        rounds.load_tasks(config)
+        load_tasks(config)
     program, _, told = str(caught.value).partition(
         "with --config and the run's experiment file, and"
     )
     assert program.endswith("; run python -m matu_jax.prepare ")
     told = shlex.split(told.removeprefix(" with "))
     assert prepare.main(["prepare", "--config", EXPERIMENT, *told]) == 0
-    assert rounds.load_tasks(config)
+    assert load_tasks(config)
 
 
 def test_without_a_folder_it_is_tfds(images, capsys):

@@ -342,13 +342,21 @@ def test_nothing_is_concluded_from_fewer_seeds_than_reports_conclude_from():
 
 def test_the_how_to_for_an_algorithm_works_and_it_appears_in_the_report(tmp_path):
     """In a copy of the repository, with one file, two lines and one arm, as a new user would."""
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info")
-    shutil.copytree(ROOT, tmp_path, ignore=ignored, dirs_exist_ok=True)
+    for room in ("matu_jax", "experiments", "tests"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     folder = tmp_path / "matu_jax" / "algorithms"
     (folder / "half_step.py").write_text(PYTHON[1])
     table = (folder / "__init__.py").read_text()
-    names = '_NAMES = (\n    "half_step",'
-    (folder / "__init__.py").write_text(table.replace("_NAMES = (", names, 1))
+    imported = "from matu_jax.algorithms.half_step import half_step\n"
+    entry = '"half_step": half_step,'
+    assert imported.strip() in README
+    assert entry in README
+    table = table.replace(
+        "from matu_jax.algorithms.individual", imported + "from matu_jax.algorithms.individual", 1
+    )
+    table = table.replace('    "individual"', f'    {entry}\n    "individual"', 1)
+    (folder / "__init__.py").write_text(table)
     row = "| `half_step` | FedAvg, half the way |\n| `fed_lora_b` |"
     (tmp_path / "README.md").write_text(README.replace("| `fed_lora_b` |", row, 1))
     comparison = tmp_path / "experiments" / "compare8.py"
@@ -389,7 +397,7 @@ def test_the_how_to_for_an_algorithm_works_and_it_appears_in_the_report(tmp_path
     run("ruff", "format", "--check", ".")
     run("ruff", "check", ".")
     contract = run(
-        "pytest", "-n", "0", "-q", "tests/test_algorithms.py", "-k", "half_step or keeps"
+        "pytest", "-n", "0", "-q", "tests/algorithms/test_algorithms.py", "-k", "half_step or keeps"
     )
     assert int(re.findall(r"(\d+) passed", contract)[0]) > 8, contract
     run("pytest", "-n", "0", "-q", "tests/test_readme.py", "-k", "names_exists")

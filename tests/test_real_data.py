@@ -9,10 +9,14 @@ import tiny_clip
 from PIL import Image
 from rich.console import Console
 
-from matu_jax import prepare, rounds, train
-from matu_jax.commandline import Source
+from matu_jax import prepare
 from matu_jax.config import default, freeze
-from matu_jax.workdir import opened
+from matu_jax.errors import UserError
+from matu_jax.runs.commandline import Source
+from matu_jax.runs.plan import check_inputs
+from matu_jax.runs.training import train
+from matu_jax.runs.workdir import opened
+from matu_jax.simulation.federation import federate
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -60,11 +64,11 @@ def config_of(places):
 
 def test_prepare_then_train_learns(places):
     config, console = config_of(places), Console(quiet=True)
-    with pytest.raises(train.UserError, match="2 of 2 datasets are not prepared"):
-        train.check_inputs(config, Source(places / "experiment.py"))
+    with pytest.raises(UserError, match="2 of 2 datasets are not prepared"):
+        check_inputs(config, Source(places / "experiment.py"))
     assert prepare.prepare(config, console)
-    train.check_inputs(config, Source(places / "experiment.py"))
-    federation = rounds.federate(config)
+    check_inputs(config, Source(places / "experiment.py"))
+    federation = federate(config)
     for task in federation.tasks:
         assert isinstance(task.train.images, np.memmap)
         assert (len(task.train.labels), len(task.validation.labels)) == (108, 12)
@@ -75,7 +79,7 @@ def test_prepare_then_train_learns(places):
 
     workdir = places / "run"
     with opened(workdir, config):
-        summary = train.train(config, "tiny", workdir, console)
+        summary = train(config, "tiny", workdir, console)
     records = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["loss"] < records[0]["loss"]
     assert summary["accuracy"]["mean"] > 0.25, summary["accuracy"]  # chance is 0.1
@@ -86,12 +90,10 @@ def test_generated_tasks_and_real_models_do_not_mix(places):
     config = config_of(places)
     generated = dataclasses.replace(config.data, tasks="embedded8")
     with pytest.raises(ValueError, match="images of 32 pixels"):
-        rounds.federate(dataclasses.replace(config, data=generated))
+        federate(dataclasses.replace(config, data=generated))
     unknown = dataclasses.replace(config.model, architecture="tiny_clap")
-    with pytest.raises(train.UserError, match='Did you mean "tiny_clip"'):
-        train.check_inputs(
-            dataclasses.replace(config, model=unknown), Source(places / "experiment.py")
-        )
+    with pytest.raises(UserError, match='Did you mean "tiny_clip"'):
+        check_inputs(dataclasses.replace(config, model=unknown), Source(places / "experiment.py"))
     typo = dataclasses.replace(config.data, tasks="mnist,eurosta")
     with pytest.raises(ValueError, match="eurosat"):
-        rounds.federate(dataclasses.replace(config, data=typo))
+        federate(dataclasses.replace(config, data=typo))

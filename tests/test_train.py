@@ -16,10 +16,13 @@ import tiny
 from dp_accounting import dp_event
 from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
-from matu_jax import rounds, train
+from matu_jax import train
 from matu_jax.config import Config, PrivacyConfig
 from matu_jax.data import Split
-from matu_jax.workdir import opened
+from matu_jax.runs.results import _privacy
+from matu_jax.runs.workdir import opened
+from matu_jax.simulation import federation, rounds
+from matu_jax.simulation.federation import load_tasks
 
 EXPERIMENT = """
 from matu_jax.config import default
@@ -90,7 +93,7 @@ def test_the_summary_says_what_privacy_was_bought_and_who_lied(experiment, tmp_p
     assert summary["privacy"]["epsilon"] > 0.5 * accountant.get_epsilon(1e-4)
 
     config = dataclasses.replace(Config(), privacy=PrivacyConfig(1.0, 2.0, 1e-4, seed=5))
-    said = train._privacy(config, records)
+    said = _privacy(config, records)
     assert (said["private"], said["epsilon"], said["delta"]) == (False, None, None)
     assert said["noise"] == "from config.privacy.seed = 5: not private"
 
@@ -235,7 +238,7 @@ def test_ctrl_c_says_how_to_go_on(capsys, experiment, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.rounds, "run", interrupted)
+    monkeypatch.setattr(rounds, "run", interrupted)
     assert train.main(["train", experiment, f"--workdir={tmp_path}/run"]) == 130
     assert "goes on" in capsys.readouterr().err
 
@@ -274,7 +277,7 @@ def test_a_run_whose_data_has_changed_is_not_gone_on_with(
     words = ["train", experiment, "--config.rounds=1", f"--workdir={tmp_path / 'run'}"]
     assert train.main(words) == 0
     (tmp_path / "run" / "summary.json").unlink()
-    load = rounds.load_tasks
+    load = load_tasks
 
     def changed(config):
         first, *rest = load(config)
@@ -282,7 +285,7 @@ def test_a_run_whose_data_has_changed_is_not_gone_on_with(
         images[0, 0, 0, 0] ^= 1
         return (dataclasses.replace(first, test=Split(images, first.test.labels)), *rest)
 
-    monkeypatch.setattr(rounds, "load_tasks", changed)
+    monkeypatch.setattr(federation, "load_tasks", changed)
     assert train.main(words) == 2
     said = capsys.readouterr().err
     assert "divides it otherwise: task 'hue/grating'. Bring it back" in " ".join(said.split())

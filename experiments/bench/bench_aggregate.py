@@ -32,7 +32,7 @@ from timing import (
 )
 
 import matu_jax as matu
-from matu_jax.parallel import use_cores
+from matu_jax.runs.processes import use_cores
 
 
 def _as_torch(uploads: matu.Unified, slots: matu.Slots, held: int, dtype: str) -> tuple[list, list]:

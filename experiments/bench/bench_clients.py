@@ -57,20 +57,22 @@ from timing import (
     peak_growth,
 )
 
-from matu_jax import algorithms, models, rounds
-from matu_jax.algorithms.base import LocalRule
+from matu_jax import algorithms, models
+from matu_jax.algorithms.contract import LocalRule
 from matu_jax.config import Config, LocalConfig
-from matu_jax.local import Trained, local_training
 from matu_jax.models import Model
 from matu_jax.models.architectures import ARCHITECTURES
-from matu_jax.parallel import (
+from matu_jax.runs.processes import use_cores
+from matu_jax.simulation.federation import federate
+from matu_jax.simulation.local import Trained, local_training
+from matu_jax.simulation.memory import fitted, predicted_bytes
+from matu_jax.simulation.placement import (
     AXIS,
     memory_there,
     on_cpu,
     padded_rows,
     slot_mesh,
     slots_at_once,
-    use_cores,
 )
 
 # Of a vector's length, after a few steps of Adam, which turns rounding into whole steps where
@@ -105,7 +107,7 @@ def _prepared(architecture: str, clients: int, steps: int, batch: int, dtype: st
     """The experiment, its model, and what both sides train on."""
     use_cores()
     config = experiment(architecture, clients, steps, batch, dtype, algorithm="fedavg")
-    federation = rounds.federate(config)
+    federation = federate(config)
     model = models.build(config.model, federation.tasks, seed=config.seed)
     rows = padded_rows(np.arange(clients), slot_mesh().size)
     task = federation.slots.task[rows]
@@ -160,14 +162,14 @@ def _choices(config: Config, federation: Any, model: Model, wanted: list[str]) -
     """What is chosen by itself, and all numbers of slots at once that memory is predicted for."""
     mesh, algorithm = slot_mesh(), algorithms.build(config)
     everything = -(-config.data.clients // mesh.size)
-    chosen = rounds.fitted(config, model, algorithm, federation, mesh).local.parallel_slots
+    chosen = fitted(config, model, algorithm, federation, mesh).local.parallel_slots
     auto = slots_at_once(mesh, everything, chosen)
     numbers = {_number(word, everything) for word in wanted}
     there, fitting = memory_there(mesh.devices.flat[0]), [auto]
     for number in sorted(numbers - {auto}):
         local = dataclasses.replace(config.local, parallel_slots=number)
         tried = dataclasses.replace(config, local=local)
-        parts = rounds.predicted_bytes(tried, model, algorithm, federation, mesh)
+        parts = predicted_bytes(tried, model, algorithm, federation, mesh)
         if there and sum(parts.values()) > 0.9 * there * mesh.size:
             print(f"{number} slots at once: left out, they do not fit into memory")
         else:

@@ -28,9 +28,10 @@ from matu_jax.models.vit import VisionTransformer, ViTShape
 
 PROGRAM = """
 import resource, sys
-from matu_jax import rounds, train
+from matu_jax import train
+from matu_jax.simulation import placement
 
-rounds.SHARED_FROM = int(sys.argv[1])
+placement.SHARDED_FROM = int(sys.argv[1])
 code = train.main(["train", *sys.argv[3:]])
 with open(sys.argv[2], "w") as file:
     file.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))

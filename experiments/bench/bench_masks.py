@@ -3,9 +3,9 @@
     python experiments/bench/bench_masks.py
 
 First, masks of independent bits at given densities: bits per mask bit of the two ways that
-`matu_jax.wire` tries (a Huffman code of the bytes; of runs too), of zlib's levels 1 and 6, and the
-entropy. Then the messages of experiments/quickstart.py: two rounds are run, and what the server
-sends to its clients is encoded with masks as they are and compressed.
+`matu_jax.messages.wire` tries (a Huffman code of the bytes; of runs too), of zlib's levels 1 and 6,
+and the entropy. Then the messages of experiments/quickstart.py: two rounds are run, and what the
+server sends to its clients is encoded with masks as they are and compressed.
 """
 
 import zlib
@@ -15,8 +15,11 @@ import jax
 import numpy as np
 from timing import finish, options
 
-from matu_jax import algorithms, models, rounds, wire
-from matu_jax.commandline import read_config
+from matu_jax import algorithms, models
+from matu_jax.messages import wire
+from matu_jax.runs.commandline import read_config
+from matu_jax.simulation import rounds
+from matu_jax.simulation.federation import federate
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.py"
 
@@ -48,7 +51,7 @@ def _messages(held: int) -> list[dict]:
         "--config.evaluation.every_rounds=2",
     ]
     config, *_ = read_config([*words, f"--config.data.tasks_per_client={held}"], "")
-    federation = rounds.federate(config)
+    federation = federate(config)
     slots = federation.slots
     model = models.build(config.model, federation.tasks, seed=config.seed)
     for result in rounds.run(config, algorithms.build(config), model, federation):

@@ -8,8 +8,8 @@ it holds protobuf and rich at older versions. Its simulation runs clients in Ray
 many at once as there are cores, one thread each.
 
 A round is FedAvg's on both sides: every client receives the adapters, trains them for some steps
-(ours: `matu_jax.rounds.run`, as an experiment runs; Flower's: the PyTorch + PEFT client that
-bench_clients.py measures, built once per process), and the server takes the mean, weighted by
+(ours: `matu_jax.simulation.rounds.run`, as an experiment runs; Flower's: the PyTorch + PEFT client
+that bench_clients.py measures, built once per process), and the server takes the mean, weighted by
 examples. Neither evaluates. Both see the same batches in the same order, and the adapters after a
 round are compared before anything is timed. "matu" is our round with this library's own algorithm,
 which FedAvg's stands beside. "idle" is a round of Flower's whose clients give back what they
@@ -36,9 +36,12 @@ import numpy as np
 from peft_loop import PeftClient, compare, experiment, round_data
 from timing import children_bytes, finish, interleaved, options, peak_growth
 
-from matu_jax import algorithms, models, rounds
+from matu_jax import algorithms, models
 from matu_jax.config import Config
-from matu_jax.parallel import slot_mesh, use_cores
+from matu_jax.runs.processes import use_cores
+from matu_jax.simulation import rounds
+from matu_jax.simulation.federation import Federation, federate
+from matu_jax.simulation.placement import slot_mesh
 from matu_jax.trees import PyTree
 
 Case = tuple[str, int, int, int]
@@ -52,7 +55,7 @@ def _config(algorithm: str, case: Case) -> Config:
 def _ours(algorithm: str, case: Case) -> Iterator[rounds.RoundResult]:
     """Rounds as an experiment runs them."""
     config = _config(algorithm, case)
-    federation = rounds.federate(config)
+    federation = federate(config)
     model = models.build(config.model, federation.tasks, seed=config.seed)
     return rounds.run(config, algorithms.build(config), model, federation, mesh=slot_mesh())
 
@@ -67,11 +70,11 @@ def _one_round(algorithm: str, case: Case) -> Callable[[], Any]:
 _BUILT: dict[Case, tuple] = {}
 
 
-def _built(case: Case) -> tuple[Config, rounds.Federation, PyTree, PeftClient]:
+def _built(case: Case) -> tuple[Config, Federation, PyTree, PeftClient]:
     """What a client's process needs, made once."""
     if case not in _BUILT:
         config = _config("fedavg", case)
-        federation = rounds.federate(config)
+        federation = federate(config)
         model = models.build(config.model, federation.tasks, seed=config.seed)
         _BUILT[case] = config, federation, model.base, PeftClient(model, config)
     return _BUILT[case]

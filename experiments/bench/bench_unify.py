@@ -37,7 +37,7 @@ from timing import (
 )
 
 import matu_jax as matu
-from matu_jax.parallel import use_cores
+from matu_jax.runs.processes import use_cores
 
 
 def _vectors(rows: int, size: int, dtype: str) -> jax.Array:

@@ -4,8 +4,8 @@
 
 A message holds one client's unified vector of d parameters and, for k > 1 tasks, their masks (of
 independent bits at density 3/4, as two tasks have that agree on half of the signs) and scales.
-"encode" and "decode" are `matu_jax.wire`'s from and to float32 arrays, with rounding and all
-checks: checksum, every number finite, every mask; "zip" and "unzip" are the same with masks
+"encode" and "decode" are `matu_jax.messages.wire`'s from and to float32 arrays, with rounding and
+all checks: checksum, every number finite, every mask; "zip" and "unzip" are the same with masks
 compressed. The rivals write what was rounded before, check nothing, and unpickling runs what the
 message says.
 """
@@ -20,8 +20,8 @@ from safetensors.numpy import load, save
 from timing import copier, finish, interleaved, options, peak_growth
 
 import matu_jax as matu
-from matu_jax import wire
-from matu_jax.rounding import rounded
+from matu_jax.messages import wire
+from matu_jax.messages.quantisation import rounded
 
 
 def _unified(tasks: int, size: int) -> matu.Unified:

@@ -26,7 +26,7 @@ from matu_jax.data.batching import gather, round_indices
 from matu_jax.models import Model
 from matu_jax.models.architectures import ARCHITECTURES, Architecture, TowerShape
 from matu_jax.models.tensor_names import CLIP_PROJECTIONS, to_huggingface
-from matu_jax.rounds import Federation
+from matu_jax.simulation.federation import Federation
 from matu_jax.trees import PyTree, leaf_items
 
 # The sizes of the embedded benchmark's backbone, in an architecture that transformers has too.

@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from matu_jax.parallel import AXIS, slot_mesh
+from matu_jax.simulation.placement import AXIS, slot_mesh
 
 PACKAGES = ("jaxlib", "numpy", "torch", "peft", "transformers", "flwr", "ray", "fedjax", "numba")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from matu_jax.aggregation.joining import joining
-from matu_jax.aggregation.sharing import Axes, Sharing, checked, largest_over, total_over
+from matu_jax.aggregation.sharding import Axes, Sharing, checked, largest_over, total_over
 from matu_jax.aggregation.types import Magnitude, Slots, Unified, check_slots, check_unified
 from matu_jax.trees import PyTree, as_floating, check_stacked
 

@@ -12,7 +12,7 @@ from matu_jax.aggregation.fold import (
     modulated,
     over_blocks,
 )
-from matu_jax.aggregation.sharing import Axes, largest_over, total_over
+from matu_jax.aggregation.sharding import Axes, largest_over, total_over
 from matu_jax.aggregation.types import Slots
 
 

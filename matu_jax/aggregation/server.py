@@ -32,7 +32,7 @@ from matu_jax.aggregation.robust import (
     vector_lengths,
     within_trim,
 )
-from matu_jax.aggregation.sharing import Axes, Sharing, all_over, any_over, checked, total_over
+from matu_jax.aggregation.sharding import Axes, Sharing, all_over, any_over, checked, total_over
 from matu_jax.aggregation.shrinkage import shrinkage
 from matu_jax.aggregation.types import (
     Aggregated,

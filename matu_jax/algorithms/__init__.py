@@ -1,35 +1,38 @@
-"""Federated algorithms by name. A new one is one file here and one line in `_NAMES`."""
+"""Federated algorithms by name. A new one is one file here and one line in `ALGORITHMS`."""
 
 from collections.abc import Callable
-from importlib import import_module
 
-from matu_jax.algorithms.base import (
-    Algorithm,
-    LocalRule,
-    Message,
-    frame_bits,
-    message_bits,
-    with_heads,
-)
-from matu_jax.config import NO_DEFENCE, Config, DefenceConfig, did_you_mean
-
-_NAMES = (  # of a module here and of its function `Config -> Algorithm`
-    "emr_one_shot",
-    "fed_lora_b",
-    "fedavg",
-    "fedper",
-    "fedprox",
-    "fedrep",
-    "individual",
-    "matfl",
-    "matu",
-    "ntk_fedavg",
-    "per_task",
-    "ties",
-)
+from matu_jax.algorithms.contract import Algorithm, LocalRule, frame_bits
+from matu_jax.algorithms.emr_one_shot import emr_one_shot
+from matu_jax.algorithms.fed_lora_b import fed_lora_b
+from matu_jax.algorithms.fedavg import fedavg
+from matu_jax.algorithms.fedper import fedper
+from matu_jax.algorithms.fedprox import fedprox
+from matu_jax.algorithms.fedrep import fedrep
+from matu_jax.algorithms.individual import individual
+from matu_jax.algorithms.matfl import matfl
+from matu_jax.algorithms.matu import matu
+from matu_jax.algorithms.ntk_fedavg import ntk_fedavg
+from matu_jax.algorithms.parts import with_heads
+from matu_jax.algorithms.per_task import per_task
+from matu_jax.algorithms.ties import ties
+from matu_jax.config import NO_DEFENCE, Config, DefenceConfig
+from matu_jax.errors import did_you_mean
+from matu_jax.messages.traffic import Message, message_bits
 
 ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
-    name: getattr(import_module(f"{__name__}.{name}"), name) for name in _NAMES
+    "emr_one_shot": emr_one_shot,
+    "fed_lora_b": fed_lora_b,
+    "fedavg": fedavg,
+    "fedper": fedper,
+    "fedprox": fedprox,
+    "fedrep": fedrep,
+    "individual": individual,
+    "matfl": matfl,
+    "matu": matu,
+    "ntk_fedavg": ntk_fedavg,
+    "per_task": per_task,
+    "ties": ties,
 }
 
 __all__ = [

@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from matu_jax.aggregation import modulate, unify
-from matu_jax.algorithms.base import Algorithm, Message, keep_where_absent, weighted_mean, zeros
+from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.means import keep_where_absent, weighted_mean, zeros
 from matu_jax.config import Config
+from matu_jax.messages.traffic import Message
 
 
 def emr_one_shot(config: Config) -> Algorithm:

@@ -14,7 +14,8 @@ is frozen (zero-shot), or trained and averaged among the task's holders.
 
 import jax
 
-from matu_jax.algorithms.base import Algorithm, LocalRule, partly_shared
+from matu_jax.algorithms.contract import Algorithm, LocalRule
+from matu_jax.algorithms.parts import partly_shared
 from matu_jax.config import Config
 from matu_jax.trees import leaf_items
 

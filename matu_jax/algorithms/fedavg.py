@@ -7,8 +7,10 @@ the server's mean over clients is weighted by examples too: v = sum_s w_s tau_s 
 import jax
 import jax.numpy as jnp
 
-from matu_jax.algorithms.base import Algorithm, Message, mean_of_clients, mean_over_clients, zeros
+from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.means import mean_of_clients, mean_over_clients, zeros
 from matu_jax.config import Config
+from matu_jax.messages.traffic import Message
 
 
 def fedavg(config: Config) -> Algorithm:

@@ -10,7 +10,8 @@ learn, are the same for all, so that the last blocks (with LoRA: their adapters)
 slot that never took part has the base's.
 """
 
-from matu_jax.algorithms.base import Algorithm, last_blocks, partly_shared
+from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.parts import last_blocks, partly_shared
 from matu_jax.config import Config
 
 

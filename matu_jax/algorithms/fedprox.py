@@ -6,7 +6,7 @@ The local loss gains (mu / 2) ||w - w_download||^2; task vectors differ as param
 import jax
 import jax.numpy as jnp
 
-from matu_jax.algorithms.base import Algorithm, LocalRule
+from matu_jax.algorithms.contract import Algorithm, LocalRule
 from matu_jax.algorithms.fedavg import fedavg
 from matu_jax.config import Config
 

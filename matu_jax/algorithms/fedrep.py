@@ -20,7 +20,8 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from matu_jax.algorithms.base import Algorithm, LocalRule, last_blocks, partly_shared
+from matu_jax.algorithms.contract import Algorithm, LocalRule
+from matu_jax.algorithms.parts import last_blocks, partly_shared
 from matu_jax.config import Config
 
 

@@ -1,7 +1,9 @@
 """Every slot trains alone and nothing is sent: the reference that federation must beat."""
 
-from matu_jax.algorithms.base import Algorithm, Message, keep_where_absent, zeros
+from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.means import keep_where_absent, zeros
 from matu_jax.config import Config
+from matu_jax.messages.traffic import Message
 
 
 def individual(config: Config) -> Algorithm:

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 
 from matu_jax.aggregation.directions import gram
 from matu_jax.aggregation.fold import clip_to
-from matu_jax.algorithms.base import Algorithm, Message, headroom, keep_where_absent, zeros
+from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.means import headroom, keep_where_absent, zeros
 from matu_jax.config import Config
+from matu_jax.messages.traffic import Message
 
 
 def linked(cosine: jax.Array, present: jax.Array, threshold: float) -> jax.Array:

@@ -15,7 +15,7 @@ heads are expanded with the rest, the normalisation of features included. A trai
 the base, where the backbone's derivative vanishes with it: the head alone learns then.
 """
 
-from matu_jax.algorithms.base import Algorithm, LocalRule
+from matu_jax.algorithms.contract import Algorithm, LocalRule
 from matu_jax.algorithms.fedavg import fedavg
 from matu_jax.config import Config
 

@@ -6,8 +6,10 @@ receives k full task vectors.
 
 import jax
 
-from matu_jax.algorithms.base import Algorithm, Message, defended_mean, zeros
+from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.means import defended_mean, zeros
 from matu_jax.config import Config
+from matu_jax.messages.traffic import Message
 
 
 def per_task(config: Config) -> Algorithm:

@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 
 from matu_jax.aggregation.fold import clip_to
-from matu_jax.algorithms.base import Algorithm, Message, headroom
+from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.fedavg import fedavg
+from matu_jax.algorithms.means import headroom
 from matu_jax.config import Config
+from matu_jax.messages.traffic import Message
 
 
 def ties(config: Config) -> Algorithm:

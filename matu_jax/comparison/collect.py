@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from matu_jax.commandline import Source
 from matu_jax.comparison.plan import Comparison, Run, arms_of, runs
-from matu_jax.metrics import MetricsLog, read_summary
+from matu_jax.runs.commandline import Source
+from matu_jax.runs.log import MetricsLog, read_summary
 
 FEWEST_SEEDS = 5  # from which a difference can be told from the luck of the draw
 LEVEL = 0.05  # of significance

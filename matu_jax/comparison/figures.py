@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from matu_jax import report
+from matu_jax.runs import figures
+from matu_jax.runs.tables import human_bits
 
 _WIDTH = 5.2  # inches
 _RESOLUTION, _MOST_DOTS = 220, 1.6e6  # dots per inch, and in all, to keep the files small
@@ -311,12 +312,12 @@ def similarity(
             f"similarity: found a matrix {cells.shape}, {len(tasks)} tasks and {len(families)} "
             "label spaces; expected [tasks, tasks] and one label space per task."
         )
-    order, blocks = report.by_family(families)
+    order, blocks = figures.by_family(families)
     cells = cells[np.ix_(order, order)]
     np.fill_diagonal(cells, np.nan)
     if not np.isfinite(cells).any():
         return None
-    spread = max(float(np.nanmax(np.abs(cells - 0.5))), report.LEAST_SPREAD)
+    spread = max(float(np.nanmax(np.abs(cells - 0.5))), figures.LEAST_SPREAD)
     related = np.equal.outer([families[i] for i in order], [families[i] for i in order])
     truth = np.where(np.eye(len(tasks), dtype=bool), np.nan, related.astype(float))
 
@@ -356,7 +357,7 @@ def similarity(
 
 
 def _figure(width: float, height: float) -> Any:
-    figure = report.blank_figure(width, height)
+    figure = figures.blank_figure(width, height)
     figure.set_dpi(min(_RESOLUTION, math.sqrt(_MOST_DOTS / (width * height))))
     return figure
 
@@ -413,7 +414,7 @@ def _traffic_axis(axes: Any, traffic: Sequence[float]) -> list[float]:
 
 def _round_bits(bits: float) -> str:
     """`human_bits` without the zeros that a round number does not need."""
-    value, unit = report.human_bits(bits).split(" ")
+    value, unit = human_bits(bits).split(" ")
     return f"{value.rstrip('0').rstrip('.') if '.' in value else value} {unit}"
 
 
@@ -534,7 +535,7 @@ def _name(text: str, longest: int = 28) -> str:
     """A label that is not too long, in which a dollar sign does not begin mathematics."""
     text = " ".join(str(text).split())
     text = text if len(text) <= longest else text[: longest - 1] + "…"
-    return report.literal(text)
+    return figures.literal(text)
 
 
 def _words_width(names: Sequence[str]) -> float:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from pydantic import BaseModel
 
-from matu_jax.commandline import Source
-from matu_jax.config import Config, did_you_mean, freeze, set_field
+from matu_jax.config import Config, freeze, set_field
+from matu_jax.errors import did_you_mean
 from matu_jax.json_files import checked, read_json
+from matu_jax.runs.commandline import Source
 
 Fields = Mapping[str, Any]
 """Fields of an experiment and their values, such as {"algorithm": "fedavg", "local.steps": 10}."""

@@ -31,7 +31,7 @@ from matu_jax.comparison.html import (
     to_markdown,
 )
 from matu_jax.json_files import replace_file
-from matu_jax.report import human_bits, human_bytes
+from matu_jax.runs.tables import human_bits, human_bytes
 
 _NONE = "–"
 _RESULT_HEADER = (

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from matu_jax.tensors import FLOATING, Checkpoint, CheckpointError, some_of
+from matu_jax.models.tensors import FLOATING, Checkpoint, CheckpointError, some_of
 
 
 class Alignment(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from matu_jax.tensors import FLOATING, READABLE, Checkpoint, CheckpointError
+from matu_jax.models.tensors import FLOATING, READABLE, Checkpoint, CheckpointError
 
 BUDGET = 1 << 22  # entries, of all models and of the base and the result, in a block
 _SMALLEST, _LARGEST = 1 << 10, 1 << 22  # up to 2**22 signs, float32 sums of signs / size are exact

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from matu_jax.json_files import is_own
-from matu_jax.tensors import INDEX, CheckpointError
+from matu_jax.models.tensors import INDEX, CheckpointError
 
 REPORT = "merge.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".py")  # config, tokenizer, code

@@ -16,13 +16,7 @@ from matu_jax.aggregation.types import Magnitude
 from matu_jax.merging.alignment import Alignment
 from matu_jax.merging.blocks import BUDGET, Block, block_size, check_finite, read_blocks
 from matu_jax.merging.sums import Summary, Totals, lanes, measure, relative
-from matu_jax.tensors import (
-    Checkpoint,
-    CheckpointError,
-    Tensor,
-    Writer,
-    floating_tensor,
-)
+from matu_jax.models.tensors import Checkpoint, CheckpointError, Tensor, Writer, floating_tensor
 from matu_jax.trees import apply_vectors, task_vectors
 
 Method = Literal["unify", "ties", "arithmetic"]

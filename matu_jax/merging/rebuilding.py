@@ -9,11 +9,11 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, Field
 
 from matu_jax.aggregation import Unified, modulate
-from matu_jax.config import did_you_mean
+from matu_jax.errors import did_you_mean
 from matu_jax.json_files import checked, parse_json
 from matu_jax.merging.blocks import BUDGET, Block, block_size, fill, plan
 from matu_jax.merging.methods import FORMAT, VERSION, write_finite
-from matu_jax.tensors import (
+from matu_jax.models.tensors import (
     FLOATING,
     READABLE,
     Checkpoint,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from matu_jax.aggregation import direction_similarity
-from matu_jax.tensors import Checkpoint, fingerprint
+from matu_jax.models.tensors import Checkpoint, fingerprint
 
 _LANE = 128  # terms that are summed in float32, before float64 takes over
 

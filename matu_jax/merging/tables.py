@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from matu_jax.commandline import plain_console
-from matu_jax.report import human_bytes
-from matu_jax.tensors import some_of
+from matu_jax.models.tensors import some_of
+from matu_jax.runs.commandline import plain_console
+from matu_jax.runs.tables import human_bytes
 
 _COLUMNS = {  # what merge.json calls it: what the table calls it, and how it is written
     "norm": ("norm of task vector", "{:.4g}"),

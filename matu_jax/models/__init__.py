@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matu_jax.config import ModelConfig, did_you_mean
+from matu_jax.config import ModelConfig
 from matu_jax.data import Task
+from matu_jax.errors import did_you_mean
 from matu_jax.models.architectures import check_architecture
 from matu_jax.trees import PyTree
 
@@ -61,7 +62,7 @@ def base_fingerprint(config: ModelConfig) -> str | None:
       ValueError: if the checkpoint cannot be found or read.
     """
     from matu_jax.models import embedded, huggingface
-    from matu_jax.tensors import Checkpoint, fingerprint
+    from matu_jax.models.tensors import Checkpoint, fingerprint
 
     if config.checkpoint == "random":
         return None

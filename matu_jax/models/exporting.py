@@ -26,7 +26,7 @@ from matu_jax.models.tensor_names import (
     tensor_names,
     to_huggingface,
 )
-from matu_jax.tensors import some_of
+from matu_jax.models.tensors import some_of
 from matu_jax.trees import PyTree, leaf_items
 
 # PEFT names the modules as transformers 5 has them in memory, which for plain vision transformers

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from matu_jax import json_files, tensors
+from matu_jax import json_files
 from matu_jax.config import ModelConfig
+from matu_jax.models import tensors
 from matu_jax.models.architectures import ARCHITECTURES, FAMILIES
 from matu_jax.models.tensor_names import full_names
-from matu_jax.tensors import INDEX, WHOLE, shard_names, system_reason
+from matu_jax.models.tensors import INDEX, WHOLE, shard_names, system_reason
 
 WEIGHTS = WHOLE
 
@@ -244,7 +245,7 @@ def tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of all tensors of a checkpoint, as `matu_jax.tensors.fingerprint` has it.
+    """SHA-256 of all tensors of a checkpoint, as `matu_jax.models.tensors.fingerprint` has it.
 
     Raises:
       ValueError: if a file is missing, cut off or not safetensors.

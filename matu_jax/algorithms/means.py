@@ -1,0 +1,175 @@
+"""Means over rows of task vectors, weighted and defended."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from matu_jax.aggregation import Slots
+from matu_jax.aggregation.fold import clip_to
+from matu_jax.aggregation.robust import (
+    agreement_weights,
+    clip_factors,
+    counted,
+    vector_lengths,
+    within_trim,
+)
+from matu_jax.config import NO_DEFENCE, DefenceConfig
+from matu_jax.trees import PyTree
+
+
+def weighted_mean(
+    vectors: PyTree, weight: jax.Array, group: jax.Array, num_groups: int
+) -> tuple[PyTree, jax.Array]:
+    """Weighted mean of rows per group, in float32.
+
+    Args:
+      vectors: leaves `[rows, ...]`.
+      weight: float32 `[rows]`; rows of weight 0 do not count, whatever they hold.
+      group: int32 `[rows]`.
+      num_groups: number of groups.
+
+    Returns:
+      Means, leaves `[groups, ...]` in the storage dtype (0 for a group without weight), and the
+      total weight `[groups]`.
+    """
+    total = jax.ops.segment_sum(weight, group, num_groups)
+    share = weight / jnp.where(total > 0, total, 1.0)[group]
+
+    def mean(leaf):
+        def add(carry, row):
+            x, part, where = row
+            return carry.at[where].add(jnp.where(part > 0, part * x.astype(jnp.float32), 0.0)), None
+
+        zero = jnp.zeros((num_groups, *leaf.shape[1:]), jnp.float32)
+        return clip_to(jax.lax.scan(add, zero, (leaf, share, group))[0], leaf.dtype)
+
+    return jax.tree.map(mean, vectors), total
+
+
+def defended_mean(
+    vectors: PyTree,
+    before: PyTree,
+    weight: jax.Array,
+    group: jax.Array,
+    num_groups: int,
+    defence: DefenceConfig,
+    slots: Slots | None = None,
+) -> tuple[PyTree, jax.Array]:
+    """`before` plus the mean of changes per group, by the rules of a defence; in float32.
+
+    Args:
+      vectors: leaves `[rows, ...]`; what a row has changed is its difference from its group's
+        `before`.
+      before: leaves `[groups, ...]`.
+      weight: float32 `[rows]`; rows of weight 0 do not count, whatever they hold.
+      group: int32 `[rows]`.
+      num_groups: number of groups.
+      defence: see `matu_jax.AggregationConfig`, with rows for slots and groups for tasks.
+      slots: where rows are slots, whose client each is; None = each row is a client's only one.
+
+    Returns:
+      Leaves `[groups, ...]` in the storage dtype, `before` for a group without weight; and the
+      total weight `[groups]`. Without defences, that is the weighted mean itself.
+    """
+    total = jax.ops.segment_sum(weight, group, num_groups)
+    if defence == NO_DEFENCE:
+        mean, _ = weighted_mean(vectors, weight, group, num_groups)
+        return keep_where_absent(mean, before, total > 0), total
+
+    present = weight > 0
+
+    def change(x, b):
+        rows = clip_to(x.astype(jnp.float32) - b.astype(jnp.float32)[group], jnp.float32)
+        return jnp.where(present[:, None], rows.reshape(rows.shape[0], -1), 0.0)
+
+    changes = jax.tree.map(change, vectors, before)
+    if defence.clip:
+        rows = weight.shape[0]
+        client, clients = jnp.arange(rows), rows
+        if slots is not None:
+            client, clients = slots.client, slots.num_clients
+        factors = clip_factors(row_lengths(changes), present, defence.clip, client, clients)
+        changes = jax.tree.map(lambda x: factors[:, None] * x, changes)
+    if defence.weighting == "agreement":
+
+        def signs(x):
+            own = jnp.sign(x)
+            return (own * jax.ops.segment_sum(own, group, num_groups)[group]).sum(axis=1)
+
+        leaves = jax.tree.leaves(changes)
+        common = jnp.stack([signs(x) for x in leaves]).sum(axis=0)
+        nonzero = jnp.stack([(x != 0).sum(axis=1) for x in leaves]).sum(axis=0)
+        nonzero = nonzero.astype(jnp.float32)
+        weight = agreement_weights(common, nonzero, weight, group, num_groups)
+    if defence.trim:
+        members = jnp.zeros(num_groups, jnp.int32).at[group].add(present.astype(jnp.int32))
+        share = 1 / counted(defence.trim, members)
+
+        def trimmed(x):
+            def add(carry, row):
+                extremes, mean = carry
+                values, where, there = row
+                grown, passed = within_trim(extremes[where], values, members[where])
+                extremes = extremes.at[where].set(jnp.where(there, grown, extremes[where]))
+                mean = mean.at[where].add(jnp.where(there, share[where] * passed, 0.0))
+                return (extremes, mean), None
+
+            extremes = jnp.full((num_groups, 2, defence.trim, x.shape[1]), -jnp.inf)
+            mean = jnp.zeros((num_groups, x.shape[1]), jnp.float32)
+            return jax.lax.scan(add, (extremes, mean), (x, group, present))[0][1]
+
+        moved = jax.tree.map(trimmed, changes)
+    else:
+        moved, _ = weighted_mean(changes, weight, group, num_groups)
+
+    def add(b, x):
+        return clip_to(b.astype(jnp.float32) + x.reshape(b.shape), b.dtype)
+
+    return keep_where_absent(jax.tree.map(add, before, moved), before, total > 0), total
+
+
+def row_lengths(vectors: PyTree) -> jax.Array:
+    """Euclidean lengths of the rows of a stacked tree, over all its leaves: float32 `[rows]`."""
+    unit, length = vector_lengths([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(vectors)])
+    return unit * length
+
+
+def headroom(rows: int) -> float:
+    """A power of 2, which rounds nothing, by which the sum of so many float32 rows stays finite."""
+    return 2.0 ** -math.ceil(math.log2(max(rows, 2)))
+
+
+def per_row(values: jax.Array, like: jax.Array) -> jax.Array:
+    """Gives values `[rows]` as many axes as an array `[rows, ...]` has, to broadcast against it."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def keep_where_absent(new: PyTree, old: PyTree, present: jax.Array) -> PyTree:
+    """Takes rows of `new` where present and of `old` elsewhere; leaves `[rows, ...]`."""
+
+    def choose(n, o):
+        return jnp.where(per_row(present, n), n, o)
+
+    return jax.tree.map(choose, new, old)
+
+
+def mean_of_clients(vectors: PyTree, slots: Slots) -> PyTree:
+    """Each client's mean over its slots, weighted by examples: leaves `[clients, ...]`."""
+    return weighted_mean(vectors, slots.weight, slots.client, slots.num_clients)[0]
+
+
+def mean_over_clients(
+    uploads: PyTree, slots: Slots, before: PyTree, defence: DefenceConfig
+) -> PyTree:
+    """Mean over clients, weighted by examples: leaves `[...]`; `before` where nobody is there."""
+    weight = jax.ops.segment_sum(slots.weight, slots.client, slots.num_clients)
+    one_group = jnp.zeros(slots.num_clients, jnp.int32)
+    old = jax.tree.map(lambda leaf: leaf[None], before)
+    mean, _ = defended_mean(uploads, old, weight, one_group, 1, defence)
+    return jax.tree.map(lambda leaf: leaf[0], mean)
+
+
+def zeros(base: PyTree, *rows: int) -> PyTree:
+    """Zero task vectors, leaves `[*rows, ...]` in the base's dtypes."""
+    return jax.tree.map(lambda leaf: jnp.zeros((*rows, *leaf.shape), leaf.dtype), base)

@@ -1,0 +1,177 @@
+"""What is shared and what stays: splits of a model's parameters, and heads of tasks."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.means import (
+    defended_mean,
+    keep_where_absent,
+    mean_of_clients,
+    mean_over_clients,
+    zeros,
+)
+from matu_jax.config import NO_DEFENCE, DefenceConfig
+from matu_jax.messages.traffic import Message
+from matu_jax.trees import PyTree, leaf_items
+
+Cut = Callable[[PyTree, int], PyTree]
+"""`(tree, lead) -> counts`: how many rows of each leaf are shared, the first ones along its first
+axis after `lead` stacked ones; an int per leaf."""
+
+
+def last_blocks(count: int) -> Cut:
+    """Shares everything but the last `count` transformer blocks and what comes after them.
+
+    Blocks are found by their path: "blocks/<number>/..." or, stacked over depth on their first
+    axis, "blocks/...". After them come a final norm and a projection.
+
+    Raises:
+      ValueError: from the cut, if no block would be shared.
+    """
+
+    def cut(tree: PyTree, lead: int) -> PyTree:
+        items = [(path.split("/"), leaf.shape[lead:]) for path, leaf in leaf_items(tree)]
+        depth = 0
+        for words, shape in items:
+            if words[0] == "blocks":
+                depth = max(depth, int(words[1]) + 1 if words[1].isdecimal() else shape[0])
+        if count >= depth:
+            raise ValueError(
+                f"config.personal_blocks: found {count}, but the model has {depth} "
+                f"block{'' if depth == 1 else 's'} and at least one has to be shared."
+            )
+        rows = []
+        for words, shape in items:
+            if words[0] == "blocks" and not words[1].isdecimal():
+                rows.append(depth - count)
+            elif words[0] == "blocks":
+                rows.append(shape[0] if int(words[1]) < depth - count else 0)
+            else:
+                rows.append(0 if words[0] in ("norm", "projection") else shape[0])
+        return jax.tree.unflatten(jax.tree.structure(tree), rows)
+
+    return cut
+
+
+def partly_shared(cut: Cut, defence: DefenceConfig) -> Algorithm:
+    """FedAvg, defended, of what a cut shares; the rest stays with its slot, at its client.
+
+    The state is the shared vector, leaves `[...]`, and every slot's personal part, leaves `[slots,
+    ...]`; both have the tree of the model, with leaves without rows where there is nothing.
+    """
+
+    def split(tree: PyTree, lead: int) -> tuple[PyTree, PyTree]:
+        def part(first: bool):
+            def take(leaf, rows):
+                low, high = (0, rows) if first else (rows, leaf.shape[lead])
+                return jax.lax.slice_in_dim(leaf, low, high, axis=lead)
+
+            return jax.tree.map(take, tree, cut(tree, lead))
+
+        return part(True), part(False)
+
+    def init(base, slots):
+        rows = slots.client.shape[0]
+        return split(zeros(base), 0)[0], split(zeros(base, rows), 1)[1]
+
+    def download(state, slots):
+        def join(shared, personal):
+            whole = jnp.broadcast_to(shared[None], (slots.client.shape[0], *shared.shape))
+            return jnp.concatenate([whole, personal], axis=1)
+
+        return jax.tree.map(join, *state)
+
+    def upload(vectors, slots):
+        shared, personal = split(vectors, 1)
+        return mean_of_clients(shared, slots), personal
+
+    def aggregate(state, uploads, slots):
+        shared = mean_over_clients(uploads[0], slots, state[0], defence)
+        return (shared, keep_where_absent(uploads[1], state[1], slots.weight > 0)), {}
+
+    return Algorithm(
+        init=init,
+        download=download,
+        upload=upload,
+        aggregate=aggregate,
+        sent=lambda state, uploads: (Message(uploads[0]), Message(uploads[0])),
+        shares_heads=False,
+        kept=lambda state: state[0],
+        defence=defence,
+    )
+
+
+def with_heads(inner: Algorithm) -> Algorithm:
+    """Extends an algorithm to trees `{"shared": ..., "head": ...}`.
+
+    The inner algorithm sees "shared" alone. Heads belong to tasks: they are averaged among a task's
+    holders, or stay with their slot where the algorithm shares nothing.
+    """
+
+    def init(base, slots):
+        rows = slots.num_tasks if inner.shares_heads else slots.client.shape[0]
+        return inner.init(base["shared"], slots), zeros(base["head"], rows)
+
+    def download(state, slots):
+        head = jax.tree.map(lambda x: x[slots.task], state[1]) if inner.shares_heads else state[1]
+        return {"shared": inner.download(state[0], slots), "head": head}
+
+    def upload(vectors, slots):
+        return inner.upload(vectors["shared"], slots), vectors["head"]
+
+    def aggregate(state, uploads, slots):
+        shared, metrics = inner.aggregate(state[0], uploads[0], slots)
+        head, before = uploads[1], state[1]
+        if inner.sends_change:
+            start = before
+            if inner.shares_heads:
+                start = jax.tree.map(lambda x: x[slots.task], start)
+            head = jax.tree.map(jnp.add, start, head)
+        if inner.shares_heads:
+            defence = inner.defence or NO_DEFENCE
+            groups = slots.weight, slots.task, slots.num_tasks
+            return (shared, defended_mean(head, before, *groups, defence, slots)[0]), metrics
+        return (shared, keep_where_absent(head, before, slots.weight > 0)), metrics
+
+    def sent(state, uploads):
+        up, down = inner.sent(state[0], uploads[0])
+        if not inner.shares_heads:
+            return up, down
+        return (
+            up._replace(per_slot=(up.per_slot, uploads[1])),
+            down._replace(per_slot=(down.per_slot, uploads[1])),
+        )
+
+    def evaluated(state, slots):
+        shared = (inner.evaluated or inner.download)(state[0], slots)
+        return download(state, slots) | {"shared": shared}
+
+    def kept(state):
+        return inner.kept(state[0]), state[1] if inner.shares_heads else None
+
+    def trains(vector, progress):
+        local, factor = inner.local, 1.0
+        shared = jax.tree.map(lambda _: 1.0, vector["shared"])
+        if local.trains:
+            shared = local.trains(vector["shared"], progress)
+        if local.head_trains:
+            factor = local.head_trains(progress)
+        return {"shared": shared, "head": jax.tree.map(lambda _: factor, vector["head"])}
+
+    share = inner.shared_over
+    return inner._replace(
+        shared_over=(lambda mesh: with_heads(share(mesh))) if share else None,
+        init=init,
+        download=download,
+        upload=upload,
+        aggregate=aggregate,
+        sent=sent,
+        evaluated=evaluated,
+        kept=kept,
+        local=inner.local._replace(
+            trains=trains if inner.local.trains or inner.local.head_trains else None
+        ),
+    )

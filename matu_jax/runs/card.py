@@ -1,0 +1,117 @@
+"""The README that is written beside an exported model."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from matu_jax.models import exporting
+from matu_jax.models.architectures import transform_of
+from matu_jax.models.checkpoint_config import architecture_of
+from matu_jax.runs.exported import Exported
+from matu_jax.runs.provenance import versions
+from matu_jax.simulation.evaluate import Counts
+
+
+def _examples(exported: Exported) -> str:
+    """How many examples are measured, such as "20 validation and 20 test"."""
+    most, counts = exported.config.evaluation.max_examples, []
+    for split in exported.recorded | {"test": None}:
+        there = len(getattr(exported.task, split).labels)
+        counts.append(f"{min(there, most or there)} {split}")
+    return " and ".join(counts)
+
+
+def model_card(exported: Exported, kind: str, loaded_by: str, measured: Counts) -> str:
+    """The text of an export's README.md.
+
+    Args:
+      exported: the model.
+      kind: "peft", "merged" or "safetensors".
+      loaded_by: the transformers class that loads it.
+      measured: on the test split, in float32.
+    """
+    config, task = exported.config, exported.task
+    model, data = config.model, config.data
+    library = {"peft": "peft", "merged": "transformers", "safetensors": "matu_jax"}[kind]
+    header: dict[str, Any] = {"library_name": library}
+    checkpoint, _ = exporting.base_model(model.checkpoint)
+    if model.checkpoint not in ("random", "embedded") and not Path(checkpoint).exists():
+        header["base_model"] = checkpoint
+    images = f"made {transform_of(model).size} pixels high and wide"
+    if model.architecture != "embedded":
+        images = exporting.images_text(architecture_of(model))
+    recorded = "; the run did not measure this round"
+    if exported.accuracy is not None:
+        recorded = f"; recorded in training: {100 * exported.accuracy:.1f} %"
+    rows = {
+        "task": f"{task.name}, {task.num_classes} classes",
+        "base model": f"{model.checkpoint} ({model.architecture})",
+        "trained": "LoRA of rank "
+        f"{model.lora_rank}, alpha {model.lora_alpha:g}, on {', '.join(model.lora_targets)}"
+        if model.trainable == "lora"
+        else "every parameter of the image tower",
+        "algorithm": config.algorithm,
+        "rounds": f"{exported.round} of {config.rounds}: {exported.why}",
+        "clients": f"{data.clients}, tasks of each: {data.tasks_per_client}; this is the model of "
+        f"client {exported.client}",
+        "test accuracy": f"{100 * (measured.right / measured.examples):.1f} % of "
+        f"{measured.examples} of {len(task.test.labels)} test examples (of these files, in "
+        f"float32{recorded})",
+        "images": images,
+        "data": f"{data.source} {data.tasks or 'folders'}, "
+        f"fingerprint {task.fingerprint or 'none'}",
+        **({"about the data": "; ".join(task.notes)} if task.notes else {}),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    return exporting.model_card(
+        f"{task.name}, fine-tuned with matu_jax",
+        header,
+        rows,
+        loading=_loading(exported, kind, loaded_by),
+        classify=_classify(exported, kind),
+        settings=dataclasses.asdict(config),
+    )
+
+
+def _loading(exported: Exported, kind: str, loaded_by: str) -> str:
+    """Python code that loads the model."""
+    model = exported.config.model
+    checkpoint, revision = exporting.base_model(model.checkpoint)
+    if kind == "merged":
+        return f'import transformers\n\nmodel = transformers.{loaded_by}.from_pretrained("FOLDER")'
+    if kind == "peft":
+        at = f", revision={revision!r}" if revision else ""
+        return (
+            "import peft\nimport transformers  # 5.23 or newer\n\n"
+            f"base = transformers.{loaded_by}.from_pretrained({checkpoint!r}{at})\n"
+            'model = peft.PeftModel.from_pretrained(base, "FOLDER")'
+        )
+    where = f"the base, {model.checkpoint!r}"
+    if model.checkpoint == "random":
+        where = f"the base, which matu_jax.models.build draws from seed {exported.config.seed}"
+    return (
+        "import safetensors.numpy\n\n"
+        f"# To be added to parameters of the same names of {where}.\n"
+        'vector = safetensors.numpy.load_file("FOLDER/task_vector.safetensors")'
+    )
+
+
+def _classify(exported: Exported, kind: str) -> str:
+    """Python code that uses the head."""
+    head, kept = exported.head, "torch"
+    norm = "features.norm(dim=-1, keepdim=True)"
+    if kind == "safetensors":
+        kept, norm = "numpy", "(features**2).sum(axis=-1, keepdims=True) ** 0.5"
+        features = "# features [examples, features]: of the image tower with base + vector"
+    else:
+        code = exporting.features_code(architecture_of(exported.config.model), kind)
+        features = f"features = {code}"
+    logits = f'head["logit_scale"] * features / {norm} @ head["weight"].T'
+    if "bias" in head:
+        logits = 'features @ head["weight"].T + head["bias"]'
+    return (
+        f"import safetensors.{kept}\n\n"
+        f'head = safetensors.{kept}.load_file("FOLDER/head.safetensors")\n'
+        f"{features}\n"
+        f"logits = {logits}"
+    )

@@ -1,0 +1,168 @@
+"""What a run has shown, as summary.json holds it."""
+
+import collections
+import dataclasses
+import datetime
+
+import jax
+import numpy as np
+
+from matu_jax.config import Config
+from matu_jax.errors import UserError
+from matu_jax.runs.log import SELECTION, selected
+from matu_jax.runs.provenance import commit, machine, versions
+from matu_jax.scenarios import attacks, privacy
+from matu_jax.simulation.federation import Federation, fingerprints
+from matu_jax.simulation.relatedness import related, relatedness_auc
+
+_AUC = (
+    "probability that a related pair of tasks (same label space) has a higher direction similarity "
+    "than an unrelated pair, over all pairs of different tasks, ties counting one half; of the "
+    "mean over all rounds of the similarity that the server measured (matrix)"
+)
+
+
+_OWN_PHASES = ("client_unify", "server_aggregation", "server_download")
+
+
+_OVERHEAD = (
+    f"the algorithm's own work ({', '.join(_OWN_PHASES)}) over all rounds, and its share of the "
+    "seconds of the run without compilation"
+)
+
+
+_FRAMES = (
+    "headers, task ids and checksums of messages (matu_jax.messages.wire), which the other "
+    "counts leave out; 0 for algorithms whose messages have no format"
+)
+
+
+def run_results(
+    config, algorithm, federation, target, log, similarity_sum
+) -> tuple[dict, np.ndarray]:
+    """The summary of a run, and the mean of its similarities."""
+    try:
+        records = log.first(config.rounds)
+    except ValueError as error:  # of another program, while this one ran
+        raise UserError(f"{error}. The same command says how to go on.") from None
+    similarity = similarity_sum / max(sum(r["aggregated"] for r in records), 1)
+    summary = _summary(config, federation, records, similarity)
+    summary["metrics"] = log.fingerprint  # so that results are read beside no other records
+    summary["config"] = dataclasses.asdict(config)
+    summary["chance"] = {task.name: 1 / task.num_classes for task in federation.tasks}
+    summary["label_spaces"] = [task.label_space for task in federation.tasks]
+    if config.privacy.clip_norm:
+        summary["privacy"] = _privacy(config, records)
+    if config.attack.kind != "none":
+        summary["liars"] = _liars(config, federation)
+    kept = jax.eval_shape(algorithm.kept, target)
+    summary["server"] = {
+        "kept_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)),
+        "kept_per_client": algorithm.kept_per_client,
+    }
+    return summary, similarity
+
+
+def _privacy(config: Config, records: list[dict]) -> dict:
+    """What the clients' noise has bought; of the client that took part most often."""
+    times = collections.Counter(client for r in records for client in r["clients"])
+    releases = max(times.values(), default=0)
+    secret = config.privacy.seed < 0
+    return {
+        "private": secret,
+        "epsilon": privacy.epsilon(config.privacy, releases) if secret else None,
+        "delta": config.privacy.delta if secret else None,
+        "releases": releases,
+        "noise": "discrete Gaussian, from the operating system's entropy"
+        if secret
+        else f"from config.privacy.seed = {config.privacy.seed}: not private",
+        "definition": "client-level, zero-out adjacency, towards the server; see "
+        "matu_jax.scenarios.privacy; a round that was run again after a crash, or after going "
+        "back to an older checkpoint, has released once more, which is not counted",
+    }
+
+
+def _liars(config: Config, federation: Federation) -> dict:
+    """Which clients lied, and by task the share of its holders that they are."""
+    slots = federation.slots
+    lies = attacks.liars(config.attack, slots, config.seed)
+    return {
+        "clients": np.flatnonzero(lies).tolist(),
+        "share_of_holders": {
+            task.name: lies[slots.client[slots.task == index]].mean()
+            for index, task in enumerate(federation.tasks)
+        },
+    }
+
+
+def _summary(config, federation, records, similarity) -> dict:
+    measured = [r for r in records if r["accuracy"] is not None]
+    best = selected(records)
+    if best is None:
+        raise UserError("metrics.jsonl: found no round with an accuracy, which the last one has.")
+    accuracy = best["accuracy"]
+    clients = sum(len(r["clients"]) for r in records)
+    phases = sorted({phase for r in records for phase in r["seconds"]})
+    by_round = [r["similarity_auc"] for r in records]
+    seconds = {phase: sum(r["seconds"].get(phase, 0.0) for r in records) for phase in phases}
+    total = sum(seconds.values())
+    own = sum(seconds.get(phase, 0.0) for phase in _OWN_PHASES)
+    running = total - seconds.get("compile", 0.0)
+    return {
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "selected_round": best["round"],
+        "selection": SELECTION,
+        "accuracy": {
+            "mean": accuracy["test_mean"],
+            "per_task": accuracy["test_per_task"],
+            "per_slot": accuracy["test_per_slot"],
+            "validation_mean": accuracy["validation_mean"],
+            "last_round_mean": measured[-1]["accuracy"]["test_mean"],
+        },
+        "communication": {
+            "uplink_bits_per_client_round": sum(r["uplink_bits"] for r in records) / clients,
+            "downlink_bits_per_client_round": sum(r["downlink_bits"] for r in records) / clients,
+            "uplink_bits_total": sum(r["uplink_bits"] for r in records),
+            "downlink_bits_total": sum(r["downlink_bits"] for r in records),
+            "frames": _frames(records),
+        },
+        "seconds": {"total": total} | seconds,
+        "overhead": {
+            "seconds": own,
+            "share": own / running if running else None,
+            "definition": _OVERHEAD,
+        },
+        "similarity": None
+        if not similarity.any()
+        else {
+            "auc": relatedness_auc(similarity, related(federation.tasks)),
+            "auc_first_round": by_round[0],
+            "auc_last_round": by_round[-1],
+            "definition": _AUC,
+            "tasks": [task.name for task in federation.tasks],
+            "matrix": similarity.tolist(),
+        },
+        "slots": {
+            "client": federation.slots.client.tolist(),
+            "task": federation.slots.task.tolist(),
+            "examples": federation.slots.weight.tolist(),
+        },
+        "data_fingerprint": fingerprints(federation),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def _frames(records: list[dict]) -> dict | None:
+    """What messages hold besides vectors, masks and scales."""
+    directions = ("uplink", "downlink")
+    if not all(f"{direction}_frame_bits" in r for r in records for direction in directions):
+        return None  # rounds of an older version
+    return {
+        f"{direction}_bits_total": sum(r[f"{direction}_frame_bits"] for r in records)
+        for direction in directions
+    } | {"definition": _FRAMES}

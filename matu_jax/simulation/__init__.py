@@ -1,0 +1,1 @@
+"""A federation simulated on the devices at hand, round by round."""

@@ -1,0 +1,75 @@
+"""A round's training examples, cut into pieces that fit the devices."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from matu_jax.config import Config
+from matu_jax.data.batching import gather, round_indices
+from matu_jax.data.feed import Grid, grid, prefetched
+from matu_jax.scenarios import attacks
+from matu_jax.simulation.federation import Federation
+from matu_jax.simulation.participation import participants, trained_slots
+from matu_jax.simulation.placement import padded_rows, slots_at_once
+
+
+def round_grid(config: Config, federation: Federation, mesh: Mesh) -> Grid:
+    """How a round's training is cut into pieces that fit the devices."""
+    local, slots = config.local, federation.slots
+    trained = len(trained_slots(config, slots, participants(config, slots, 0)))
+    per_device = slots_at_once(mesh, -(-trained // mesh.size), local.parallel_slots)
+    image = int(np.prod(federation.tasks[0].train.images.shape[1:]))
+    return grid(
+        trained,
+        local.steps,
+        local.batch_examples * image,
+        multiple=mesh.size,
+        at_once=per_device * mesh.size,
+    )
+
+
+def training_batches(
+    config: Config, federation: Federation, cut: Grid, own: np.ndarray, done: int
+) -> Iterator[Any]:
+    """Images and labels of every piece of every round from `done` on, made ahead by threads.
+
+    Of the rows that are this process's `own`; nothing else is read.
+    """
+    slots, tasks, local = federation.slots, federation.tasks, config.local
+
+    flips = config.attack.kind == "label_flip"
+    lies = attacks.liars(config.attack, slots, config.seed)
+
+    @functools.lru_cache(maxsize=4)
+    def drawn(index: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows = trained_slots(config, slots, participants(config, slots, index))
+        part = padded_rows(rows, cut.slots).reshape(cut.groups, cut.slots)[group][own]
+        return (
+            part,
+            slots.task[part],
+            round_indices(
+                [federation.indices[row] for row in part],
+                slots.client[part],
+                slots.task[part],
+                seed=config.seed,
+                round_index=index,
+                steps=local.steps,
+                batch_size=local.batch_examples,
+            ),
+        )
+
+    def piece(number: int) -> tuple[np.ndarray, np.ndarray]:
+        index, rest = divmod(number, cut.groups * cut.chunks)
+        group, chunk = divmod(rest, cut.chunks)
+        part, task, indices = drawn(index, group)
+        chunks = indices[:, chunk * cut.steps : (chunk + 1) * cut.steps]
+        images, labels = gather(tasks, task, chunks)
+        for slot in np.flatnonzero(flips & lies[slots.client[part]]):
+            labels[slot] = tasks[task[slot]].num_classes - 1 - labels[slot]
+        return images, labels
+
+    pieces = cut.groups * cut.chunks
+    return prefetched(piece, done * pieces, config.rounds * pieces)

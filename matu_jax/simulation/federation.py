@@ -1,0 +1,151 @@
+"""Who holds what: the tasks of an experiment, dealt out to clients."""
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from matu_jax.aggregation import Slots
+from matu_jax.config import Config
+from matu_jax.data import Task, embedded, prepared, selection, synthetic
+from matu_jax.data.partition import assign, partition
+from matu_jax.data.rendering import SIZE
+from matu_jax.models import base_fingerprint
+from matu_jax.models.architectures import check_architecture, transform_of
+from matu_jax.scenarios import attacks, failures
+
+
+class Federation(NamedTuple):
+    """Who holds what.
+
+    Attributes:
+      tasks: all tasks, with their data.
+      slots: client, task and number of training examples of every slot, as numpy arrays.
+      indices: per slot, positions in its task's train split.
+      trace: who sends nothing when, from `config.failures.trace`: {round: {client: reason}}.
+    """
+
+    tasks: tuple[Task, ...]
+    slots: Slots
+    indices: list[np.ndarray]
+    trace: Mapping[int, Mapping[int, str]] = MappingProxyType({})
+
+
+def task_names(config: Config) -> tuple[str, ...]:
+    """Names of the tasks that `config.data.tasks` stands for.
+
+    Raises:
+      ValueError: for tasks of the embedded benchmark and a model that takes other images, or an
+        unknown architecture or dataset.
+    """
+    check_architecture(config.model.architecture)
+    data = config.data
+    generated = selection.is_generated(data.tasks, data.folders)
+    if generated and transform_of(config.model).size != SIZE:
+        raise ValueError(
+            f"config.model.architecture: found {config.model.architecture!r}; the tasks "
+            f"{data.tasks or 'embedded8'!r} have images of {SIZE} pixels, and it "
+            "takes others. Give config.data.tasks = 'vision8', or config.model.architecture = "
+            "'embedded'."
+        )
+    return selection.resolve(data.tasks, data.folders)
+
+
+def load_tasks(config: Config) -> tuple[Task, ...]:
+    """Loads the tasks of an experiment, with their data.
+
+    Raises:
+      ValueError: for an unknown name, or a dataset that is not prepared.
+    """
+    names, data = task_names(config), config.data
+    if selection.is_generated(data.tasks, data.folders):
+        return embedded.load(names)
+    transform = transform_of(config.model)
+    if data.source == "synthetic":
+        return synthetic.load(
+            names, transform=transform, image_folders=data.folders, seed=data.seed
+        )
+    return prepared.load(
+        names,
+        transform=transform,
+        folders=data.folders,
+        validation_fraction=data.validation_fraction,
+        how=_how_to_prepare(config),
+    )
+
+
+def _how_to_prepare(config: Config) -> str:
+    """What prepares an experiment's datasets, whichever experiment file is given."""
+    words = [f"--config.data.{name}={getattr(config.data, name)}" for name in ("tasks", "folders")]
+    fields = ("architecture", "checkpoint", "head", "task_heads")
+    words += [f"--config.model.{name}={getattr(config.model, name)}" for name in fields]
+    return (
+        "run python -m matu_jax.prepare with --config and the run's experiment file, and with "
+        f"{shlex.join(words)}"
+    )
+
+
+def federate(config: Config) -> Federation:
+    """Loads the tasks and deals them out to clients.
+
+    Raises:
+      ValueError: for an unknown task, data that is not there, an assignment or partition that
+        cannot be made, an attack of nobody, or a trace that cannot be read; it names the setting
+        to change.
+    """
+    data = config.data
+    trace = {}
+    if config.failures.trace:
+        trace = failures.read_trace(config.failures.trace, data.clients)
+    tasks = load_tasks(config)
+    try:
+        client, task = assign(
+            data.clients, data.tasks_per_client, len(tasks), data.seed, data.assignment or None
+        )
+        indices = partition(
+            [t.train.labels for t in tasks],
+            client,
+            task,
+            examples_per_slot=data.examples_per_slot or None,
+            alpha=data.dirichlet_alpha or None,
+            seed=data.seed,
+        )
+    except ValueError as error:
+        names = ", ".join(f"{i} = {t.name}" for i, t in enumerate(tasks))
+        raise ValueError(
+            f"config.data (clients, tasks_per_client, assignment, examples_per_slot, "
+            f"dirichlet_alpha) cannot be dealt out: {error}. Tasks: {names}."
+        ) from None
+    weight = np.array([len(rows) for rows in indices], np.float32)
+    slots = Slots(client, task, weight, data.clients, len(tasks))
+    holders = np.bincount(slots.task, minlength=slots.num_tasks)
+    if config.attack.kind != "none" and not attacks.liars(config.attack, slots, config.seed).any():
+        raise ValueError(
+            f"config.attack.share: found {config.attack.share:g}, of which nobody lies: a task has "
+            f"at most {holders.max()} holders. Set at least {1 / holders.max():.2f} or so, or "
+            "config.attack.kind = 'none'."
+        )
+    return Federation(tasks, slots, indices, trace)
+
+
+def fingerprints(federation: Federation) -> dict[str, Any]:
+    """What tells one state of each task's data from another, as JSON holds it."""
+    return {task.name: task.fingerprint or embedded.fingerprint(task) for task in federation.tasks}
+
+
+def identity(config: Config, federation: Federation) -> dict[str, Any]:
+    """What a run is of, as its checkpoints keep it: "config", and what "data" and "base" hold.
+
+    `workdir.check_identity` compares with it.
+
+    Raises:
+      ValueError: if the base checkpoint cannot be found or read.
+    """
+    return {
+        "config": dataclasses.asdict(config),
+        "data": fingerprints(federation),
+        "base": base_fingerprint(config.model),
+    }
