@@ -17,6 +17,7 @@ from timing import finish, options
 
 from matu_jax import algorithms, models
 from matu_jax.messages import wire
+from matu_jax.messages.clients import of_client
 from matu_jax.runs.commandline import read_config
 from matu_jax.simulation import rounds
 from matu_jax.simulation.federation import federate
@@ -61,7 +62,7 @@ def _messages(held: int) -> list[dict]:
     for precision in ("float32", "bfloat16", "int8"):
         size = dict.fromkeys((False, True), 0)
         for client in range(slots.num_clients):
-            one, tasks = wire.of_client(unified, slots, client)
+            one, tasks = of_client(unified, slots, client)
             for compress in size:
                 data = wire.encode(one, tasks, precision=precision, compress=compress)
                 size[compress] += len(data)

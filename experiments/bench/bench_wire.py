@@ -21,6 +21,7 @@ from timing import copier, finish, interleaved, options, peak_growth
 
 import matu_jax as matu
 from matu_jax.messages import wire
+from matu_jax.messages.layout import Precision
 from matu_jax.messages.quantisation import rounded
 
 
@@ -35,18 +36,18 @@ def _unified(tasks: int, size: int) -> matu.Unified:
     return matu.Unified({"w": vector}, {"w": masks}, jnp.ones(tasks))
 
 
-def _reader(tasks: int, size: int, precision: wire.Precision):
+def _reader(tasks: int, size: int, precision: Precision):
     data = wire.encode(_unified(tasks, size), range(tasks), precision=precision)
     like = {"w": jax.ShapeDtypeStruct((size,), jnp.float32)}
     return lambda: wire.decode(data, like)
 
 
-def _writer(tasks: int, size: int, precision: wire.Precision):
+def _writer(tasks: int, size: int, precision: Precision):
     unified = _unified(tasks, size)
     return lambda: wire.encode(unified, range(tasks), precision=precision)
 
 
-def _plain(unified: matu.Unified, precision: wire.Precision) -> dict[str, np.ndarray]:
+def _plain(unified: matu.Unified, precision: Precision) -> dict[str, np.ndarray]:
     """What the rivals write; bfloat16 as whole numbers, which safetensors knows in NumPy."""
     leaves = jax.tree.leaves(rounded({"w": unified.vector["w"][None]}, precision))
     arrays = [np.asarray(leaf)[0] for leaf in leaves]
@@ -58,7 +59,7 @@ def _plain(unified: matu.Unified, precision: wire.Precision) -> dict[str, np.nda
     return named | modulators
 
 
-def _row(tasks: int, size: int, precision: wire.Precision, repeats: int) -> dict:
+def _row(tasks: int, size: int, precision: Precision, repeats: int) -> dict:
     unified = _unified(tasks, size)
     like = {"w": jax.ShapeDtypeStruct((size,), jnp.float32)}
 
@@ -97,7 +98,7 @@ def main() -> None:
     parser = options(__doc__ or "", "bench_wire")
     parser.add_argument("--parameters", default="3e6,87e6")
     parser.add_argument("--tasks", default="1,4")
-    parser.add_argument("--precisions", default=",".join(get_args(wire.Precision)))
+    parser.add_argument("--precisions", default=",".join(get_args(Precision)))
     given = parser.parse_args()
     table = []
     for size in (int(float(x)) for x in given.parameters.split(",")):

@@ -19,9 +19,9 @@ from matu_jax.aggregation import (
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import zeros
 from matu_jax.config import NO_DEFENCE, Config, DefenceConfig, MatuConfig
+from matu_jax.messages.layout import overhead_bytes
 from matu_jax.messages.quantisation import restored, rounded
 from matu_jax.messages.traffic import Message
-from matu_jax.messages.wire import overhead_bytes
 from matu_jax.trees import PyTree
 
 

@@ -38,19 +38,26 @@ def run_coverage_guided(seconds: int) -> None:
     import atheris
 
     with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
-        include=["matu_jax.messages.wire"]
+        include=["matu_jax.messages"]
     ):
         from matu_jax.messages import wire
+        from matu_jax.messages.layout import (
+            Precision,
+            WireError,
+            fingerprint,
+            message_bytes,
+            overhead_bytes,
+        )
     from test_wire import DATA, like, resealed, wide
 
     trees = like(), wide()
-    prints = [wire.fingerprint(tree) for tree in trees]
+    prints = [fingerprint(tree) for tree in trees]
 
     def compressed(data: bytes, tree: Any) -> bytes:
         """A message with everything after its vector compressed, and said to be."""
-        tasks, precision = data[16] % 5 + 1, get_args(wire.Precision)[data[5] % 3]
-        vector = wire.message_bytes(tree, tasks, modulators=False, precision=precision)
-        end = 44 + 8 * tasks + vector - wire.overhead_bytes(tasks)
+        tasks, precision = data[16] % 5 + 1, get_args(Precision)[data[5] % 3]
+        vector = message_bytes(tree, tasks, modulators=False, precision=precision)
+        end = 44 + 8 * tasks + vector - overhead_bytes(tasks)
         masks = zlib.compress(data[end:-4])
         head = data[:7] + b"\2" + data[8:16] + struct.pack("<I", tasks) + data[20:36]
         return head + struct.pack("<Q", len(masks)) + data[44:end] + masks + data[-4:]
@@ -67,12 +74,12 @@ def run_coverage_guided(seconds: int) -> None:
             lambda: wire.decode(data, tree, num_tasks=5, max_tasks=5),
             lambda: wire.read(io.BytesIO(data), tree, num_tasks=5, max_tasks=5),
         ):
-            with contextlib.suppress(wire.WireError, EOFError):
+            with contextlib.suppress(WireError, EOFError):
                 function()
 
     corpus = tempfile.mkdtemp()
     for number, (data, tree) in enumerate(DATA):
-        which = int(wire.fingerprint(tree) == prints[1])
+        which = int(fingerprint(tree) == prints[1])
         for flags in (which, which | 2, which | 10):
             (Path(corpus) / f"{number}-{flags}").write_bytes(bytes([flags]) + data)
     words = [f"-max_total_time={seconds}", f"-rss_limit_mb={MEGABYTES}", "-print_final_stats=1"]

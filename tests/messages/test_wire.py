@@ -20,6 +20,14 @@ import matu_jax as matu
 from matu_jax import algorithms
 from matu_jax.config import EvaluationConfig, MatuConfig
 from matu_jax.messages import wire
+from matu_jax.messages.clients import gather, of_client
+from matu_jax.messages.layout import (
+    Precision,
+    WireError,
+    fingerprint,
+    message_bytes,
+    overhead_bytes,
+)
 from matu_jax.messages.quantisation import restored, rounded
 from matu_jax.simulation import rounds
 from matu_jax.trees import leaf_items
@@ -75,7 +83,7 @@ def test_what_goes_in_comes_out(tasks, dtypes):
     found = wire.decode(data, like(dtypes=dtypes))
     assert (found.kind, found.round, found.client, found.tasks) == ("download", 11, 5, tuple(ids))
     assert_same(found.unified, sent)
-    assert len(data) == wire.message_bytes(like(dtypes=dtypes), tasks)
+    assert len(data) == message_bytes(like(dtypes=dtypes), tasks)
     assert wire.encode(found.unified, ids, kind="download", client=5, round_number=11) == data
     assert_same(matu.modulate(found.unified), matu.modulate(sent))
 
@@ -97,16 +105,16 @@ def test_masks_and_scales_are_left_out_only_where_they_say_nothing():
     for vector, scale in (([1.0, 0.0, -2.0], 1.0), ([0.0, 0.0, 0.0], 0.0)):
         sent = matu.unify({"x": jnp.array([vector])})
         data = wire.encode(sent, [0])
-        assert len(data) == wire.overhead_bytes(1) + 12
+        assert len(data) == overhead_bytes(1) + 12
         assert np.asarray(sent.scales).tolist() == [scale]
         assert_same(wire.decode(data, {"x": jnp.zeros(3)}).unified, sent)
     scaled = sent._replace(scales=jnp.array([2.0]))
     data = wire.encode(scaled, [0])
-    assert len(data) == wire.message_bytes({"x": jnp.zeros(3)}, 1, modulators=True)
+    assert len(data) == message_bytes({"x": jnp.zeros(3)}, 1, modulators=True)
     assert_same(wire.decode(data, {"x": jnp.zeros(3)}).unified, scaled)
 
 
-LOSSY: tuple[wire.Precision, ...] = ("bfloat16", "int8")
+LOSSY: tuple[Precision, ...] = ("bfloat16", "int8")
 
 
 def wide(rows=(), seed=0, dtypes=("float32", "bfloat16", "float16")):
@@ -133,7 +141,7 @@ def test_fewer_bits_are_those_of_the_simulation(tasks, dtypes, precision):
     data = wire.encode(sent, range(tasks), precision=precision)
     found = wire.decode(data, wide(dtypes=dtypes))
     assert found.precision == precision
-    assert len(data) == wire.message_bytes(wide(dtypes=dtypes), tasks, precision=precision)
+    assert len(data) == message_bytes(wide(dtypes=dtypes), tasks, precision=precision)
     expected = sent._replace(vector=sent_as(sent.vector, precision))
     assert_same(found.unified.vector, expected.vector)
     assert_same(matu.modulate(found.unified), matu.modulate(expected))
@@ -230,7 +238,7 @@ def forged_masks(stream, tasks=2, size=40_000, length=None):
     ],
 )
 def test_compressed_masks_that_are_wrong_are_refused(stream, words):
-    with pytest.raises(wire.WireError) as error:
+    with pytest.raises(WireError) as error:
         wire.decode(forged_masks(stream), {"x": jnp.zeros(40_000)})
     assert words in str(error.value)
 
@@ -240,10 +248,10 @@ def test_compressed_masks_are_shorter_than_masks(length):
     data, tree = forged_masks(zlib.compress(bytes(10_000)), length=length), {"x": jnp.zeros(40_000)}
     stream = Greedy(data)
     for read in (lambda: wire.decode(data, tree), lambda: wire.read(stream, tree)):
-        with pytest.raises(wire.WireError, match=f"found {length} bytes .*fewer than 9992"):
+        with pytest.raises(WireError, match=f"found {length} bytes .*fewer than 9992"):
             read()
     assert stream.asked == 36
-    whole = wire.message_bytes(tree, 2)
+    whole = message_bytes(tree, 2)
     assert len(wire.encode(with_masks(0.99), [0, 1], compress=True)) < whole
 
 
@@ -254,7 +262,7 @@ def test_a_bomb_gets_no_more_memory_than_masks_have():
     data, tree = forged_masks(bomb, size=size), {"x": jax.ShapeDtypeStruct((size,), "float32")}
     tracemalloc.start()
     try:
-        with pytest.raises(wire.WireError, match="found more than 1000000 bytes"):
+        with pytest.raises(WireError, match="found more than 1000000 bytes"):
             wire.decode(data, tree)
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -283,7 +291,7 @@ def test_a_bomb_gets_no_more_memory_than_masks_have():
 def test_wrong_blocks_are_said(change, words):
     """Three tasks: header 36, ids 12, scales 12; 300 numbers from 60, their scales from 360."""
     data = wire.encode(matu.unify(wide((3,))), [0, 1, 2], precision="int8")
-    with pytest.raises(wire.WireError) as error:
+    with pytest.raises(WireError) as error:
         wire.decode(resealed(change(data)), wide())
     assert words in str(error.value)
 
@@ -297,7 +305,7 @@ def test_what_rounds_to_infinity_is_not_written(precision, dtype, value):
         {"x": np.full(3, value, dtype)}, {"x": np.full((1, 1), 7, np.uint8)}, jnp.ones(1)
     )
     assert wire.encode(sent, [0])
-    with pytest.raises(wire.WireError, match="leaf x: 3 of 3 numbers are not finite"):
+    with pytest.raises(WireError, match="leaf x: 3 of 3 numbers are not finite"):
         wire.encode(sent, [0], precision=precision)
 
 
@@ -351,7 +359,7 @@ def test_bits_are_those_that_a_run_reports(federation, model, precision, downloa
             reported = result.record[f"{name}_bits"] + result.record[f"{name}_frame_bits"]
             assert 8 * sum(map(len, messages.values())) == reported
         if result.round != 2:
-            found, _, refused = wire.gather(up, model.base, held.slots, round_number=1)
+            found, _, refused = gather(up, model.base, held.slots, round_number=1)
             assert not refused
             # Numbers that were rounded before hardly move when they are rounded again.
             jax.tree.map(
@@ -360,7 +368,7 @@ def test_bits_are_those_that_a_run_reports(federation, model, precision, downloa
                 result.state[1].vector,
             )
         state = jax.tree.map(np.array, result.state[0])
-    assert wire.overhead_bytes(2) == 36 + 4 * 2 + 4
+    assert overhead_bytes(2) == 36 + 4 * 2 + 4
 
 
 def one_for_each_task(algorithm, state, base, slots, precision):
@@ -371,7 +379,7 @@ def one_for_each_task(algorithm, state, base, slots, precision):
     ):
         vector = jax.tree.map(lambda x, task=task: x[task][None], state.server.task_vectors)
         alone = matu.Slots(*map(jnp.array, ([0], [0], [1.0])), num_clients=1, num_tasks=1)
-        one, _ = wire.of_client(matu.unify(vector, alone), alone, 0)
+        one, _ = of_client(matu.unify(vector, alone), alone, 0)
         data = wire.encode(one, [task], kind="download", client=client, precision=precision)
         read = wire.decode(data, base).unified.vector
         jax.tree.map(lambda x, y, row=row: np.testing.assert_array_equal(x, y[row]), read, starts)
@@ -382,7 +390,7 @@ def one_for_each_task(algorithm, state, base, slots, precision):
 def encoded(unified, slots, kind, clients, precision):
     messages = {}
     for client in clients:
-        one, tasks = wire.of_client(unified, slots, client)
+        one, tasks = of_client(unified, slots, client)
         messages[client] = wire.encode(
             one, tasks, kind=kind, client=client, round_number=1, precision=precision
         )
@@ -424,7 +432,7 @@ def first_slots(slots, count):
 )
 def test_what_is_wrong_is_said(change, words):
     data = wire.encode(unified(), [0, 1, 2])
-    with pytest.raises(wire.WireError) as error:
+    with pytest.raises(WireError) as error:
         wire.decode(change(data), like(), num_tasks=5, max_tasks=8)
     assert words in str(error.value)
 
@@ -434,14 +442,14 @@ def test_every_flipped_bit_is_noticed():
     for bit in range(8 * len(data)):
         wrong = bytearray(data)
         wrong[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(wire.WireError):
+        with pytest.raises(WireError):
             wire.decode(wrong, like())
 
 
 def test_another_tree_is_refused():
     data = wire.encode(unified(), [0, 1, 2])
     for other in (like(dtypes=("float32",) * 3), {"b": like()["b"]}, {"x": jnp.zeros(26)}):
-        with pytest.raises(wire.WireError, match="parameter tree"):
+        with pytest.raises(WireError, match="parameter tree"):
             wire.decode(data, other)
 
 
@@ -458,14 +466,14 @@ def test_another_tree_is_refused():
     ],
 )
 def test_what_would_be_refused_is_not_written(change, words):
-    with pytest.raises(wire.WireError, match=words):
+    with pytest.raises(WireError, match=words):
         wire.encode(unified(), **({"tasks": [0, 1, 2]} | change))
 
 
 def test_infinities_of_both_signs_are_no_warning():
     data = bytearray(wire.encode(matu.unify({"x": jnp.array([[1.0, -1.0]])}), [0]))
     data[40:48] = struct.pack("<ff", np.inf, -np.inf)
-    with pytest.raises(wire.WireError, match="leaf x: 2 of 2 numbers are not finite"):
+    with pytest.raises(WireError, match="leaf x: 2 of 2 numbers are not finite"):
         wire.decode(resealed(data), {"x": jnp.zeros(2)})
 
 
@@ -474,19 +482,19 @@ def test_a_signalling_nan_is_no_warning(dtype):
     data = wire.encode(matu.unify({"x": jnp.ones((1, 2), dtype)}), [0])
     signalling = {"bfloat16": 0x7F81, "float16": 0x7C01}[dtype]
     data = resealed(data[:40] + struct.pack("<HH", signalling, signalling) + data[44:])
-    with pytest.raises(wire.WireError, match="leaf x: 2 of 2 numbers are not finite"):
+    with pytest.raises(WireError, match="leaf x: 2 of 2 numbers are not finite"):
         wire.decode(data, {"x": jnp.zeros(2, dtype)})
 
 
 def test_values_and_dtypes_that_would_be_refused_are_not_written():
     sent = unified(1)
     bad = jax.tree.map(lambda x: x + jnp.asarray(jnp.inf, x.dtype), sent.vector)
-    with pytest.raises(wire.WireError, match="leaf b/a: 7 of 7 numbers are not finite"):
+    with pytest.raises(WireError, match="leaf b/a: 7 of 7 numbers are not finite"):
         wire.encode(sent._replace(vector=bad), [0])
     whole = matu.Unified(
         {"x": np.zeros(3, np.int32)}, {"x": np.zeros((1, 1), np.uint8)}, jnp.ones(1)
     )
-    with pytest.raises(wire.WireError, match="leaf x: found int32, expected one of float32"):
+    with pytest.raises(WireError, match="leaf x: found int32, expected one of float32"):
         wire.encode(whole, [0])
 
 
@@ -496,7 +504,7 @@ def test_a_stream_is_read_message_by_message_and_no_further():
     assert wire.read(stream, like()).tasks == (0, 1)
     assert stream.tell() == len(first)
     assert wire.read(stream, like()).tasks == (0, 1, 2)
-    with pytest.raises(wire.WireError, match="truncated"):
+    with pytest.raises(WireError, match="truncated"):
         wire.read(stream, like())
     with pytest.raises(EOFError):
         wire.read(stream, like())
@@ -516,7 +524,7 @@ def test_nothing_is_allocated_before_it_is_known_to_fit():
     data = bytearray(wire.encode(unified(2), [0, 1]))
     data[16:20] = b"\xff\xff\xff\x7f"
     stream = Greedy(bytes(data))
-    with pytest.raises(wire.WireError, match="expected 1 to 64"):
+    with pytest.raises(WireError, match="expected 1 to 64"):
         wire.read(stream, like(), max_tasks=64)
     assert stream.asked == 36
 
@@ -524,20 +532,20 @@ def test_nothing_is_allocated_before_it_is_known_to_fit():
     limit = len(whole) - 1
     stream = Greedy(whole)
     words = f"too large: {len(whole)} bytes, expected at most {limit}"
-    with pytest.raises(wire.WireError, match=words):
+    with pytest.raises(WireError, match=words):
         wire.read(stream, like(), max_bytes=limit)
     assert stream.asked == 36
-    with pytest.raises(wire.WireError, match=words):
+    with pytest.raises(WireError, match=words):
         wire.decode(whole, like(), max_bytes=limit)
     assert wire.decode(whole, like(), max_bytes=len(whole)).tasks == (0, 1, 2)
 
     # Masks that would be large when decompressed count as large.
     sent, there = with_masks(1.0), {"x": jnp.zeros(40_000)}
     small = wire.encode(sent, [0, 1], compress=True)
-    largest = wire.message_bytes(there, 2)
+    largest = message_bytes(there, 2)
     assert len(small) < largest
     stream = Greedy(small)
-    with pytest.raises(wire.WireError, match=f"too large: {largest} bytes"):
+    with pytest.raises(WireError, match=f"too large: {largest} bytes"):
         wire.read(stream, there, max_bytes=len(small))
     assert stream.asked == 36
     assert wire.decode(small, there, max_bytes=largest).tasks == (0, 1)
@@ -558,10 +566,10 @@ class Promising(io.BytesIO):
 def test_memory_is_taken_as_bytes_come_whatever_a_header_promises():
     large = {"x": jax.ShapeDtypeStruct((10**10,), jnp.float32)}
     head = bytearray(wire.encode(unified(2), [0, 1])[:36])
-    head[20:36] = wire.fingerprint(large)
+    head[20:36] = fingerprint(large)
     tracemalloc.start()
     stream = Promising(bytes(head) + bytes(5000))
-    with pytest.raises(wire.WireError, match="truncated: found 5036 bytes, expected 4"):
+    with pytest.raises(WireError, match="truncated: found 5036 bytes, expected 4"):
         wire.read(stream, large)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -586,7 +594,7 @@ def test_no_message_has_more_tasks_than_there_are():
         wire.decode,
         lambda data, *args, **words: wire.read(io.BytesIO(data), *args, **words),
     ):
-        with pytest.raises(wire.WireError, match="found 3 tasks, expected 1 to 2"):
+        with pytest.raises(WireError, match="found 3 tasks, expected 1 to 2"):
             read(message, like(), num_tasks=2)
 
 
@@ -594,7 +602,7 @@ def test_a_round_over_messages_is_the_round_over_arrays():
     uploads = matu.unify(tree((5,)), SLOTS)
     messages = {}
     for client in range(3):
-        one, tasks = wire.of_client(uploads, SLOTS, client)
+        one, tasks = of_client(uploads, SLOTS, client)
         # Clients list their tasks in an order of their own.
         order = list(reversed(range(len(tasks))))
         one = one._replace(
@@ -602,7 +610,7 @@ def test_a_round_over_messages_is_the_round_over_arrays():
             scales=one.scales[np.array(order)],
         )
         messages[client] = wire.encode(one, [tasks[i] for i in order], client=client)
-    found, slots, refused = wire.gather(messages, like(), SLOTS, round_number=0)
+    found, slots, refused = gather(messages, like(), SLOTS, round_number=0)
     assert refused == []
     assert_same(jax.tree.map(jnp.asarray, found), uploads)
     assert_same(matu.aggregate(found, slots), matu.aggregate(uploads, SLOTS))
@@ -612,15 +620,15 @@ def test_the_server_goes_on_without_those_it_refuses():
     uploads = matu.unify(tree((5,)), SLOTS)
     good = {}
     for client in range(3):
-        one, tasks = wire.of_client(uploads, SLOTS, client)
+        one, tasks = of_client(uploads, SLOTS, client)
         good[client] = wire.encode(one, tasks, client=client, round_number=4)
     wrong = {
         "checksum": good[0][:-1] + bytes([good[0][-1] ^ 1]),
         "expected an upload of client 0, round 4": good[1],
-        "no answer in 30 s": wire.WireError("no answer in 30 s"),
+        "no answer in 30 s": WireError("no answer in 30 s"),
     }
     for words, message in wrong.items():
-        found, slots, refused = wire.gather(good | {0: message}, like(), SLOTS, round_number=4)
+        found, slots, refused = gather(good | {0: message}, like(), SLOTS, round_number=4)
         assert len(refused) == 1
         assert refused[0].startswith("client 0: ")
         assert words in refused[0]
@@ -628,11 +636,11 @@ def test_the_server_goes_on_without_those_it_refuses():
         alone = matu.Slots(SLOTS.client, SLOTS.task, slots.weight, 3, 3)
         expected = matu.aggregate(matu.unify(tree((5,)), alone), alone)
         assert_same(matu.aggregate(found, slots).task_vectors, expected.task_vectors)
-    _, slots, refused = wire.gather({1: good[1]}, like(), SLOTS, round_number=4)
+    _, slots, refused = gather({1: good[1]}, like(), SLOTS, round_number=4)
     assert (slots.weight.tolist(), refused) == ([0, 0, 2, 0, 0], [])
-    one, _ = wire.of_client(uploads, SLOTS, 0)
+    one, _ = of_client(uploads, SLOTS, 0)
     other = wire.encode(one, [0, 1], client=0, round_number=4)
-    _, _, refused = wire.gather({0: other}, like(), SLOTS, round_number=4)
+    _, _, refused = gather({0: other}, like(), SLOTS, round_number=4)
     assert refused == ["client 0: tasks: found [0, 1], expected [0, 2]."]
 
 
@@ -641,7 +649,7 @@ WIDE = matu.unify(jax.tree.map(jnp.abs, wide((3,))))
 DATA = [(wire.encode(unified(k, k), range(k)), like()) for k in (1, 2, 3)]
 DATA += [
     (wire.encode(WIDE, range(3), precision=precision, compress=True), wide())
-    for precision in get_args(wire.Precision)
+    for precision in get_args(Precision)
 ]
 EDITS = st.lists(st.tuples(st.integers(0, 200), st.binary(max_size=8), st.booleans()))
 
@@ -658,7 +666,7 @@ def test_edited_messages_are_read_or_refused(message, edits, from_end, seal):
         data = resealed(data)
     try:
         found = wire.decode(data, tree, num_tasks=5, max_tasks=5)
-    except wire.WireError:
+    except WireError:
         return
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(found.unified))
 
@@ -716,21 +724,21 @@ def test_the_server_takes_or_refuses_what_was_edited(edits, sender, seal):
     uploads = matu.unify(tree((5,)), SLOTS)
     messages: dict = {}
     for client in range(3):
-        one, tasks = wire.of_client(uploads, SLOTS, client)
+        one, tasks = of_client(uploads, SLOTS, client)
         messages[client] = wire.encode(one, tasks, client=client)
     changed = bytearray(messages.pop(max(sender, 0) % 3))
     for at, piece, replaces in edits:
         changed[at : at + (len(piece) if replaces else 0)] = piece
     messages[sender] = resealed(changed) if seal and len(changed) >= 4 else bytes(changed)
-    found, slots, refused = wire.gather(messages, like(), SLOTS, round_number=0)
+    found, slots, refused = gather(messages, like(), SLOTS, round_number=0)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(found))
     present = set(SLOTS.client[slots.weight > 0].tolist())
     assert present <= set(messages)
     assert len(present) + len(refused) == len(messages)
     for client in present - {sender}:
         for sent, taken in zip(
-            wire.of_client(uploads, SLOTS, client),
-            wire.of_client(found, slots, client),
+            of_client(uploads, SLOTS, client),
+            of_client(found, slots, client),
             strict=True,
         ):
             assert_same(jax.tree.map(jnp.asarray, taken), jax.tree.map(jnp.asarray, sent))
@@ -750,7 +758,7 @@ def test_masks_of_any_length_are_read_or_refused(masks, size, tail, tasks):
     data = forged_masks(stream, tasks, 200)
     try:
         found = wire.decode(data, {"x": jnp.zeros(200)})
-    except wire.WireError:
+    except WireError:
         return
     assert (size, tail) == (0, b"")
     assert np.asarray(found.unified.masks["x"]).tobytes() == zlib.decompress(stream)
@@ -759,5 +767,5 @@ def test_masks_of_any_length_are_read_or_refused(masks, size, tail, tasks):
 @settings(deadline=None)
 @given(data=st.binary(max_size=300))
 def test_noise_is_refused(data):
-    with pytest.raises(wire.WireError):
+    with pytest.raises(WireError):
         wire.decode(data, like())
