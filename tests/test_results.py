@@ -10,6 +10,7 @@ from PIL import Image
 
 import matu_jax
 from matu_jax.comparison import figures, report
+from matu_jax.comparison.drawing import Drawing
 
 RESULTS = Path(matu_jax.__file__).parents[1] / "experiments" / "results"
 
@@ -21,7 +22,7 @@ def test_a_report_says_what_the_code_says_of_its_runs(folder, tmp_path, monkeypa
     blank = io.BytesIO()
     Image.new("RGB", (1, 1)).save(blank, format="PNG")
     for name in ("traffic", "curves", "per_task", "similarity"):
-        drawing = figures.Drawing(blank.getvalue(), 1, 1)
+        drawing = Drawing(blank.getvalue(), 1, 1)
         monkeypatch.setattr(figures, name, lambda *_, drawing=drawing, **__: drawing)
     comparison = json.loads((RESULTS / folder / "comparison.json").read_text("utf-8"))
     report.write(comparison, tmp_path)

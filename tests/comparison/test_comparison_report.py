@@ -16,7 +16,9 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from matu_jax.comparison import figures, report
+from matu_jax.comparison.arms import best_first
 from matu_jax.comparison.collect import verdict
+from matu_jax.comparison.drawing import Drawing
 from matu_jax.comparison.html import (
     Bold,
     Bullets,
@@ -90,7 +92,7 @@ def undrawn(monkeypatch):
     blank = io.BytesIO()
     Image.new("RGB", (600, 600)).save(blank, format="PNG")
     for name in ("traffic", "curves", "per_task", "similarity"):
-        drawing = figures.Drawing(blank.getvalue(), 300, 300)
+        drawing = Drawing(blank.getvalue(), 300, 300)
         monkeypatch.setattr(figures, name, lambda *_, drawing=drawing, **__: drawing)
 
 
@@ -530,9 +532,7 @@ def test_from_few_seeds_nothing_is_concluded(tmp_path, undrawn, seeds, counted):
                 del tested["seeds"]
     page, _, markdown, _ = written(comparison, tmp_path)
     others = "; ".join(
-        arm["label"]
-        for arm in report._best_first(comparison["settings"][0])
-        if arm["label"] != "matu"
+        arm["label"] for arm in best_first(comparison["settings"][0]) if arm["label"] != "matu"
     )
     for text in (markdown, "".join(page.text)):
         assert f"Too few seeds to tell (fewer than 5) whether matu beats: {others}." in text

@@ -1,0 +1,132 @@
+"""The pictures of a setting, with what is said of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from matu_jax.comparison import figures
+from matu_jax.comparison.arms import best_first, mean_accuracy, number, total_traffic
+from matu_jax.comparison.drawing import Drawing
+from matu_jax.comparison.html import Block, Bold, Inline, Paragraph, Picture
+from matu_jax.comparison.words import accuracy_words, left_out_words
+
+_Arms = Sequence[Mapping[str, Any]]
+
+
+def pictures(setting: Mapping[str, Any], prefix: str, ours: str, reference: str) -> Iterator[Block]:
+    """The pictures of a setting, and a note in the place of each that has nothing to show.
+
+    Args:
+      setting: one of comparison.json's.
+      prefix: the beginning of the pictures' file names.
+      ours: label of the arm to stress.
+      reference: label of the arm to be measured by.
+
+    Raises:
+      ValueError: if a similarity matrix does not fit the setting's tasks.
+    """
+    arms = best_first(setting)
+    yield _of_traffic(setting, arms, prefix, ours, reference)
+    yield _of_rounds(setting, arms, prefix, ours, reference)
+    yield _of_tasks(setting, arms, prefix, ours, reference)
+    yield _of_similarity(setting, arms, prefix, ours)
+
+
+def _picture(file: str, drawing: Drawing | None, alt: str, caption: Inline, lacking: str) -> Block:
+    if drawing is None:
+        return Paragraph([lacking], "note")
+    return Picture(f"{file}.png", *drawing, alt=alt, caption=caption)
+
+
+def _of_traffic(
+    setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
+) -> Block:
+    summary = "; ".join(f"{arm['label']} {accuracy_words(arm)}" for arm in arms)
+    return _picture(
+        f"{prefix}_traffic",
+        figures.traffic(arms, ours=ours, reference=reference),
+        f"Scatter plot for setting {setting['name']}: test accuracy over total traffic. {summary}.",
+        [
+            Bold("Accuracy against traffic."),
+            " Each point is an arm: the higher the more accurate, the further to the left the less "
+            "is sent. Arms on the pale line (the Pareto front) are the ones to choose from: no "
+            "other arm is better without sending more. Bars are ± std over seeds.",
+            left_out_words(arms, lambda arm: None in (total_traffic(arm), mean_accuracy(arm))),
+        ],
+        "No arm has both an accuracy and a traffic to draw.",
+    )
+
+
+def _of_rounds(
+    setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
+) -> Block:
+    chance = number(setting.get("chance"))
+    repeated = (
+        f"{ours} is repeated" if ours == reference else f"{ours} and {reference} are repeated"
+    )
+    return _picture(
+        f"{prefix}_rounds",
+        figures.curves(arms, chance=chance, ours=ours, reference=reference),
+        f"A panel per arm of setting {setting['name']}: accuracy over rounds.",
+        [
+            Bold("Accuracy over rounds."),
+            " One panel per arm, all on the same scale: the thick line is that arm, its band is "
+            f"± std over seeds. {repeated} in each panel for comparison."
+            + (" The dotted line is chance: guessing." if setting.get("chance") else ""),
+            left_out_words(
+                arms,
+                lambda arm: all(v is None for v in (arm.get("curve") or {}).get("mean") or []),
+            ),
+        ],
+        "No accuracy over rounds was recorded.",
+    )
+
+
+def _of_tasks(
+    setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
+) -> Block:
+    measured = any(arm["label"] == reference and mean_accuracy(arm) is not None for arm in arms)
+    return _picture(
+        f"{prefix}_tasks",
+        figures.per_task(arms, _tasks(setting), ours=ours, reference=reference),
+        f"Table in colours for setting {setting['name']}: accuracy of each arm (columns) on each "
+        "task (rows).",
+        [
+            Bold("Accuracy per task."),
+            " The number is the test accuracy in %, the mean over seeds. ",
+            f"The colour compares with {reference} on the same task: blue is better, red is "
+            "worse, white is equal; the darkest colours stand for all differences from there on. "
+            if measured
+            else f"The darker the blue, the more accurate ({reference} was not measured here). ",
+            "Arms stand in the order of the table above.",
+        ],
+        "No accuracy per task was recorded.",
+    )
+
+
+def _of_similarity(setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str) -> Block:
+    """The similarity that ours measured, or else the best arm that has one."""
+    found = [arm for arm in arms if (arm.get("similarity") or {}).get("matrix")]
+    if not found:
+        return Paragraph(["No arm of this setting has a similarity of tasks to show."], "note")
+    chosen = next((arm for arm in found if arm["label"] == ours), found[0])
+    spaces = setting.get("label_spaces")
+    return _picture(
+        f"{prefix}_similarity",
+        figures.similarity(chosen["similarity"]["matrix"], _tasks(setting), spaces),
+        f"Matrix of similarities between the tasks of setting {setting['name']}, measured by "
+        f"{chosen['label']}, and the matrix of pairs that share a label space.",
+        [
+            Bold(f"Which tasks {chosen['label']} holds to be related."),
+            " Rows and columns are the tasks in the same order. Red cells are pairs whose updates "
+            "point the same way.",
+            " The server is told nothing of the truth; if it finds it, the same blocks are red in "
+            "both matrices."
+            if spaces
+            else "",
+        ],
+        "The similarity of tasks has no pair with a number.",
+    )
+
+
+def _tasks(setting: Mapping[str, Any]) -> list[str]:
+    return [str(task) for task in setting.get("tasks") or []]
