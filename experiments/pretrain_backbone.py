@@ -3,7 +3,7 @@
     python experiments/pretrain_backbone.py --out matu_jax/models/embedded.safetensors
 
 The images show other glyphs, other shapes and other textures than the benchmark's tasks (see
-`matu_jax.data.embedded.pretraining_images`); the backbone learns to tell identity, hue, place,
+`matu_jax.data.pretraining.pretraining_images`); the backbone learns to tell identity, hue, place,
 tilt, size, ground and flow of all of them at once. The heads of these questions are thrown away.
 The file also holds ten orthonormal label vectors, drawn from the seed: class i of every task of the
 benchmark is read off vector i, so that tasks which ask different questions about the same images
@@ -21,7 +21,8 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from matu_jax.data.embedded import PRETRAINING_GLYPHS, PRETRAINING_SHAPES, pretraining_images
+from matu_jax.data.pretraining import pretraining_images
+from matu_jax.data.sprites import PRETRAINING_GLYPHS, PRETRAINING_SHAPES
 from matu_jax.models import embedded
 from matu_jax.models.vit import VisionTransformer, ViTShape
 

@@ -33,6 +33,7 @@ from rich.text import Text
 from matu_jax.comparison import plan
 from matu_jax.config import Config, override
 from matu_jax.data import Transform, preparation, prepared, selection
+from matu_jax.data.splits import counts
 from matu_jax.errors import UserError
 from matu_jax.models.architectures import check_heads, transform_of
 from matu_jax.runs.commandline import read_config, read_words, run_file, run_program
@@ -146,7 +147,7 @@ def _one(row: _Row, transform: Transform, folders: str, console: Console, dry_ru
                 row.state += f"; test: {prepared.SEEDED.format('all images')}"
             return
         source = preparation.open_source(dataset, image_folders=folders)
-        row.train, row.test = preparation.counts(source)
+        row.train, row.test = counts(source)
         row.size = (row.train + row.test) * transform.size**2 * 3
         notes = prepared.notes_of_splits(prepared.test_split(source), source.validation)
         row.state = "; ".join((row.state, *notes, *source.notes))

@@ -1,204 +1,35 @@
-"""The embedded benchmark: 30 image-classification tasks, generated, seeded and cached.
+"""Loads the embedded benchmark of `embedded_tasks`: generated, seeded and cached."""
 
-A task is an *attribute* asked about a *domain*, named `attribute/domain`: `hue/noise` asks for the
-hue of the sprite in images of the domain `noise`. Six attributes times five domains make 30 tasks
-of 8 to 10 classes, 32×32×3. Every image is a sprite standing on a bar, before a texture:
-
-| domain | sprite | background |
-|---|---|---|
-| `handwritten` | scikit-learn's real handwritten digits | smooth swell of light |
-| `grating` | digits of many fonts | sinusoidal grating |
-| `clutter` | ten capital letters | bright strokes on dark ground |
-| `noise` | the same letters, dark | bright streaky noise |
-| `plaid` | ten shapes, pastel | hard-edged plaid |
-
-| attribute | question | classes |
-|---|---|---|
-| `digit`, `letter` or `shape` | which sprite is it? | 10 |
-| `hue` | what colour is the sprite? | 10 |
-| `position` | in which of 3×3 places does it stand? | 9 |
-| `tilt` | how far is it turned? (the bar tells where its foot is) | 8 |
-| `ground` | what colour is the background? | 8 |
-| `flow` | which way do the lines of the background run? | 8 |
-
-All attributes are drawn independently of each other and in equal shares, so no attribute tells
-anything about another. Tasks of one domain label *the same images* differently: one model cannot
-serve both, which is what makes the benchmark hard. Tasks of one attribute share the meaning of
-their labels across domains, which is what there is to gain (`relatedness`).
-
-The real digits, and the fonts, are divided among train, validation and test before anything is
-drawn. `pretraining_images` draws other glyphs and shapes in other styles, for training a backbone.
-"""
-
-import difflib
 import hashlib
 import os
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import numpy as np
 
 from matu_jax.data import Split, Task
-from matu_jax.data.rendering import SIZE, Scene, render, texture_tiles
-from matu_jax.data.sprites import (
-    DIGITS,
-    LETTERS,
-    PRETRAINING_GLYPHS,
-    PRETRAINING_SHAPES,
-    SHAPES,
-    SPRITES,
+from matu_jax.data.embedded_tasks import (
+    ATTRIBUTES,
+    DOMAINS,
+    GROUNDS,
+    HUES,
+    IDENTITIES,
+    TaskSpec,
+    spec_of,
 )
+from matu_jax.data.rendering import SIZE, Scene, render, texture_tiles
+from matu_jax.data.sprites import SPRITES
 from matu_jax.json_files import regular_file
 
-__all__ = [
-    "DOMAINS",
-    "EIGHT",
-    "SETS",
-    "TASKS",
-    "PretrainingImages",
-    "TaskSpec",
-    "fingerprint",
-    "load",
-    "pretraining_images",
-    "relatedness",
-]
+__all__ = ["fingerprint", "load"]
 
 VERSION = 1
 """Of the generator: part of the cache's key, to be raised by any change to what is drawn."""
 TRAIN_EXAMPLES, VALIDATION_EXAMPLES, TEST_EXAMPLES = 2048, 512, 512
 """Examples per domain, and so per task."""
-
-# --- The table of tasks -------------------------------------------------------------------------
-
-HUES = ("red", "orange", "yellow", "green", "mint", "cyan", "blue", "indigo", "purple", "pink")
-GROUNDS = ("red", "amber", "lime", "green", "cyan", "blue", "violet", "rose")
-POSITIONS = tuple(
-    f"{y} {x}" for y in ("top", "middle", "bottom") for x in ("left", "centre", "right")
-)
-TILTS = tuple(f"{degrees:+d}°" for degrees in range(-49, 50, 14))
-FLOWS = tuple(f"{degrees:g}°" for degrees in np.arange(8) * 22.5)
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "hue": HUES,
-    "position": POSITIONS,
-    "tilt": TILTS,
-    "ground": GROUNDS,
-    "flow": FLOWS,
-}
-_IDENTITIES = {"digit": DIGITS, "letter": LETTERS, "shape": SHAPES}
-
-
-class _Style(NamedTuple):
-    """How a domain looks. Pairs are the ends of a uniform draw per image; values are 0 to 1."""
-
-    texture: str
-    ink_saturation: tuple[float, float]
-    ink_value: tuple[float, float]
-    ground_saturation: tuple[float, float]
-    ground_value: tuple[float, float]
-    contrast: tuple[float, float]
-
-
-class _Domain(NamedTuple):
-    identity: str
-    sprites: str
-    style: _Style
-
-
-DOMAINS: dict[str, _Domain] = {
-    "handwritten": _Domain(
-        "digit",
-        "handwritten",
-        _Style("swell", (0.65, 0.85), (0.9, 1.0), (0.6, 0.8), (0.5, 0.6), (0.75, 0.9)),
-    ),
-    "grating": _Domain(
-        "digit",
-        "digits",
-        _Style("grating", (0.8, 1.0), (0.9, 1.0), (0.6, 0.9), (0.5, 0.6), (0.6, 0.8)),
-    ),
-    "clutter": _Domain(
-        "letter",
-        "letters",
-        _Style("clutter", (0.75, 0.95), (0.95, 1.0), (0.7, 0.9), (0.55, 0.65), (0.8, 0.9)),
-    ),
-    "noise": _Domain(
-        "letter",
-        "letters",
-        _Style("noise", (0.9, 1.0), (0.35, 0.5), (0.35, 0.5), (0.95, 1.0), (0.45, 0.55)),
-    ),
-    "plaid": _Domain(
-        "shape",
-        "shapes",
-        _Style("plaid", (0.45, 0.6), (0.95, 1.0), (0.8, 1.0), (0.45, 0.55), (0.6, 0.8)),
-    ),
-}
-
-
-class TaskSpec(NamedTuple):
-    """One row of `TASKS`."""
-
-    name: str
-    label_space: str
-    domain: str
-    class_names: tuple[str, ...]
-
-
-def _table() -> dict[str, TaskSpec]:
-    specs = {}
-    for domain, (identity, *_) in DOMAINS.items():
-        for space, names in ({identity: _IDENTITIES[identity]} | ATTRIBUTES).items():
-            specs[f"{space}/{domain}"] = TaskSpec(f"{space}/{domain}", space, domain, names)
-    return specs
-
-
-TASKS: dict[str, TaskSpec] = _table()
-"""All 30 tasks by name, domain by domain."""
-
-EIGHT: tuple[str, ...] = tuple(
-    f"{space}/{domain}"
-    for domain in ("handwritten", "grating")
-    for space in ("hue", "position", "tilt", "flow")
-)
-"""Four attributes of two domains: 4 pairs share a label space, 12 a domain, 12 neither."""
-SETS: dict[str, tuple[str, ...]] = {"embedded8": EIGHT, "embedded30": tuple(TASKS)}
-"""Named sets of tasks."""
-
-
-def relatedness(a: str, b: str) -> Literal["both", "label_space", "domain", "neither"]:
-    """Says how two tasks are related; this is the ground truth of the benchmark.
-
-    Args:
-        a: Name of a task of `TASKS`.
-        b: Name of a task of `TASKS`.
-
-    Returns:
-        `"label_space"`: the same question about images of another kind. Such tasks can help each
-        other, and only they count as *related* when a similarity is scored.
-        `"domain"`: another question about the very same images, so the two contradict each other.
-        `"neither"`: another question about other images.
-        `"both"`: a task and itself.
-
-    Raises:
-        ValueError: If a name is unknown.
-    """
-    one, other = _spec(a), _spec(b)
-    if one.label_space == other.label_space:
-        return "both" if one.domain == other.domain else "label_space"
-    return "domain" if one.domain == other.domain else "neither"
-
-
-def _spec(name: str) -> TaskSpec:
-    if name in TASKS:
-        return TASKS[name]
-    close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}?" if close else f"the tasks are {', '.join(TASKS)}"
-    raise ValueError(f"unknown task {name!r}; {hint}")
-
-
-# --- Loading ------------------------------------------------------------------------------------
 
 _Pool = dict[str, np.ndarray]
 """Images and the labels of all attributes of one domain, under the keys `split/what`."""
@@ -218,7 +49,7 @@ def load(
     Tasks of one domain share their image arrays; do not write into them.
 
     Args:
-        names: Keys of `TASKS`, each at most once.
+        names: Keys of `embedded_tasks.TASKS`, each at most once.
         seed: The same seed gives the same images; another gives other images of the same tasks.
             The division of the real digits and of the fonts among splits never changes.
         cache_dir: Where to keep one `.npz` per domain, 10 MB at the default sizes. By default the
@@ -237,7 +68,7 @@ def load(
     """
     if isinstance(names, str):
         raise ValueError(f"names must be several names, such as [{names!r}], got the one string")
-    specs = [_spec(name) for name in names]
+    specs = [spec_of(name) for name in names]
     for spec in specs:
         if specs.count(spec) > 1:
             raise ValueError(f"task {spec.name!r} is named more than once")
@@ -365,13 +196,13 @@ def _generate(domain: str, seed: int, counts: dict[str, int]) -> _Pool:
     for index, (part, count) in enumerate(counts.items()):
         key = (VERSION, list(DOMAINS).index(domain), index)
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-        spaces = {identity: _IDENTITIES[identity]} | ATTRIBUTES
+        spaces = {identity: IDENTITIES[identity]} | ATTRIBUTES
         labels = {
             space: rng.permutation(np.arange(count, dtype=np.int32) % len(names))
             for space, names in spaces.items()
         }
         sources = np.empty(count, np.int64)
-        for label in range(len(_IDENTITIES[identity])):
+        for label in range(len(IDENTITIES[identity])):
             candidates = np.flatnonzero((sprites.identity == label) & (sprites.split == index))
             chosen = np.flatnonzero(labels[identity] == label)
             sources[chosen] = rng.choice(candidates, len(chosen))
@@ -403,82 +234,3 @@ def _generate(domain: str, seed: int, counts: dict[str, int]) -> _Pool:
 def _jittered(rng: np.random.Generator, labels: np.ndarray, width: float) -> np.ndarray:
     """Moves each label by up to `width` bins; below one half, bins stay apart."""
     return labels + rng.uniform(-width, width, len(labels))
-
-
-# --- Pretraining --------------------------------------------------------------------------------
-
-
-class PretrainingImages(NamedTuple):
-    """Images for a backbone, with everything that is known about them.
-
-    Angles and places are continuous: whoever pretrains chooses bins or a regression of their own.
-
-    Attributes:
-        images: uint8 `[count, 32, 32, 3]`.
-        identity: int32 `[count]`, an index into `PRETRAINING_GLYPHS + PRETRAINING_SHAPES`.
-        hue: float32 `[count]`, of the sprite, from 0 to 1, periodic (0 is red).
-        position: float32 `[count, 2]`, x and y of the sprite's centre, pixels right of and below
-            the image's centre, -6 to 6.
-        tilt: float32 `[count]`, radians clockwise, -1 to 1.
-        size: float32 `[count]`, height of the sprite with its bar, 17 to 24 pixels.
-        ground: float32 `[count]`, hue of the background, from 0 to 1, periodic.
-        flow: float32 `[count]`, direction of the background's lines, radians clockwise from
-            horizontal, 0 to pi, periodic.
-    """
-
-    images: np.ndarray
-    identity: np.ndarray
-    hue: np.ndarray
-    position: np.ndarray
-    tilt: np.ndarray
-    size: np.ndarray
-    ground: np.ndarray
-    flow: np.ndarray
-
-
-def pretraining_images(count: int, seed: int | Sequence[int]) -> PretrainingImages:
-    """Draws images for pretraining a backbone: other glyphs, other shapes, other textures.
-
-    No digit, no capital letter of the benchmark, no shape of it, none of its textures, and no real
-    digit takes part. Tens of thousands of images a second on one core.
-
-    Args:
-        count: Number of images, at least 1.
-        seed: One number, or several, such as a seed and the number of the step.
-
-    Returns:
-        The images and all attributes, each drawn independently and uniformly.
-
-    Raises:
-        ValueError: If `count` is below 1.
-    """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
-    rng = np.random.default_rng(seed)
-    sprites, textures = SPRITES["pretraining"](), texture_tiles("pretraining")
-    num_classes = len(PRETRAINING_GLYPHS) + len(PRETRAINING_SHAPES)
-    identity = rng.integers(num_classes, size=count, dtype=np.int32)
-    # Dark or bright ground, each with ink of the other kind.
-    bright = rng.random(count) < 0.4
-    scene = Scene(
-        hue=rng.random(count),
-        position=rng.uniform(-6, 6, (count, 2)),
-        tilt=rng.uniform(-1, 1, count),
-        size=rng.uniform(17, 24, count),
-        ground=rng.random(count),
-        flow=rng.uniform(0, np.pi, count),
-        ink_saturation=np.where(bright, rng.uniform(0.7, 1, count), rng.uniform(0.4, 1, count)),
-        ink_value=np.where(bright, rng.uniform(0.25, 0.55, count), rng.uniform(0.85, 1, count)),
-        ground_saturation=np.where(
-            bright, rng.uniform(0.25, 0.6, count), rng.uniform(0.5, 1, count)
-        ),
-        ground_value=np.where(bright, rng.uniform(0.85, 1, count), rng.uniform(0.35, 0.65, count)),
-        contrast=np.where(bright, rng.uniform(0.25, 0.5, count), rng.uniform(0.4, 0.9, count)),
-    )
-    per_class = len(sprites.atlas) // num_classes
-    sources = identity.astype(np.int64) * per_class + rng.integers(per_class, size=count)
-    return PretrainingImages(
-        render(rng, sprites.atlas, sources, textures, scene),
-        identity,
-        *(getattr(scene, name).astype(np.float32) for name in PretrainingImages._fields[2:]),
-    )

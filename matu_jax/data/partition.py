@@ -65,7 +65,7 @@ def assign(
 
 
 def _deal(clients: int, hands: int, tasks: int, rng: np.random.Generator) -> list[list[int]]:
-    """Deals equal shares of tasks out at random, without giving a client one task twice.
+    """Deals tasks out at random, each equally often, and to no client one task twice.
 
     Each client takes the tasks of which most are left, ties broken at random. That keeps what is
     left of any two tasks within one of each other, so there are always enough different ones.
@@ -179,18 +179,18 @@ def partition(
             order = rng.permutation(len(labels))
             if examples_per_slot is not None:
                 order = order[: examples_per_slot * len(slots)]
-            shares = np.array_split(order, len(slots))
+            parts = np.array_split(order, len(slots))
         elif examples_per_slot is None:
-            shares = _dirichlet_over_holders(rng, labels, len(slots), skew)
+            parts = _dirichlet_over_holders(rng, labels, len(slots), skew)
         else:
-            shares = _dirichlet_over_classes(rng, labels, len(slots), examples_per_slot, skew)
-        for slot, share in zip(slots, shares, strict=True):
-            if not len(share):
+            parts = _dirichlet_over_classes(rng, labels, len(slots), examples_per_slot, skew)
+        for slot, part in zip(slots, parts, strict=True):
+            if not len(part):
                 raise ValueError(
                     f"client {client[slot]} would hold no example of task {index} at "
                     f"alpha={alpha}; set examples_per_slot, raise alpha, or change the seed"
                 )
-            dealt[slot] = rng.permutation(share).astype(np.int64)
+            dealt[slot] = rng.permutation(part).astype(np.int64)
     return dealt
 
 
@@ -207,15 +207,15 @@ def _check_enough(task: int, holders: int, available: int, examples_per_slot: in
 def _dirichlet_over_holders(
     rng: np.random.Generator, labels: np.ndarray, holders: int, alpha: float
 ) -> list[np.ndarray]:
-    shares: list[list[np.ndarray]] = [[] for _ in range(holders)]
+    held: list[list[np.ndarray]] = [[] for _ in range(holders)]
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         cuts = np.cumsum(_mixture(rng, holders, alpha))[:-1]
-        for share, part in zip(
-            shares, np.split(members, np.rint(cuts * len(members)).astype(int)), strict=True
+        for own, part in zip(
+            held, np.split(members, np.rint(cuts * len(members)).astype(int)), strict=True
         ):
-            share.append(part)
-    return [np.concatenate(share) for share in shares]
+            own.append(part)
+    return [np.concatenate(own) for own in held]
 
 
 def _dirichlet_over_classes(
@@ -224,15 +224,15 @@ def _dirichlet_over_classes(
     classes, label_of = np.unique(labels, return_inverse=True)
     stock = [rng.permutation(np.flatnonzero(label_of == label)) for label in range(len(classes))]
     mixtures = [_mixture(rng, len(classes), alpha) for _ in range(holders)]
-    shares: list[list[np.ndarray]] = [[] for _ in range(holders)]
+    held: list[list[np.ndarray]] = [[] for _ in range(holders)]
     # Class by class in turn, so that the last holder is not left with what nobody wanted.
     wanted = np.array([rng.multinomial(examples, mixture) for mixture in mixtures])
     for label in range(len(classes)):
         for holder in rng.permutation(holders):
             taken, stock[label] = np.split(stock[label], [wanted[holder, label]])
-            shares[holder].append(taken)
+            held[holder].append(taken)
     for holder in rng.permutation(holders):
-        missing = examples - sum(map(len, shares[holder]))
+        missing = examples - sum(map(len, held[holder]))
         while missing:
             left = np.array([len(members) for members in stock])
             odds = mixtures[holder] * (left > 0)
@@ -240,9 +240,9 @@ def _dirichlet_over_classes(
             count = np.minimum(rng.multinomial(missing, odds), left)
             for label in np.flatnonzero(count):
                 taken, stock[label] = np.split(stock[label], [count[label]])
-                shares[holder].append(taken)
+                held[holder].append(taken)
             missing -= count.sum()
-    return [np.concatenate(share) for share in shares]
+    return [np.concatenate(own) for own in held]
 
 
 def _mixture(rng: np.random.Generator, size: int, alpha: float) -> np.ndarray:

@@ -5,6 +5,7 @@ as it was written, of the same plan, and if the arrays are those that it speaks 
 preparation starts anew, since what it did not write would be black images.
 """
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,9 +16,9 @@ from numpy.lib import format as npy
 from pydantic import BaseModel, Field
 
 from matu_jax.data.prepared import PARTS, WhiteLevels, checksum
-from matu_jax.json_files import checked, read_json, regular_file
+from matu_jax.json_files import checked, read_json, regular_file, replace_file
 
-__all__ = ["Progress", "begun", "open_arrays", "state"]
+__all__ = ["Progress", "begun", "note", "open_arrays"]
 
 
 class Progress(NamedTuple):
@@ -41,17 +42,19 @@ class _State(BaseModel):
     checksum: str
 
 
-def state(plan: dict, progress: Progress) -> dict:
-    """What to write into progress.json.
+def note(partial: Path, plan: dict, progress: Progress) -> None:
+    """Writes progress.json.
 
     Args:
+        partial: The folder of the unfinished preparation.
         plan: All that decides the bytes of a prepared dataset, as JSON holds it; with "examples",
             the images of train and of test, and the "size" of "transform".
         progress: How far the preparation is.
     """
     levels = {str(declared): level for declared, level in progress.white_levels.items()}
-    found = {"plan": plan, "done": progress.done, "white_levels": levels}
-    return found | {"checksum": checksum(found)}
+    found: dict[str, Any] = {"plan": plan, "done": progress.done, "white_levels": levels}
+    found["checksum"] = checksum(found)
+    replace_file(partial / "progress.json", json.dumps(found, indent=1).encode())
 
 
 def open_arrays(
@@ -105,7 +108,7 @@ def begun(partial: Path, plan: dict) -> Progress | None:
 
     Args:
         partial: The folder of the unfinished preparation, if there is one.
-        plan: See `state`.
+        plan: See `note`.
     """
     file, total = partial / "progress.json", sum(plan["examples"])
     try:

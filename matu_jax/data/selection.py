@@ -91,9 +91,9 @@ def resolve(tasks: str, folders: _Folder = "", cache_dir: _Folder | None = None)
             )
         return _all_folders(Path(folders))
     if is_generated(tasks):
-        from matu_jax.data import embedded  # here, since it loads Pillow
+        from matu_jax.data import embedded_tasks  # here, since it loads Pillow
 
-        return embedded.SETS.get(tasks or "embedded8") or _words(tasks)
+        return embedded_tasks.SETS.get(tasks or "embedded8") or _words(tasks)
     if tasks in SETS:
         return SETS[tasks]
     names = _words(tasks)

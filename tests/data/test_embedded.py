@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from matu_jax.data import Split, Task, embedded, rendering, sprites
+from matu_jax.data.embedded_tasks import DOMAINS, EIGHT, TASKS, relatedness
+from matu_jax.data.pretraining import pretraining_images
 
 SMALL = {"train_examples": 400, "validation_examples": 120, "test_examples": 120}
 PARTS = ("train", "validation", "test")
@@ -21,7 +23,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(cache) -> dict[str, Task]:
-    return {task.name: task for task in embedded.load(embedded.TASKS, cache_dir=cache, **SMALL)}
+    return {task.name: task for task in embedded.load(TASKS, cache_dir=cache, **SMALL)}
 
 
 def _prints(tasks) -> list[dict[str, str]]:
@@ -29,43 +31,43 @@ def _prints(tasks) -> list[dict[str, str]]:
 
 
 def test_the_table_has_thirty_tasks_of_eight_to_ten_classes():
-    assert len(embedded.TASKS) == 30
-    assert len({spec.domain for spec in embedded.TASKS.values()}) == 5
-    for name, spec in embedded.TASKS.items():
+    assert len(TASKS) == 30
+    assert len({spec.domain for spec in TASKS.values()}) == 5
+    for name, spec in TASKS.items():
         assert name == spec.name == f"{spec.label_space}/{spec.domain}"
         assert 8 <= len(spec.class_names) == len(set(spec.class_names)) <= 10
     for space in ("hue", "position", "tilt", "ground", "flow"):
-        assert sum(spec.label_space == space for spec in embedded.TASKS.values()) == 5
-    assert len(embedded.EIGHT) == 8
-    assert "handwritten" in {embedded.TASKS[name].domain for name in embedded.EIGHT}  # real digits
+        assert sum(spec.label_space == space for spec in TASKS.values()) == 5
+    assert len(EIGHT) == 8
+    assert "handwritten" in {TASKS[name].domain for name in EIGHT}  # real digits
 
 
 def test_a_label_space_means_the_same_in_every_domain():
     names = {}
-    for spec in embedded.TASKS.values():
+    for spec in TASKS.values():
         assert names.setdefault(spec.label_space, spec.class_names) == spec.class_names
 
 
 def test_relatedness_is_the_declared_truth():
-    assert embedded.relatedness("hue/noise", "hue/plaid") == "label_space"
-    assert embedded.relatedness("digit/grating", "digit/handwritten") == "label_space"
-    assert embedded.relatedness("hue/noise", "tilt/noise") == "domain"
-    assert embedded.relatedness("hue/noise", "tilt/plaid") == "neither"
-    assert embedded.relatedness("hue/noise", "hue/noise") == "both"
+    assert relatedness("hue/noise", "hue/plaid") == "label_space"
+    assert relatedness("digit/grating", "digit/handwritten") == "label_space"
+    assert relatedness("hue/noise", "tilt/noise") == "domain"
+    assert relatedness("hue/noise", "tilt/plaid") == "neither"
+    assert relatedness("hue/noise", "hue/noise") == "both"
     found = {"label_space": 0, "domain": 0, "neither": 0}
-    for a, b in itertools.combinations(embedded.TASKS, 2):
-        assert embedded.relatedness(a, b) == embedded.relatedness(b, a)
-        found[embedded.relatedness(a, b)] += 1
+    for a, b in itertools.combinations(TASKS, 2):
+        assert relatedness(a, b) == relatedness(b, a)
+        found[relatedness(a, b)] += 1
     # Five attributes in five domains, digit and letter in two; 15 pairs in each of five domains.
     assert found == {"label_space": 5 * 10 + 2, "domain": 5 * 15, "neither": 435 - 52 - 75}
-    eight = [embedded.relatedness(a, b) for a, b in itertools.combinations(embedded.EIGHT, 2)]
+    eight = [relatedness(a, b) for a, b in itertools.combinations(EIGHT, 2)]
     assert [eight.count(kind) for kind in found] == [4, 12, 12]
 
 
 def test_tasks_keep_the_contract(tasks):
-    assert list(tasks) == list(embedded.TASKS)
+    assert list(tasks) == list(TASKS)
     for name, task in tasks.items():
-        spec = embedded.TASKS[name]
+        spec = TASKS[name]
         assert (task.label_space, task.domain) == (spec.label_space, spec.domain)
         assert task.num_classes == len(spec.class_names)
         for part, count in zip(PARTS, SMALL.values(), strict=True):
@@ -234,11 +236,9 @@ def test_the_cache_is_read_and_says_the_same(cache, tasks, monkeypatch):
         raise AssertionError("generated although the cache holds it")
 
     monkeypatch.setattr(embedded, "_generate", refuse)
-    assert _prints(embedded.load(embedded.TASKS, cache_dir=cache, **SMALL)) == _prints(
-        tasks.values()
-    )
+    assert _prints(embedded.load(TASKS, cache_dir=cache, **SMALL)) == _prints(tasks.values())
     monkeypatch.setenv("MATU_JAX_CACHE", str(cache))
-    assert len(embedded.load(embedded.TASKS, cache_dir=None, **SMALL)) == 30
+    assert len(embedded.load(TASKS, cache_dir=None, **SMALL)) == 30
     assert len(list(cache.iterdir())) == 5
 
 
@@ -312,12 +312,12 @@ def test_load_names_what_is_wrong(tmp_path, names, changes, message):
 
 def test_relatedness_names_an_unknown_task():
     with pytest.raises(ValueError, match="did you mean 'hue/noise'"):
-        embedded.relatedness("hue/plaid", "hue/nois")
+        relatedness("hue/plaid", "hue/nois")
 
 
 def test_pretraining_images_are_seeded_and_fully_described():
-    one, again = embedded.pretraining_images(600, 5), embedded.pretraining_images(600, 5)
-    other = embedded.pretraining_images(600, (5, 1))
+    one, again = pretraining_images(600, 5), pretraining_images(600, 5)
+    other = pretraining_images(600, (5, 1))
     for name, array in one._asdict().items():
         np.testing.assert_array_equal(array, getattr(again, name))
         assert not np.array_equal(array, getattr(other, name))
@@ -326,12 +326,12 @@ def test_pretraining_images_are_seeded_and_fully_described():
     assert one.identity.dtype == np.int32
     classes = sprites.PRETRAINING_GLYPHS + sprites.PRETRAINING_SHAPES
     assert len(set(classes)) == len(classes) >= 40
-    assert set(embedded.pretraining_images(5000, 0).identity) == set(range(len(classes)))
+    assert set(pretraining_images(5000, 0).identity) == set(range(len(classes)))
     for value, low, high in ((one.hue, 0, 1), (one.ground, 0, 1), (one.flow, 0, np.pi)):
         assert value.dtype == np.float32
         assert low <= value.min() < value.max() <= high
     with pytest.raises(ValueError, match="count must be at least 1"):
-        embedded.pretraining_images(0, 0)
+        pretraining_images(0, 0)
 
 
 def test_pretraining_uses_other_sprites_and_textures():
@@ -339,7 +339,7 @@ def test_pretraining_uses_other_sprites_and_textures():
     assert not asked & {*sprites.PRETRAINING_GLYPHS, *sprites.PRETRAINING_SHAPES}
     seen = {a.tobytes() for a in sprites.SPRITES["pretraining"]().atlas}
     tiles = {tile.tobytes() for tile in rendering.texture_tiles("pretraining")}
-    for domain in embedded.DOMAINS.values():
+    for domain in DOMAINS.values():
         atlas = sprites.SPRITES[domain.sprites]().atlas
         assert not seen & {a.tobytes() for a in atlas}
         assert not tiles & {

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matu_jax.data import Transform, images, preparation, prepared, selection
+from matu_jax.data import Transform, finishing, images, preparation, prepared, resuming, selection
 from matu_jax.data.datasets import DATASETS, Example, Source
+from matu_jax.data.splits import counts, places_of
 
 SMALL = Transform(8, "squash", "bilinear")
 OFFICIAL, SEEDED = "intel_images", "garbage"  # 6 classes each; the latter without a test split
@@ -171,12 +172,12 @@ def test_a_seeded_test_split_has_a_fifth_of_each_class_and_trains_on_some(places
     source = preparation.open_source(
         selection.find("ward", places["folders"]), image_folders=places["folders"]
     )
-    found = preparation._places(source)
+    found = places_of(source)
     labels = np.array(source.labels)
     tested = np.bincount(labels[found.part == 1], minlength=len(sizes)).tolist()
     wanted = [0 if n == 1 else max(1, round(n / 5)) for n in sizes]
     assert tested == wanted or (wanted == [0, 0] and sum(tested) == 1)
-    assert preparation.counts(source) == (sum(sizes) - sum(tested), sum(tested))
+    assert counts(source) == (sum(sizes) - sum(tested), sum(tested))
     for part in (0, 1):
         assert sorted(found.row[found.part == part]) == list(range(found.counts[part]))
 
@@ -185,7 +186,7 @@ def test_where_no_labels_are_known_the_last_fifth_of_the_shuffled_order_is_teste
     source = Source([Example(b"", 0, "")] * 23, None, ("a", "b"), "1", "TFDS")
     keys = [hashlib.sha256(f"0/{i}".encode()).digest() for i in range(23)]
     order = sorted(range(23), key=keys.__getitem__)
-    found = preparation._places(source)
+    found = places_of(source)
     assert found.counts == (18, 5)
     for place, index in enumerate(order):
         assert (found.part[index], found.row[index]) == divmod(place, 18)
@@ -258,7 +259,7 @@ def test_an_interrupted_preparation_goes_on_to_the_same_bytes(places, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "broken", ["np.save", "Path.unlink", "Path.rename", "_shorten", "_sync", "replace_file"]
+    "broken", ["np.save", "Path.unlink", "Path.rename", "_shorten", "sync", "replace_file", "note"]
 )
 def test_a_kill_at_the_end_does_no_harm(places, monkeypatch, broken):
     """Stops in each step of the last stage, after and before it did its work."""
@@ -271,7 +272,8 @@ def test_a_kill_at_the_end_does_no_harm(places, monkeypatch, broken):
         "np.save": (np, "save"),
         "Path.unlink": (Path, "unlink"),
         "Path.rename": (Path, "rename"),
-    }.get(broken, (preparation, broken))
+        "note": (resuming, "replace_file"),
+    }.get(broken, (finishing, broken))
     real = getattr(owner, attribute)
     for before in (True, False):
         for call in range(1, 4):
@@ -464,7 +466,7 @@ def test_training_images_shortened_to_another_number_are_told(places):
     with pytest.raises(KeyboardInterrupt):
         prepare(OFFICIAL, places, progress=interrupt)
     (partial,) = places["cache_dir"].glob("prepared/*.partial")
-    preparation._shorten(partial / "train_images.npy", 7)
+    finishing._shorten(partial / "train_images.npy", 7)
     with pytest.raises(ValueError, match=r"found 7 images, expected 30; remove .*\.partial and"):
         prepare(OFFICIAL, places)
     shutil.rmtree(partial)

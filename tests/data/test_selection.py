@@ -6,8 +6,9 @@ import unicodedata
 
 import pytest
 
-from matu_jax.data import embedded, selection
+from matu_jax.data import embedded_tasks, selection
 from matu_jax.data.datasets import DATASETS, GENERAL_TEMPLATES, SETS
+from matu_jax.data.embedded_tasks import EIGHT, TASKS
 from matu_jax.data.selection import find, image_folder, is_generated, resolve
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "Käse") for form in ("NFC", "NFD"))
@@ -30,9 +31,9 @@ def make(root, *names):
 def test_sets_and_names(root):
     assert resolve("vision8") == SETS["vision8"]
     assert resolve(" dtd, mnist ,") == ("dtd", "mnist")
-    assert resolve("embedded30") == tuple(embedded.TASKS)
+    assert resolve("embedded30") == tuple(TASKS)
     assert resolve("hue/noise, tilt/noise") == ("hue/noise", "tilt/noise")
-    assert resolve("") == embedded.EIGHT, "without folders, the benchmark that comes with the code"
+    assert resolve("") == EIGHT, "without folders, the benchmark that comes with the code"
     assert [is_generated(tasks) for tasks in ("", "embedded8", "hue/noise", "mnist")] == [
         True, True, True, False,
     ]  # fmt: skip
@@ -70,7 +71,7 @@ def test_folders_of_the_environment_and_the_cache_are_known_by_name(root, tmp_pa
     monkeypatch.setenv("MATU_JAX_FOLDERS", str(root))
     make(root, "ward")
     assert resolve("ward") == ("ward",)
-    assert resolve("") == embedded.EIGHT, "what a run is about does not hang on the environment"
+    assert resolve("") == EIGHT, "what a run is about does not hang on the environment"
     monkeypatch.delenv("MATU_JAX_FOLDERS")
     with pytest.raises(ValueError, match="unknown dataset 'ward'"):
         resolve("ward")
@@ -141,7 +142,7 @@ def test_names_that_are_not_utf_8_are_refused(root):
 
 
 def test_the_sets_of_the_embedded_benchmark_are_those_that_are_named_here():
-    assert tuple(embedded.SETS) == selection.GENERATED
+    assert tuple(embedded_tasks.SETS) == selection.GENERATED
 
 
 def test_a_directory_that_is_not_there_is_told(root):
