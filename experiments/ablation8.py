@@ -66,11 +66,12 @@ ARMS = {
 
 def get_config():
     shipped = run_file(Path(__file__).with_name("compare8.py"))
-    shipped.experiment.matu.agreement_threshold = 0.4
-    shipped.experiment.evaluation.every_rounds = 4
     return dataclasses.replace(
         shipped,
         title="Ablations of MaTU's server",
+        experiment=shipped.experiment.with_fields(
+            {"matu.agreement_threshold": 0.4, "evaluation.every_rounds": 4}
+        ),
         settings={
             "pairs": shipped.settings["pairs"],
             "kin": dataclasses.replace(shipped.settings["kin"], arms=OF_KIN),

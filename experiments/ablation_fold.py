@@ -243,10 +243,10 @@ def get_config():
     fours = dataclasses.replace(fours, arms=OF_THE_FOLD)
     # With one task a client nothing is lost by folding.
     kin = dataclasses.replace(shipped.settings["kin"], arms=OF_SIMILARITY)
-    shipped.experiment.evaluation.every_rounds = 4
     return dataclasses.replace(
         shipped,
         title="Ablations of the fold, and of what similarity compares",
+        experiment=shipped.experiment.with_fields({"evaluation.every_rounds": 4}),
         settings={
             "pairs": shipped.settings["pairs"],
             "fours": fours,

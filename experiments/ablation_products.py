@@ -122,11 +122,11 @@ ALGORITHMS["ablation: products, not folded"] = partial(of_products, folds=False)
 def get_config():
     shipped = run_file(HERE.with_name("compare8.py"))
     fours = run_file(HERE.with_name("ablation_rules.py")).settings["fours"]
-    shipped.experiment.evaluation.every_rounds = 4
     names = ("folded", "products folded", "products, not folded")
     return dataclasses.replace(
         shipped,
         title="Ablations of what is folded: factors or products",
+        experiment=shipped.experiment.with_fields({"evaluation.every_rounds": 4}),
         settings={
             "pairs": shipped.settings["pairs"],
             "fours": dataclasses.replace(fours, arms=()),

@@ -32,7 +32,6 @@ ARMS = {
 
 def get_config():
     shipped = run_file(Path(__file__).with_name("compare8.py"))
-    shipped.experiment.evaluation.every_rounds = 4
     pairs, kin = shipped.settings["pairs"], shipped.settings["kin"]
     other = Setting(
         "As pairs, with other questions about other kinds of images.",
@@ -66,6 +65,7 @@ def get_config():
     return dataclasses.replace(
         shipped,
         title="Ablations of the server's rules",
+        experiment=shipped.experiment.with_fields({"evaluation.every_rounds": 4}),
         settings={
             "other pairs": other,
             "pairs": dataclasses.replace(pairs, arms=("matu", "rho = 0.2", "rho = 0.6")),

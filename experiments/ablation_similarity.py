@@ -23,10 +23,10 @@ ARMS = {
 def get_config():
     shipped = run_file(Path(__file__).with_name("compare8.py"))
     fours = run_file(Path(__file__).with_name("ablation_rules.py")).settings["fours"]
-    shipped.experiment.evaluation.every_rounds = 4
     return dataclasses.replace(
         shipped,
         title="Ablations of which tasks lend",
+        experiment=shipped.experiment.with_fields({"evaluation.every_rounds": 4}),
         settings={
             "pairs": shipped.settings["pairs"],
             "fours": dataclasses.replace(fours, arms=()),

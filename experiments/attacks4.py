@@ -109,17 +109,21 @@ def _fields(words, fields):
 
 def get_config():
     shipped = run_file(Path(__file__).with_name("compare8.py"))
-    experiment = shipped.experiment
-    experiment.rounds = 6
-    experiment.data.tasks = TASKS
-    experiment.data.clients = 10
-    experiment.local.steps = 10
-    experiment.evaluation.every_rounds = 6
-    experiment.defence.clip = 0.0
-    experiment.defence.weighting = "examples"
+    experiment = shipped.experiment.with_fields(
+        {
+            "rounds": 6,
+            "data.tasks": TASKS,
+            "data.clients": 10,
+            "local.steps": 10,
+            "evaluation.every_rounds": 6,
+            "defence.clip": 0.0,
+            "defence.weighting": "examples",
+        }
+    )
     return dataclasses.replace(
         shipped,
         title="Clients that lie, and defences",
+        experiment=experiment,
         settings={
             name: Setting(words, _fields(words, fields), seconds=25, arms=arms)
             for name, (words, fields, arms) in ATTACKS.items()

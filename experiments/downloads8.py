@@ -31,10 +31,10 @@ def get_config():
     shipped, others = run_file(here / "compare8.py"), run_file(here / "settings8.py")
     arms = read_tuned(here / "results/compare8/tuned.json")["arms"]
     chosen = {label: arm["chosen"] for label, arm in arms.items()}
-    shipped.experiment.evaluation.every_rounds = 4
     return dataclasses.replace(
         shipped,
         title="What MaTU's clients receive",
+        experiment=shipped.experiment.with_fields({"evaluation.every_rounds": 4}),
         settings={
             "pairs": shipped.settings["pairs"],
             **{name: s for name, s in others.settings.items() if name != "solo"},

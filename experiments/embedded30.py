@@ -14,19 +14,14 @@ data.tasks_per_client=1, data.examples_per_slot=0, local.steps=64, local.batch_e
 and evaluation.every_rounds=6.
 """
 
-from matu_jax.config import default
+from matu_jax.config import Config, DataConfig, EvaluationConfig, LocalConfig
 
 
 def get_config():
-    config = default()
-    config.algorithm = "matu"
-    config.rounds = 8
-    config.data.tasks = "embedded30"
-    config.data.clients = 45
-    config.data.tasks_per_client = 2
-    config.data.examples_per_slot = 128
-    config.local.steps = 20
-    config.local.batch_examples = 16
-    config.local.learning_rate = 3e-3
-    config.evaluation.every_rounds = 4
-    return config
+    return Config(
+        algorithm="matu",
+        rounds=8,
+        data=DataConfig(tasks="embedded30", clients=45, tasks_per_client=2, examples_per_slot=128),
+        local=LocalConfig(steps=20, batch_examples=16, learning_rate=3e-3),
+        evaluation=EvaluationConfig(every_rounds=4),
+    )

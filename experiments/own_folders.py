@@ -17,21 +17,20 @@ Expected, on the folders that experiments/make_example_folders.py makes, and how
 results/own_folders.md, with what chance, untrained models and logistic regression reach.
 """
 
-from matu_jax.config import default
+from matu_jax.config import Config, DataConfig, EvaluationConfig, LocalConfig, ModelConfig
 
 
 def get_config():
-    config = default()
-    config.algorithm = "matu"
-    config.rounds = 6
-    config.data.tasks = "folders"  # all of config.data.folders
-    config.data.clients = 8
-    config.data.tasks_per_client = 1
-    config.data.examples_per_slot = 0  # all there are
-    config.model.head = "trained"
-    config.local.steps = 20
-    config.local.batch_examples = 16
-    config.local.learning_rate = 3e-3
-    config.evaluation.every_rounds = 2
-    config.evaluation.max_examples = 1000
-    return config
+    return Config(
+        algorithm="matu",
+        rounds=6,
+        data=DataConfig(
+            tasks="folders",  # all of config.data.folders
+            clients=8,
+            tasks_per_client=1,
+            examples_per_slot=0,  # all there are
+        ),
+        model=ModelConfig(head="trained"),
+        local=LocalConfig(steps=20, batch_examples=16, learning_rate=3e-3),
+        evaluation=EvaluationConfig(every_rounds=2, max_examples=1000),
+    )

@@ -71,10 +71,10 @@ ARMS = ("matu", "per_task", "fedavg", "matfl")
 
 def get_config():
     shipped = run_file(Path(__file__).with_name("compare8.py"))
-    shipped.experiment.evaluation.every_rounds = 4
     return dataclasses.replace(
         shipped,
         title="MaTU and its main rivals in other federations",
+        experiment=shipped.experiment.with_fields({"evaluation.every_rounds": 4}),
         settings=SETTINGS,
         arms={label: shipped.arms[label] for label in ARMS},
         search={},

@@ -20,15 +20,18 @@ from pathlib import Path
 
 
 def get_config():
-    config = runpy.run_path(str(Path(__file__).with_name("vitb32.py")))["get_config"]()
-    config.data.tasks = "emr30"
-    config.data.clients = 60
-    config.data.tasks_per_client = 2
-    config.rounds = 100
-    config.model.architecture = "vit_b16"
-    config.model.checkpoint = "google/vit-base-patch16-224"
-    config.model.head = "trained"
-    config.model.remat = True
-    config.local.parallel_slots = 10
-    config.evaluation.every_rounds = 25
-    return config
+    vitb32 = runpy.run_path(str(Path(__file__).with_name("vitb32.py")))["get_config"]()
+    return vitb32.with_fields(
+        {
+            "data.tasks": "emr30",
+            "data.clients": 60,
+            "data.tasks_per_client": 2,
+            "rounds": 100,
+            "model.architecture": "vit_b16",
+            "model.checkpoint": "google/vit-base-patch16-224",
+            "model.head": "trained",
+            "model.remat": True,
+            "local.parallel_slots": 10,
+            "evaluation.every_rounds": 25,
+        }
+    )

@@ -21,31 +21,30 @@ accuracy over the eight, %): zero-shot 48.0, fine-tuned per task 90.5, weight av
 arithmetic 69.1, TIES 72.4 (Yang et al., AdaMerging, arXiv 2310.02575). None of these is federated.
 """
 
-from matu_jax.config import default
+from matu_jax.config import Config, DataConfig, EvaluationConfig, LocalConfig, ModelConfig
 
 
 def get_config():
-    config = default()
-    config.algorithm = "matu"
-    config.rounds = 50
-    config.data.tasks = "vision8"
-    config.data.clients = 30
-    config.data.tasks_per_client = 2
-    config.data.examples_per_slot = 0
-    config.data.dirichlet_alpha = 0.5
-    config.model.architecture = "clip_vit_b32"
-    config.model.checkpoint = "openai/clip-vit-base-patch32"
-    config.model.lora_rank = 16
-    config.model.lora_alpha = 32.0
-    config.model.lora_targets = ("query", "key", "value", "out")
-    config.model.head = "frozen"
-    config.model.logit_scale = 0.0
-    config.model.compute_dtype = "bfloat16"
-    config.local.steps = 50
-    config.local.batch_examples = 32
-    config.local.learning_rate = 1e-3
-    config.local.parallel_slots = 20
-    config.evaluation.every_rounds = 10
-    config.evaluation.batch_examples = 32
-    config.evaluation.max_examples = 2000
-    return config
+    return Config(
+        algorithm="matu",
+        rounds=50,
+        data=DataConfig(
+            tasks="vision8",
+            clients=30,
+            tasks_per_client=2,
+            examples_per_slot=0,
+            dirichlet_alpha=0.5,
+        ),
+        model=ModelConfig(
+            architecture="clip_vit_b32",
+            checkpoint="openai/clip-vit-base-patch32",
+            lora_rank=16,
+            lora_alpha=32.0,
+            lora_targets=("query", "key", "value", "out"),
+            head="frozen",
+            logit_scale=0.0,
+            compute_dtype="bfloat16",
+        ),
+        local=LocalConfig(steps=50, batch_examples=32, learning_rate=1e-3, parallel_slots=20),
+        evaluation=EvaluationConfig(every_rounds=10, batch_examples=32, max_examples=2000),
+    )

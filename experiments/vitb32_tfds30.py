@@ -18,10 +18,13 @@ from pathlib import Path
 
 
 def get_config():
-    config = runpy.run_path(str(Path(__file__).with_name("vitb32.py")))["get_config"]()
-    config.data.tasks = "tfds30"
-    config.data.clients = 60
-    config.data.tasks_per_client = 2
-    config.rounds = 100
-    config.evaluation.every_rounds = 25
-    return config
+    vitb32 = runpy.run_path(str(Path(__file__).with_name("vitb32.py")))["get_config"]()
+    return vitb32.with_fields(
+        {
+            "data.tasks": "tfds30",
+            "data.clients": 60,
+            "data.tasks_per_client": 2,
+            "rounds": 100,
+            "evaluation.every_rounds": 25,
+        }
+    )

@@ -18,9 +18,12 @@ from pathlib import Path
 
 
 def get_config():
-    config = runpy.run_path(str(Path(__file__).with_name("vitb32.py")))["get_config"]()
-    config.model.architecture = "clip_vit_l14"
-    config.model.checkpoint = "openai/clip-vit-large-patch14"
-    config.model.remat = True
-    config.local.parallel_slots = 8
-    return config
+    vitb32 = runpy.run_path(str(Path(__file__).with_name("vitb32.py")))["get_config"]()
+    return vitb32.with_fields(
+        {
+            "model.architecture": "clip_vit_l14",
+            "model.checkpoint": "openai/clip-vit-large-patch14",
+            "model.remat": True,
+            "local.parallel_slots": 8,
+        }
+    )

@@ -32,7 +32,7 @@ from matu_jax import algorithms
 from matu_jax.comparison import plan, report
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tuning import search
-from matu_jax.config import Config, override
+from matu_jax.config import Config
 from matu_jax.errors import UserError
 from matu_jax.json_files import remove_unfinished, write_json
 from matu_jax.runs.commandline import Source, plain_console, read_words, run_file, run_program
@@ -63,8 +63,7 @@ def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Source, Path, bool]:
             "matu_jax.comparison.plan.Comparison. An experiment is run by matu_jax.train."
         )
     try:
-        for name, text in fields.items():
-            override(comparison.experiment, name, text)
+        comparison = plan.overridden(comparison, fields)
         chosen = {name: options[name] for name in names if name in options}
         comparison = plan.part(comparison, **chosen)
         plan.check(comparison)

@@ -1,23 +1,15 @@
 """The schema of an experiment: frozen dataclasses, with units in the names.
 
-An experiment file starts from `default()`, a locked `ConfigDict` that refuses unknown fields, and
-edits it. `freeze()` checks every field and returns the hashable `Config` that the package works
-with; whatever is wrong is said in one message.
+An experiment file's `get_config()` returns a `Config`, which says only what differs from the
+defaults: `Config(rounds=10, data=DataConfig(clients=12), local=LocalConfig(steps=20))`.
 """
 
-import ast
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
-from ml_collections import ConfigDict
-
-from matu_jax.errors import did_you_mean
-
-
-def _field(default: Any, **checks: Any) -> Any:
-    """A dataclass field with checks: at_least, above, at_most, choices."""
-    return dataclasses.field(default=default, metadata=checks)
+from matu_jax import fields
+from matu_jax.fields import field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +40,24 @@ class DataConfig:
     """
 
     tasks: str = ""
-    source: str = _field("prepared", choices=("prepared", "synthetic"))
+    source: Literal["prepared", "synthetic"] = "prepared"
     folders: str = ""
-    validation_fraction: float = _field(0.1, above=0, at_most=0.5)
-    clients: int = _field(12, at_least=1)
-    tasks_per_client: int = _field(2, at_least=1)
-    assignment: tuple = ()
-    examples_per_slot: int = _field(0, at_least=0)
-    dirichlet_alpha: float = _field(0.0, at_least=0)
-    seed: int = _field(0, at_least=0, at_most=2**31 - 1)
+    validation_fraction: float = field(0.1, above=0, at_most=0.5)
+    clients: int = field(12, at_least=1)
+    tasks_per_client: int = field(2, at_least=1)
+    assignment: tuple[tuple[int, ...], ...] = ()
+    examples_per_slot: int = field(0, at_least=0)
+    dirichlet_alpha: float = field(0.0, at_least=0)
+    seed: int = field(0, at_least=0, at_most=2**31 - 1)
+
+    def conflicts(self, where: str) -> Iterator[str]:
+        """Yields what is wrong with the assignment, whose form has more to it than a type."""
+        for client, held in enumerate(self.assignment):
+            if not isinstance(held, tuple) or not all(type(task) is int for task in held):
+                yield (
+                    f"{where}.assignment: client {client}: found {held!r}, expected a tuple of "
+                    "task positions, such as ((0, 1), (2,))."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +94,15 @@ class ModelConfig:
 
     architecture: str = "embedded"
     checkpoint: str = "embedded"
-    trainable: str = _field("lora", choices=("lora", "full"))
-    lora_rank: int = _field(8, at_least=1)
-    lora_alpha: float = _field(16.0, above=0)
-    lora_targets: tuple = ("query", "key", "value", "out")
-    lora_dropout: float = _field(0.0, at_least=0, at_most=0.9)
-    head: str = _field("frozen", choices=("frozen", "trained"))
-    task_heads: tuple = ()
-    logit_scale: float = _field(20.0, at_least=0)
-    compute_dtype: str = _field("float32", choices=("float32", "bfloat16"))
+    trainable: Literal["lora", "full"] = "lora"
+    lora_rank: int = field(8, at_least=1)
+    lora_alpha: float = field(16.0, above=0)
+    lora_targets: tuple[str, ...] = ("query", "key", "value", "out")
+    lora_dropout: float = field(0.0, at_least=0, at_most=0.9)
+    head: Literal["frozen", "trained"] = "frozen"
+    task_heads: tuple[tuple[str, str], ...] = ()
+    logit_scale: float = field(20.0, at_least=0)
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
     @property
@@ -125,13 +126,13 @@ class LocalConfig:
         after the other is faster; on accelerators as many as memory is predicted to allow.
     """
 
-    steps: int = _field(20, at_least=1)
-    batch_examples: int = _field(16, at_least=1)
-    optimizer: str = _field("adam", choices=("adam", "adamw", "sgd"))
-    learning_rate: float = _field(3e-3, above=0)
-    momentum: float = _field(0.9, at_least=0, at_most=1)
-    weight_decay: float = _field(0.0, at_least=0)
-    parallel_slots: int = _field(0, at_least=0)
+    steps: int = field(20, at_least=1)
+    batch_examples: int = field(16, at_least=1)
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = field(3e-3, above=0)
+    momentum: float = field(0.9, at_least=0, at_most=1)
+    weight_decay: float = field(0.0, at_least=0)
+    parallel_slots: int = field(0, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,15 +162,15 @@ class MatuConfig:
         float32 scale for 256 parameters (`matu_jax.messages.quantisation`).
     """
 
-    magnitude: str = _field("mean", choices=("max", "mean"))
-    agreement_threshold: float = _field(0.0, at_least=0, at_most=1)
-    top_k: int = _field(3, at_least=0)
-    min_similarity: float = _field(0.5, at_least=0, at_most=1)
-    transfer: str = _field("shrinkage", choices=("none", "mean", "additive", "shrinkage"))
-    similarity: str = _field("cross_client", choices=("cross_client", "aggregated"))
-    uploads: str = _field("change", choices=("vector", "change"))
-    downloads: str = _field("unified", choices=("unified", "task_vectors"))
-    precision: str = _field("float32", choices=("float32", "bfloat16", "int8"))
+    magnitude: Literal["max", "mean"] = "mean"
+    agreement_threshold: float = field(0.0, at_least=0, at_most=1)
+    top_k: int = field(3, at_least=0)
+    min_similarity: float = field(0.5, at_least=0, at_most=1)
+    transfer: Literal["none", "mean", "additive", "shrinkage"] = "shrinkage"
+    similarity: Literal["cross_client", "aggregated"] = "cross_client"
+    uploads: Literal["vector", "change"] = "change"
+    downloads: Literal["unified", "task_vectors"] = "unified"
+    precision: Literal["float32", "bfloat16", "int8"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +190,18 @@ class DefenceConfig:
         with the others', where there are five or more to compare; "examples" where trim is on.
     """
 
-    clip: float = _field(1.5, at_least=0)
-    trim: int = _field(0, at_least=0)
-    weighting: str = _field("agreement", choices=("examples", "agreement"))
+    clip: float = field(1.5, at_least=0)
+    trim: int = field(0, at_least=0)
+    weighting: Literal["examples", "agreement"] = "agreement"
+
+    def conflicts(self, where: str) -> Iterator[str]:
+        """Yields what is wrong where two defences exclude each other."""
+        if self.trim and self.weighting != "examples":
+            yield (
+                f"{where}.trim: found {self.trim}, which counts all holders the same, beside "
+                f"weighting = {self.weighting!r}; for a trimmed mean set {where}.weighting = "
+                "'examples'."
+            )
 
 
 NO_DEFENCE = DefenceConfig(clip=0.0, weighting="examples")
@@ -214,12 +224,25 @@ class FailureConfig:
         parameter is not a finite number) in a larger share of a round's slots.
     """
 
-    dropout: float = _field(0.0, at_least=0, at_most=1)
+    dropout: float = field(0.0, at_least=0, at_most=1)
     trace: str = ""
-    slowness: float = _field(0.0, at_least=0)
-    deadline: float = _field(0.0, at_least=0)
-    quorum: int = _field(1, at_least=1)
-    max_nonfinite_share: float = _field(0.5, at_least=0, at_most=1)
+    slowness: float = field(0.0, at_least=0)
+    deadline: float = field(0.0, at_least=0)
+    quorum: int = field(1, at_least=1)
+    max_nonfinite_share: float = field(0.5, at_least=0, at_most=1)
+
+    def conflicts(self, where: str) -> Iterator[str]:
+        """Yields what is wrong where one field is without effect for want of another."""
+        if self.deadline and not self.slowness:
+            yield (
+                f"{where}.deadline: found {self.deadline}, but nobody is slow: set "
+                f"{where}.slowness too."
+            )
+        if self.slowness and not self.deadline:
+            yield (
+                f"{where}.slowness: found {self.slowness}, but nothing waits: set "
+                f"{where}.deadline too."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,24 +260,34 @@ class AttackConfig:
         trained.
     """
 
-    kind: str = _field(
+    kind: Literal[
         "none",
-        choices=(
-            "none",
-            "sign_flip",
-            "scaling",
-            "noise",
-            "constant",
-            "label_flip",
-            "masks",
-            "scales",
-            "hidden",
-            "garbage",
-        ),
-    )
-    share: float = _field(0.2, at_least=0, at_most=1)
-    strength: float = _field(1.0, above=0)
+        "sign_flip",
+        "scaling",
+        "noise",
+        "constant",
+        "label_flip",
+        "masks",
+        "scales",
+        "hidden",
+        "garbage",
+    ] = "none"
+    share: float = field(0.2, at_least=0, at_most=1)
+    strength: float = field(1.0, above=0)
     colludes: bool = False
+
+    def conflicts(self, where: str) -> Iterator[str]:
+        """Yields the fields that the kind of attack has no use for."""
+        if self.colludes and self.kind in ("none", "label_flip", "masks", "scales", "hidden"):
+            yield (
+                f"{where}.colludes: found True, but of kind {self.kind!r} liars say the same "
+                "anyway, or nothing; leave it False."
+            )
+        if self.strength != 1.0 and self.kind in ("none", "label_flip", "masks", "garbage"):
+            yield (
+                f"{where}.strength: found {self.strength:g}, but kind {self.kind!r} has no "
+                "strength; leave it 1."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,10 +303,20 @@ class PrivacyConfig:
         noise is drawn from this seed, so that a run can be repeated, and nothing is private.
     """
 
-    clip_norm: float = _field(0.0, at_least=0)
-    noise_multiplier: float = _field(0.0, at_least=0)
-    delta: float = _field(1e-5, above=0, at_most=0.5)
-    seed: int = _field(-1, at_least=-1, at_most=2**31 - 1)
+    clip_norm: float = field(0.0, at_least=0)
+    noise_multiplier: float = field(0.0, at_least=0)
+    delta: float = field(1e-5, above=0, at_most=0.5)
+    seed: int = field(-1, at_least=-1, at_most=2**31 - 1)
+
+    def conflicts(self, where: str) -> Iterator[str]:
+        """Yields what is wrong where half of a mechanism is given, or one beyond its numbers."""
+        if bool(self.clip_norm) != bool(self.noise_multiplier):
+            yield (
+                f"{where}: found clip_norm = {self.clip_norm} and noise_multiplier = "
+                f"{self.noise_multiplier}; privacy needs both, or neither."
+            )
+        if self.clip_norm and not 1e-30 <= self.clip_norm <= 1e30:
+            yield f"{where}.clip_norm: found {self.clip_norm:g}, expected 1e-30 to 1e30."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,9 +329,9 @@ class EvaluationConfig:
       max_examples: of each task's validation and test split, drawn from the seed; 0 = all.
     """
 
-    every_rounds: int = _field(1, at_least=1)
-    batch_examples: int = _field(128, at_least=1)
-    max_examples: int = _field(0, at_least=0)
+    every_rounds: int = field(1, at_least=1)
+    batch_examples: int = field(128, at_least=1)
+    max_examples: int = field(0, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,8 +344,8 @@ class CheckpointConfig:
       keep: how many checkpoints stay on disk, the newest; besides them, that of the best round.
     """
 
-    every_rounds: int = _field(1, at_least=1)
-    keep: int = _field(2, at_least=1)
+    every_rounds: int = field(1, at_least=1)
+    keep: int = field(2, at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,202 +380,73 @@ class Config:
     """
 
     algorithm: str = "matu"
-    seed: int = _field(0, at_least=0, at_most=2**31 - 1)
-    rounds: int = _field(10, at_least=1)
-    clients_per_round: int = _field(0, at_least=0)
-    fedprox_mu: float = _field(0.01, at_least=0)
-    personal_blocks: int = _field(1, at_least=1)
-    fedrep_personal_fraction: float = _field(2 / 3, above=0, at_most=1)
-    matfl_grouping: str = _field("soft", choices=("soft", "hard"))
-    matfl_threshold: float = _field(0.0, at_least=-1, at_most=1)
-    ties_keep: float = _field(0.2, above=0, at_most=1)
+    seed: int = field(0, at_least=0, at_most=2**31 - 1)
+    rounds: int = field(10, at_least=1)
+    clients_per_round: int = field(0, at_least=0)
+    fedprox_mu: float = field(0.01, at_least=0)
+    personal_blocks: int = field(1, at_least=1)
+    fedrep_personal_fraction: float = field(2 / 3, above=0, at_most=1)
+    matfl_grouping: Literal["soft", "hard"] = "soft"
+    matfl_threshold: float = field(0.0, at_least=-1, at_most=1)
+    ties_keep: float = field(0.2, above=0, at_most=1)
     lora_b_trains_a: bool = False
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
-    matu: MatuConfig = dataclasses.field(default_factory=MatuConfig)
-    defence: DefenceConfig = dataclasses.field(default_factory=DefenceConfig)
-    failures: FailureConfig = dataclasses.field(default_factory=FailureConfig)
-    attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)
-    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
-    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    local: LocalConfig = LocalConfig()
+    matu: MatuConfig = MatuConfig()
+    defence: DefenceConfig = DefenceConfig()
+    failures: FailureConfig = FailureConfig()
+    attack: AttackConfig = AttackConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
-
-def default() -> ConfigDict:
-    """The default experiment as a locked ConfigDict: fields can be changed, not added."""
-    return ConfigDict(dataclasses.asdict(Config())).lock()
-
-
-def override(config: ConfigDict, path: str, text: str) -> None:
-    """Sets one field from the command line, in place.
-
-    Args:
-      config: what `default()` made, perhaps edited.
-      path: the field, such as "local.steps"; "data" is short for "data.source".
-      text: its value: a number, a string, or a tuple such as (1, 2) or ("query", "value").
-
-    Raises:
-      ValueError: for an unknown field (with "did you mean"), or a value of the wrong type.
-    """
-    where, parent, name = _find(config, path)
-    try:
-        value = text if isinstance(parent[name], str) else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    _set(where, parent, name, value, text)
-
-
-def set_field(config: ConfigDict, path: str, value: Any) -> None:
-    """Sets one field by its path, such as "local.steps", in place.
-
-    Raises:
-      ValueError: for an unknown field (with "did you mean"), or a value of the wrong type.
-    """
-    _set(*_find(config, path), value, value)
-
-
-def _find(config: ConfigDict, path: str) -> tuple[str, Any, str]:
-    """Where a field is: its full name, the block that holds it, and its name in there."""
-    names = path.split(".")
-    where, parent, block = "config", cast(Any, None), cast(Any, config)
-    for name in names:
-        if not isinstance(block, ConfigDict):
-            raise ValueError(f"{where}: is a value, not a block of fields; found {path!r}.")
-        if name not in block:
-            raise ValueError(f"{where}.{name}: no such field.{did_you_mean(name, list(block))}")
-        where, parent, block = f"{where}.{name}", block, block[name]
-    if isinstance(block, ConfigDict) and "source" in block:
-        return f"{where}.source", block, "source"
-    if isinstance(block, ConfigDict):
-        raise ValueError(
-            f"{where}: is a block of fields; set one of {', '.join(list(cast(Any, block)))}."
-        )
-    return where, parent, names[-1]
-
-
-def _set(where: str, parent: Any, name: str, value: Any, found: Any) -> None:
-    kind: Any = type(parent[name])
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is tuple and isinstance(value, list):
-        value = tuple(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where}: found {found!r}, expected {kind.__name__}.")
-    parent[name] = value
-
-
-def freeze(config: ConfigDict | Mapping[str, Any]) -> Config:
-    """Checks a ConfigDict, or what JSON has kept of one, against the schema and makes it immutable.
-
-    Raises:
-      ValueError: one message that lists every unknown field (with "did you mean"), missing field,
-        wrong type and value out of range.
-    """
-    problems: list[str] = []
-    frozen = _freeze(Config, config, "config", problems)
-    if not problems:
-        problems += _cross_checks(frozen)
-    if problems:
-        raise ValueError("\n".join(problems))
-    return frozen
-
-
-def _freeze(schema: type, values: Any, path: str, problems: list[str]) -> Any:
-    if not isinstance(values, (Mapping, ConfigDict)):
-        problems.append(f"{path}: found {values!r}, expected a block of fields.")
-        return None
-    fields = {field.name: field for field in dataclasses.fields(schema)}
-    for name in values:
-        if name not in fields:
-            problems.append(f"{path}.{name}: no such field.{did_you_mean(name, fields)}")
-    checked = {}
-    for name, field in fields.items():
-        where = f"{path}.{name}"
-        if name not in values:
-            problems.append(f"{where}: missing. Edit fields; do not replace the whole block.")
-        elif dataclasses.is_dataclass(field.type):
-            checked[name] = _freeze(field.type, values[name], where, problems)  # type: ignore
-        else:
-            checked[name] = _check(field, values[name], where, problems)
-    return None if problems else schema(**checked)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _check(field: dataclasses.Field, value: Any, where: str, problems: list[str]) -> Any:
-    kind: Any = field.type
-    value = _tuples(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        problems.append(
-            f"{where}: found {value!r} ({type(value).__name__}), expected {kind.__name__}."
-        )
-        return value
-    checks = field.metadata
-    if "choices" in checks and value not in checks["choices"]:
-        hint = did_you_mean(str(value), checks["choices"])
-        problems.append(f"{where}: found {value!r}, an unknown choice.{hint}")
-    for bound, holds, words in (
-        ("at_least", lambda x, b: x >= b, "at least"),
-        ("above", lambda x, b: x > b, "more than"),
-        ("at_most", lambda x, b: x <= b, "at most"),
-    ):
-        if bound in checks and not (holds(value, checks[bound]) and value < float("inf")):
-            problems.append(f"{where}: found {value}, expected {words} {checks[bound]}.")
-    return value
-
-
-def _cross_checks(config: Config) -> list[str]:
-    problems = []
-    if config.defence.trim and config.defence.weighting != "examples":
-        problems.append(
-            f"config.defence.trim: found {config.defence.trim}, which counts all holders the same, "
-            "beside weighting = 'agreement'; for a trimmed mean set config.defence.weighting = "
-            "'examples'."
-        )
-    if config.failures.deadline and not config.failures.slowness:
-        problems.append(
-            f"config.failures.deadline: found {config.failures.deadline}, but nobody is slow: set "
-            "config.failures.slowness too."
-        )
-    attack = config.attack
-    if attack.colludes and attack.kind in ("none", "label_flip", "masks", "scales", "hidden"):
-        problems.append(
-            f"config.attack.colludes: found True, but of kind {attack.kind!r} liars say the same "
-            "anyway, or nothing; leave it False."
-        )
-    if attack.strength != 1.0 and attack.kind in ("none", "label_flip", "masks", "garbage"):
-        problems.append(
-            f"config.attack.strength: found {attack.strength:g}, but kind {attack.kind!r} has no "
-            "strength; leave it 1."
-        )
-    if config.failures.slowness and not config.failures.deadline:
-        problems.append(
-            f"config.failures.slowness: found {config.failures.slowness}, but nothing waits: set "
-            "config.failures.deadline too."
-        )
-    if bool(config.privacy.clip_norm) != bool(config.privacy.noise_multiplier):
-        problems.append(
-            f"config.privacy: found clip_norm = {config.privacy.clip_norm} and noise_multiplier = "
-            f"{config.privacy.noise_multiplier}; privacy needs both, or neither."
-        )
-    if config.privacy.clip_norm and not 1e-30 <= config.privacy.clip_norm <= 1e30:
-        problems.append(
-            f"config.privacy.clip_norm: found {config.privacy.clip_norm:g}, expected 1e-30 to 1e30."
-        )
-    if config.clients_per_round > config.data.clients:
-        problems.append(
-            f"config.clients_per_round: found {config.clients_per_round}, expected at most "
-            f"config.data.clients = {config.data.clients} (0 = all)."
-        )
-    for client, held in enumerate(config.data.assignment):
-        if not isinstance(held, tuple) or not all(type(task) is int for task in held):
-            problems.append(
-                f"config.data.assignment: client {client}: found {held!r}, expected a tuple of "
-                "task positions, such as ((0, 1), (2,))."
+    def conflicts(self, where: str) -> Iterator[str]:
+        """Yields what is wrong where fields of different blocks exclude each other."""
+        if self.clients_per_round > self.data.clients:
+            yield (
+                f"{where}.clients_per_round: found {self.clients_per_round}, expected at most "
+                f"{where}.data.clients = {self.data.clients} (0 = all)."
             )
-    return problems
+
+    def check(self) -> "Config":
+        """Checks every field; returns the config with floats and tuples where they belong.
+
+        Raises:
+          ValueError: one message that lists every wrong type and value out of range.
+        """
+        return fields.checked(self, "config")
+
+    @classmethod
+    def from_json(cls, found: Any) -> "Config":
+        """The checked config that JSON has kept, as `dataclasses.asdict` made it.
+
+        Raises:
+          ValueError: one message that lists every unknown field (with "did you mean"), missing
+            field, wrong type and value out of range.
+        """
+        return fields.from_json(cls, found, "config")
+
+    def with_fields(self, values: Mapping[str, Any]) -> "Config":
+        """The config with other values in some fields; `check` says whether they are in range.
+
+        Args:
+          values: by path, such as {"rounds": 3, "local.steps": 10}.
+
+        Raises:
+          ValueError: for unknown fields (with "did you mean") and values of the wrong type.
+        """
+        return fields.with_fields(self, values, "config")
+
+    def override(self, path: str, text: str) -> "Config":
+        """The config with another value in one field, as it is written on the command line.
+
+        Args:
+          path: of the field, such as "local.steps"; "data" is short for "data.source".
+          text: its value: a number, a string, or a tuple such as (1, 2) or ("query", "value").
+
+        Raises:
+          ValueError: for an unknown field (with "did you mean"), or a value of the wrong type.
+        """
+        path = "data.source" if path == "data" else path
+        return fields.with_text(self, path, text, "config")

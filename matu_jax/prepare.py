@@ -31,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from matu_jax.comparison import plan
-from matu_jax.config import Config, override
+from matu_jax.config import Config
 from matu_jax.data import Transform, preparation, prepared, selection
 from matu_jax.data.splits import counts
 from matu_jax.errors import UserError
@@ -226,8 +226,7 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], bool]:
     if not isinstance(comparison, plan.Comparison):
         return [read_config(argv, doc, flags=flags)[0]], "dry-run" in options
     try:
-        for name, text in fields.items():
-            override(comparison.experiment, name, text)
+        comparison = plan.overridden(comparison, fields)
         plan.check(comparison)
         configs = [plan.run_config(comparison, run) for run in plan.runs(comparison)]
         # Runs that ask for the same data ask for it once.

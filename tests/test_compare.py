@@ -24,25 +24,23 @@ from matu_jax import compare
 from matu_jax.comparison import plan
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tuning import search
-from matu_jax.config import default
+from matu_jax.config import Config
 from matu_jax.runs.commandline import Source, read_words
 
 FILE = """
 from matu_jax.comparison.plan import Comparison, Setting
-from matu_jax.config import default
+from matu_jax.config import Config, DataConfig, LocalConfig, ModelConfig
 
 
 def get_config():
-    experiment = default()
-    experiment.rounds = 2
-    experiment.data.tasks = "hue/grating,ground/grating,hue/plaid"
-    experiment.data.clients = 3
-    experiment.data.examples_per_slot = 16
-    experiment.local.steps = 2
-    experiment.local.batch_examples = 4
-    experiment.model.checkpoint = "{checkpoint}"
-    experiment.model.lora_rank = 2
-    experiment.model.lora_targets = ("query",)
+    experiment = Config(
+        rounds=2,
+        data=DataConfig(
+            tasks="hue/grating,ground/grating,hue/plaid", clients=3, examples_per_slot=16
+        ),
+        local=LocalConfig(steps=2, batch_examples=4),
+        model=ModelConfig(checkpoint="{checkpoint}", lora_rank=2, lora_targets=("query",)),
+    )
     return Comparison(
         title="A small one",
         experiment=experiment,
@@ -103,7 +101,7 @@ def comparison(**changes):
     return dataclasses.replace(
         plan.Comparison(
             "t",
-            default(),
+            Config(),
             {"a": plan.Setting("A.", {"rounds": 3}), "b": plan.Setting("B.", {})},
             {"matu": {}, "per_task": {"algorithm": "per_task", "rounds": 5}},
         ),
@@ -116,7 +114,7 @@ def test_fields_of_arm_and_seed_win():
     assert (config.algorithm, config.rounds, config.local.steps) == ("per_task", 5, 4)
     assert (config.seed, config.data.seed) == (7, 7)
     assert plan.run_config(comparison(), plan.Run("a", "matu", 0)).rounds == 3
-    assert comparison().experiment.rounds == default().rounds  # never changed in place
+    assert comparison().experiment.rounds == Config().rounds  # never changed in place
 
 
 def test_runs_are_ordered_so_that_a_part_is_a_comparison():
@@ -483,6 +481,13 @@ def test_what_makes_a_search_repeats_the_changes_and_searches_what_is_missing(tm
     lacking = [label for label in made.arms if label not in (arms or ())]
     chosen = plan.part(made, arms=options["arms"]) if "arms" in options else made
     assert list(chosen.arms) == lacking
+
+
+def test_a_comparison_of_no_experiment_is_a_mistake(write, capsys):
+    file = write()
+    file.write_text(file.read_text().replace("experiment=experiment", 'experiment={"rounds": 2}'))
+    said = mistake(capsys, f"--config={file}")
+    assert "experiment: found dict, expected a matu_jax.config.Config, such as Config(" in said
 
 
 def test_an_experiment_is_no_comparison(capsys):

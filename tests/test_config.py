@@ -1,35 +1,50 @@
-from typing import Any
+import dataclasses
+import json
 
 import pytest
 
 from matu_jax import config as schema
 from matu_jax.aggregation import AggregationConfig
-
-
-def test_default_freezes_to_the_schema_and_is_hashable():
-    assert schema.freeze(schema.default()) == schema.Config()
-    assert isinstance(hash(schema.freeze(schema.default())), int)
-
-
-def test_locked_config_refuses_new_fields():
-    config = schema.default()
-    with pytest.raises(AttributeError, match="rounds"):
-        config.roudns = 3
+from matu_jax.config import Config, DataConfig, LocalConfig
 
 
 def message(config):
     with pytest.raises(ValueError, match="config") as error:
-        schema.freeze(config)
+        config.check()
     return str(error.value)
 
 
-def test_replaced_block_names_unknown_and_missing_fields():
-    config = schema.default()
-    with config.unlocked():
-        config.local = {"stepps": 3}
-    text = message(config)
+def test_the_default_is_right_and_hashable():
+    assert Config().check() == Config()
+    assert isinstance(hash(Config()), int)
+
+
+def test_a_config_does_not_change():
+    config = Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rounds = 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert config.with_fields({"rounds": 3, "local.steps": 5}).local.steps == 5
+    assert config.override("rounds", "3").rounds == 3
+    assert config == Config()
+
+
+def test_what_json_keeps_of_a_config_is_that_config():
+    config = Config(data=DataConfig(assignment=((0, 1), (2,))), local=LocalConfig(learning_rate=1))
+    kept = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert Config.from_json(kept) == config.check()
+
+
+def test_json_of_another_version_is_refused_with_unknown_and_missing_fields():
+    kept = dataclasses.asdict(Config())
+    kept["local"] = {"stepps": 3}
+    with pytest.raises(ValueError, match="config") as error:
+        Config.from_json(kept)
+    text = str(error.value)
     assert 'config.local.stepps: no such field. Did you mean "steps"?' in text
-    assert "config.local.learning_rate: missing" in text
+    assert "config.local.learning_rate: missing." in text
+    for found in ([], {"rounds": 3}):
+        with pytest.raises(ValueError, match=r"expected a block of fields|config\.seed: missing"):
+            Config.from_json(found)
 
 
 @pytest.mark.parametrize(
@@ -50,28 +65,25 @@ def test_replaced_block_names_unknown_and_missing_fields():
     ],
 )
 def test_wrong_values_are_named(path, value, words):
-    config = schema.default()
     block, _, field = path.rpartition(".")
-    target: Any = config[block] if block else config
-    with target.ignore_type():
-        target[field] = value
-    assert words in message(config)
+    if block:
+        field, value = block, dataclasses.replace(getattr(Config(), block), **{field: value})
+    assert words in message(dataclasses.replace(Config(), **{field: value}))
 
 
 def test_all_mistakes_come_in_one_message():
-    config = schema.default()
-    config.rounds, config.local.steps = -1, -2
-    assert len(message(config).splitlines()) == 2
+    assert len(message(Config(rounds=-1, local=LocalConfig(steps=-2))).splitlines()) == 2
+    with pytest.raises(ValueError, match="config") as error:
+        Config().with_fields({"roudns": 1, "local.steps": "many", "seed": 1.5})
+    assert len(str(error.value).splitlines()) == 3
 
 
 def test_whole_numbers_are_taken_for_floats_and_lists_for_tuples():
-    config = schema.default()
-    config.local.learning_rate = 1
-    with config.data.ignore_type():
-        config.data.assignment = [[0, 1], [2]]
-    frozen = schema.freeze(config)
-    assert isinstance(frozen.local.learning_rate, float)
-    assert frozen.data.assignment == ((0, 1), (2,))
+    config = Config(local=LocalConfig(learning_rate=1), data=DataConfig(assignment=[[0, 1], [2]]))  # type: ignore
+    fields = {"local.learning_rate": 1, "data.assignment": [[0, 1], [2]]}
+    for right in (config.check(), Config().with_fields(fields)):
+        assert isinstance(right.local.learning_rate, float)
+        assert right.data.assignment == ((0, 1), (2,))
 
 
 def test_matu_block_is_the_aggregation_config():
@@ -91,17 +103,17 @@ def test_matu_block_is_the_aggregation_config():
 
 
 def test_overrides_set_fields_by_their_type():
-    config = schema.default()
+    config = Config()
     for path, text in (
         ("rounds", "3"),
         ("local.learning_rate", "1"),
         ("data.tasks", "embedded30"),
         ("model.lora_targets", "('query', 'value')"),
     ):
-        schema.override(config, path, text)
-    frozen = schema.freeze(config)
-    assert (frozen.rounds, frozen.local.learning_rate) == (3, 1.0)
-    assert (frozen.data.tasks, frozen.model.lora_targets) == ("embedded30", ("query", "value"))
+        config = config.override(path, text)
+    assert (config.rounds, config.local.learning_rate) == (3, 1.0)
+    assert (config.data.tasks, config.model.lora_targets) == ("embedded30", ("query", "value"))
+    assert config.override("data", "synthetic").data.source == "synthetic"
 
 
 @pytest.mark.parametrize(
@@ -113,9 +125,11 @@ def test_overrides_set_fields_by_their_type():
         ("rounds", "True", "expected int"),
         ("local", "3", "config.local: is a block"),
         ("rounds.x", "3", "config.rounds: is a value"),
+        ("local.learning_rate", "9" * 400, "expected float"),
+        ("data.assignment", "{[]: 1}", "expected tuple"),
     ],
 )
 def test_wrong_overrides_are_named(path, text, words):
     with pytest.raises(ValueError, match="config") as error:
-        schema.override(schema.default(), path, text)
+        Config().override(path, text)
     assert words in str(error.value)

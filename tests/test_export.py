@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from matu_jax import export, models
 from matu_jax.algorithms import ALGORITHMS
-from matu_jax.config import default, freeze, set_field
+from matu_jax.config import Config, DataConfig, EvaluationConfig, LocalConfig, ModelConfig
 from matu_jax.models import exporting
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.models.backbone import parameter_shapes
@@ -53,24 +53,14 @@ def tiny_architectures(monkeypatch):
 
 
 def config_of(architecture, checkpoint, **model):
-    config = default()
-    config.rounds = 2
-    config.data.tasks = "mnist,svhn,dtd"
-    config.data.source = "synthetic"
-    config.data.clients = 3
-    config.data.examples_per_slot = 8
-    config.model.architecture = architecture
-    config.model.checkpoint = str(checkpoint)
-    config.model.logit_scale = 0.0
-    config.model.lora_rank = 2
-    for name, value in model.items():
-        config.model[name] = value
-    config.local.steps = 2
-    config.local.batch_examples = 4
-    config.local.learning_rate = 0.01
-    config.evaluation.max_examples = 8
-    config.evaluation.every_rounds = 2
-    return freeze(config)
+    model = {"logit_scale": 0.0, "lora_rank": 2, **model}
+    return Config(
+        rounds=2,
+        data=DataConfig(tasks="mnist,svhn,dtd", source="synthetic", clients=3, examples_per_slot=8),
+        model=ModelConfig(architecture=architecture, checkpoint=str(checkpoint), **model),
+        local=LocalConfig(steps=2, batch_examples=4, learning_rate=0.01),
+        evaluation=EvaluationConfig(max_examples=8, every_rounds=2),
+    ).check()
 
 
 def run(workdir, config):
@@ -384,14 +374,13 @@ def test_the_program_says_what_it_wrote(tmp_path, clip_run, capsys):
 
 
 def test_the_embedded_model_leaves_as_a_task_vector_only(tmp_path):
-    config = default()
-    config.rounds = 1
-    config.data.tasks = "hue/grating,hue/plaid"
-    config.data.clients = 1
-    config.data.examples_per_slot = 8
-    config.local.steps = 1
-    config.evaluation.max_examples = 4
-    workdir = run(tmp_path / "run", freeze(config))
+    config = Config(
+        rounds=1,
+        data=DataConfig(tasks="hue/grating,hue/plaid", clients=1, examples_per_slot=8),
+        local=LocalConfig(steps=1),
+        evaluation=EvaluationConfig(max_examples=4),
+    )
+    workdir = run(tmp_path / "run", config)
     exported = read_run(workdir, "hue/plaid")
     with pytest.raises(export.UserError, match="--format safetensors"):
         write(exported, "merged", tmp_path / "merged")
@@ -403,18 +392,17 @@ def test_the_embedded_model_leaves_as_a_task_vector_only(tmp_path):
 
 
 def embedded_config(tmp_path, algorithm="per_task", **fields: Any):
-    config = default()
-    config.algorithm, config.rounds = algorithm, 4
-    config.data.tasks = "hue/grating,hue/plaid,tilt/grating"
-    config.data.clients = 3
-    config.data.examples_per_slot = 16
-    config.model.checkpoint = tiny.write_checkpoint(tmp_path / "tiny.safetensors")
-    config.local.steps = 3
-    config.local.learning_rate = 0.05
-    config.evaluation.max_examples = 60
-    for name, value in fields.items():
-        set_field(config, name, value)
-    return freeze(config)
+    config = Config(
+        algorithm=algorithm,
+        rounds=4,
+        data=DataConfig(
+            tasks="hue/grating,hue/plaid,tilt/grating", clients=3, examples_per_slot=16
+        ),
+        model=ModelConfig(checkpoint=tiny.write_checkpoint(tmp_path / "tiny.safetensors")),
+        local=LocalConfig(steps=3, learning_rate=0.05),
+        evaluation=EvaluationConfig(max_examples=60),
+    )
+    return config.with_fields(fields).check()
 
 
 def accuracy_of(exported):
@@ -609,9 +597,9 @@ def test_an_experiment_that_registers_its_own_can_be_exported(tmp_path, monkeypa
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import tiny_clip\n"
         "from matu_jax.models.architectures import ARCHITECTURES\n"
-        "from matu_jax.config import default\n"
+        "from matu_jax.config import Config\n"
         "ARCHITECTURES['mine'] = tiny_clip.TINY_CLIP\n"
-        "get_config = default\n"
+        "get_config = Config\n"
     )
     config = config_of("mine", "random", trainable="full")
     with monkeypatch.context() as registered:
@@ -633,9 +621,9 @@ def test_an_experiment_with_an_algorithm_of_its_own_can_be_exported(tmp_path, mo
     file = tmp_path / "mine.py"
     file.write_text(
         "from matu_jax.algorithms import ALGORITHMS\n"
-        "from matu_jax.config import default\n"
+        "from matu_jax.config import Config\n"
         "ALGORITHMS['mine'] = ALGORITHMS['fedavg']\n"
-        "get_config = default\n"
+        "get_config = Config\n"
     )
     argv = ["--workdir", str(workdir), "--task", "hue/plaid", "--format", "safetensors"]
     argv += ["--out", str(tmp_path / "out")]

@@ -37,15 +37,14 @@ sys.exit(prepare.main(sys.argv))
 
 COMPARISON = """
 from matu_jax.comparison.plan import Comparison, Setting
-from matu_jax.config import default
+from matu_jax.config import Config, DataConfig, ModelConfig
 
 
 def get_config():
-    experiment = default()
-    experiment.data.tasks = "mnist"
-    experiment.data.tasks_per_client = 1
-    experiment.model.architecture = "clip_vit_b32"
-    experiment.model.checkpoint = "random"
+    experiment = Config(
+        data=DataConfig(tasks="mnist", tasks_per_client=1),
+        model=ModelConfig(architecture="clip_vit_b32", checkpoint="random"),
+    )
     settings = {"two": Setting("", {"data.clients": 2}), "three": Setting("", {"data.clients": 3})}
     arms = {"matu": {}, "per_task": {"algorithm": "per_task"}}
     return Comparison("t", experiment, settings, arms)

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from matu_jax import prepare
-from matu_jax.config import default, freeze
+from matu_jax.config import Config, DataConfig, EvaluationConfig, LocalConfig, ModelConfig
 from matu_jax.errors import UserError
 from matu_jax.runs.commandline import Source
 from matu_jax.runs.plan import check_inputs
@@ -45,21 +45,21 @@ def places(tmp_path, monkeypatch):
 
 
 def config_of(places):
-    config = default()
-    config.rounds = 3
-    config.data.tasks = ",".join(TASKS)
-    config.data.folders = str(places / "folders")
-    config.data.clients = 2
-    config.data.tasks_per_client = 2
-    config.data.examples_per_slot = 0
-    config.model.architecture = "tiny_clip"
-    config.model.checkpoint = str(places / "clip")
-    config.model.logit_scale = 0.0
-    config.local.steps = 40
-    config.local.batch_examples = 16
-    config.local.learning_rate = 0.003
-    config.evaluation.every_rounds = 3
-    return freeze(config)
+    return Config(
+        rounds=3,
+        data=DataConfig(
+            tasks=",".join(TASKS),
+            folders=str(places / "folders"),
+            clients=2,
+            tasks_per_client=2,
+            examples_per_slot=0,
+        ),
+        model=ModelConfig(
+            architecture="tiny_clip", checkpoint=str(places / "clip"), logit_scale=0.0
+        ),
+        local=LocalConfig(steps=40, batch_examples=16, learning_rate=0.003),
+        evaluation=EvaluationConfig(every_rounds=3),
+    )
 
 
 def test_prepare_then_train_learns(places):

@@ -25,22 +25,19 @@ from matu_jax.simulation import federation, rounds
 from matu_jax.simulation.federation import load_tasks
 
 EXPERIMENT = """
-from matu_jax.config import default
+from matu_jax.config import Config, DataConfig, EvaluationConfig, LocalConfig, ModelConfig
 
 
 def get_config():
-    config = default()
-    config.rounds = 4
-    config.data.tasks = "hue/grating,ground/grating,hue/plaid"
-    config.data.clients = 3
-    config.data.examples_per_slot = 16
-    config.local.steps = 2
-    config.local.batch_examples = 4
-    config.model.checkpoint = "{checkpoint}"
-    config.model.lora_rank = 2
-    config.model.lora_targets = ("query",)
-    config.evaluation.every_rounds = 2
-    return config
+    return Config(
+        rounds=4,
+        data=DataConfig(
+            tasks="hue/grating,ground/grating,hue/plaid", clients=3, examples_per_slot=16
+        ),
+        local=LocalConfig(steps=2, batch_examples=4),
+        model=ModelConfig(checkpoint="{checkpoint}", lora_rank=2, lora_targets=("query",)),
+        evaluation=EvaluationConfig(every_rounds=2),
+    )
 """
 
 

@@ -30,7 +30,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is on the device too
 
@@ -103,7 +103,9 @@ def _trainer(
     return call
 
 
-def _prepared(architecture: str, clients: int, steps: int, batch: int, dtype: str) -> tuple:
+def _prepared(
+    architecture: str, clients: int, steps: int, batch: int, dtype: Literal["float32", "bfloat16"]
+) -> tuple:
     """The experiment, its model, and what both sides train on."""
     use_cores()
     config = experiment(architecture, clients, steps, batch, dtype, algorithm="fedavg")

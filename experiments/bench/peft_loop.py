@@ -7,7 +7,7 @@ same optimiser, Adam.
 import dataclasses
 import logging
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,12 @@ ARCHITECTURES["small"] = dataclasses.replace(
 
 
 def experiment(
-    architecture: str, clients: int, steps: int, batch: int, dtype: str = "float32", **changes: Any
+    architecture: str,
+    clients: int,
+    steps: int,
+    batch: int,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    **changes: Any,
 ) -> Config:
     """Clients with one task each, random weights, generated images; Adam on LoRA adapters."""
     return Config(

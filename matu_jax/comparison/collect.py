@@ -1,5 +1,6 @@
 """From the results of runs to comparison.json."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def collect(
         "seeds": list(comparison.seeds),
         "reference": comparison.reference,
         "ours": comparison.ours,
-        "experiment": comparison.experiment.to_dict(),
+        "experiment": dataclasses.asdict(comparison.experiment),
         "tuning": tuning,
         "settings": [_setting(comparison, name, results, source) for name in comparison.settings],
     }

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
 from pydantic import BaseModel
 
-from matu_jax.config import Config, freeze, set_field
+from matu_jax.config import Config
 from matu_jax.errors import did_you_mean
 from matu_jax.json_files import checked, read_json
+from matu_jax.runs import commandline
 from matu_jax.runs.commandline import Source
 
 Fields = Mapping[str, Any]
@@ -41,7 +41,7 @@ class Comparison:
 
     Attributes:
       title: of the report.
-      experiment: what all runs have in common, from `matu_jax.config.default()`.
+      experiment: what all runs have in common, a `matu_jax.config.Config`.
       settings: by name.
       arms: fields by label. An arm is an algorithm with its choices.
       seeds: each is `seed` and `data.seed` of its runs.
@@ -56,7 +56,7 @@ class Comparison:
     """
 
     title: str
-    experiment: ConfigDict
+    experiment: Config
     settings: Mapping[str, Setting]
     arms: Mapping[str, Fields]
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -107,7 +107,7 @@ def run_config(comparison: Comparison, run: Run, *more: Fields) -> Config:
     Raises:
       ValueError: names the setting or the arm, and the field that is wrong.
     """
-    config = ConfigDict(comparison.experiment.to_dict()).lock()
+    config = comparison.experiment
     layers = [
         (f"settings[{run.setting!r}]", comparison.settings[run.setting].fields),
         (f"arms[{run.arm!r}]", comparison.arms[run.arm]),
@@ -115,15 +115,29 @@ def run_config(comparison: Comparison, run: Run, *more: Fields) -> Config:
         ("seeds", {"seed": run.seed, "data.seed": run.seed}),
     ]
     for where, fields in layers:
-        for name, value in fields.items():
-            try:
-                set_field(config, name, value)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+        try:
+            config = config.with_fields(fields)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     try:
-        return freeze(config)
+        return config.check()
     except ValueError as error:
         raise ValueError(f"settings[{run.setting!r}], arms[{run.arm!r}]: {error}") from None
+
+
+def overridden(comparison: Comparison, changes: Mapping[str, str]) -> Comparison:
+    """A comparison whose experiment has the fields of a command line.
+
+    Raises:
+      ValueError: for an unknown field (with "did you mean"), or a value of the wrong type.
+    """
+    if not isinstance(comparison.experiment, Config):
+        raise ValueError(
+            f"experiment: found {type(comparison.experiment).__name__}, expected a "
+            "matu_jax.config.Config, such as Config(rounds=10)."
+        )
+    experiment = commandline.overridden(comparison.experiment, changes)
+    return dataclasses.replace(comparison, experiment=experiment)
 
 
 def check(comparison: Comparison) -> None:

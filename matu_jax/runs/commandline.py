@@ -19,15 +19,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ml_collections import ConfigDict
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 from rich.text import Text
 
-from matu_jax.config import Config, freeze, override
+from matu_jax.config import Config
 from matu_jax.data.selection import is_utf8
 from matu_jax.errors import UserError, did_you_mean, visible
 from matu_jax.json_files import regular_file
+from matu_jax.runs.advice import FORM, advice
 from matu_jax.runs.interruption import end_on_sigterm
 
 
@@ -295,26 +295,35 @@ def read_config(
       SystemExit: after --help.
     """
     source, rest = read_words(argv, doc, options, flags)
-    experiment = load_experiment(source.file)
+    config = load_experiment(source.file)
     try:
-        for name, text in source.fields.items():
-            override(experiment, name, text)
-        return freeze(experiment), source, rest
+        return overridden(config, source.fields).check(), source, rest
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def load_experiment(file: Path) -> ConfigDict:
+def overridden(config: Config, changes: Mapping[str, str]) -> Config:
+    """A config with the fields of a command line, such as {"local.steps": "10"}.
+
+    Raises:
+      ValueError: for an unknown field (with "did you mean"), or a value of the wrong type.
+    """
+    for name, text in changes.items():
+        config = config.override(name, text)
+    return config
+
+
+def load_experiment(file: Path) -> Config:
     """Runs an experiment file's `get_config()`.
 
     Raises:
-      UserError: if the file cannot be read, fails (with its line), or yields no ConfigDict.
+      UserError: if the file cannot be read, fails (with its line), or yields no `Config`.
     """
     config = run_file(file)
-    if not isinstance(config, ConfigDict):
+    if not isinstance(config, Config):
         raise UserError(
-            f"--config {file}: get_config() returned {type(config).__name__}, expected the "
-            "ConfigDict of matu_jax.config.default()."
+            f"--config {file}: get_config() returned {type(config).__name__}, expected a "
+            f"matu_jax.config.Config (a comparison is run by matu_jax.compare). {FORM}"
         )
     return config
 
@@ -336,4 +345,5 @@ def run_file(file: Path) -> Any:
         lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
         where = f", line {lines[-1].lineno}" if lines else ""
         text = str(error.args[0]) if error.args else ""
-        raise UserError(f"--config {file}{where}: {type(error).__name__}: {text}") from None
+        told = advice(error, (lines[-1].line or "") if lines else "")
+        raise UserError(f"--config {file}{where}: {type(error).__name__}: {text}{told}") from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from matu_jax.config import Config, freeze
+from matu_jax.config import Config
 from matu_jax.errors import UserError
 from matu_jax.json_files import checked, is_unfinished, read_json, write_json
 from matu_jax.runs.checkpoints import Checkpoints, unreadable
@@ -200,7 +200,7 @@ def config_of(workdir: Path) -> Config:
     """
     file = workdir / CONFIG
     try:
-        return freeze(checked(dict[str, Any], read_json(file), str(file)))
+        return Config.from_json(checked(dict[str, Any], read_json(file), str(file)))
     except OSError as error:
         raise UserError(
             f"--workdir {workdir}: {file} cannot be read ({error.strerror}); expected the workdir "

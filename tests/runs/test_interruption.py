@@ -25,7 +25,7 @@ ROUNDS = 12
 def experiment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiment")
     text = EXPERIMENT.format(checkpoint=tiny.write_checkpoint(folder / "tiny.safetensors"))
-    text = text.replace("config.rounds = 4", f"config.rounds = {ROUNDS}")
+    text = text.replace("rounds=4", f"rounds={ROUNDS}")
     (folder / "tiny.py").write_text(text)
     return f"--config={folder / 'tiny.py'}"
 

@@ -11,7 +11,7 @@ import tiny
 from test_train import EXPERIMENT, mistake
 
 from matu_jax import train
-from matu_jax.config import default, freeze
+from matu_jax.config import Config
 from matu_jax.errors import UserError
 from matu_jax.runs import figures
 from matu_jax.runs.workdir import LOCK, check, disk_errors, is_locked, opened
@@ -52,7 +52,7 @@ def edited(change):
 
 def test_a_run_killed_while_it_writes_its_first_file_goes_on(tmp_path, monkeypatch):
     """What a kill leaves is a copy of the folder, made while the file is written."""
-    config, replace, left = freeze(default()), os.replace, []
+    config, replace, left = Config(), os.replace, []
 
     def kill(source, target):
         for size in (0, 9, None):  # empty, half written, whole

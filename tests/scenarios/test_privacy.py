@@ -19,7 +19,7 @@ from opendp import domains, measurements, metrics, mod
 from scipy import stats
 
 import matu_jax as matu
-from matu_jax.config import PrivacyConfig, default, freeze
+from matu_jax.config import Config, PrivacyConfig
 from matu_jax.scenarios import privacy
 
 # One client with two tasks that mostly agree, so that folding keeps most of what it says.
@@ -210,10 +210,9 @@ def test_noise_beyond_its_integers_and_two_sources_of_it_are_mistakes():
     with pytest.raises(ValueError, match=r"noise_multiplier: found 1e\+06, .* expected at most"):
         privacy.grid_step(huge, change())
     config = dataclasses.replace(huge, noise_multiplier=1.0)
-    small = default()
-    small.privacy.clip_norm, small.privacy.noise_multiplier = 1e-42, 1.0
+    small = Config(privacy=PrivacyConfig(clip_norm=1e-42, noise_multiplier=1.0))
     with pytest.raises(ValueError, match=r"privacy.clip_norm: found 1e-42, expected 1e-30 to 1e30"):
-        freeze(small)
+        small.check()
     for both in ({}, {"seed": 1, "noise": {"w": np.zeros((2, 40), np.int32)}}):
         with pytest.raises(ValueError, match="expected a seed or noise, and not both"):
             privacy.privatised(config, change(), SLOTS, jnp.int32(0), **both)

@@ -74,12 +74,12 @@ def experiment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiment")
     text = EXPERIMENT.format(checkpoint=tiny.write_checkpoint(folder / "tiny.safetensors"))
     # Plain SGD: Adam's first steps divide rounding noise by rounding noise.
+    text = text.replace("batch_examples=4", "batch_examples=4, optimizer='sgd', learning_rate=0.01")
+    text = text.replace("rounds=4", f"rounds={ROUNDS}")
     text = text.replace(
-        "    return config",
-        "    config.local.optimizer = 'sgd'\n    config.local.learning_rate = 0.01\n"
-        f"    config.rounds = {ROUNDS}\n    config.checkpoint.every_rounds = 1000\n"
-        "    return config",
+        "Config(\n", "Config(\n        checkpoint=CheckpointConfig(every_rounds=1000),\n", 1
     )
+    text = text.replace("import Config", "import CheckpointConfig, Config")
     (folder / "tiny.py").write_text(text)
     return f"--config={folder / 'tiny.py'}"
 

@@ -1,0 +1,69 @@
+"""What to write instead: advice for experiment files that do not run."""
+
+import ast
+import dataclasses
+import operator
+import re
+import types
+
+from matu_jax.config import Config
+from matu_jax.errors import did_you_mean
+from matu_jax.fields import kinds
+
+FORM = """Write, with the fields that differ from the defaults,
+    from matu_jax.config import Config, LocalConfig
+
+    def get_config():
+        return Config(rounds=10, local=LocalConfig(steps=20))"""
+
+
+def advice(error: Exception, line: str) -> str:
+    """What to say after an error of an experiment file; "" where there is nothing to add.
+
+    Args:
+      error: what running the file raised.
+      line: of the file where it did.
+    """
+    text = str(error)
+    if isinstance(error, dataclasses.FrozenInstanceError):
+        return f" A Config does not change. {_instead(line)}"
+    if isinstance(error, (ImportError, AttributeError)) and "matu_jax.config" in text:
+        gone = re.search("'(default|freeze|set_field|override)'", text)
+        return f" An experiment is a frozen Config.\n{FORM}" if gone else ""
+    if isinstance(error, AttributeError) and dataclasses.is_dataclass(error.obj):
+        return did_you_mean(error.name or "", [each.name for each in dataclasses.fields(error.obj)])
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    if isinstance(error, TypeError) and found and found[1] in _schemas():
+        return f".{did_you_mean(found[2], kinds(_schemas()[found[1]]))}"
+    return ""
+
+
+def _schemas() -> dict[str, type]:
+    """`Config` and its blocks by the names of their classes."""
+    blocks = [kind for kind in kinds(Config).values() if dataclasses.is_dataclass(kind)]
+    return {kind.__name__: kind for kind in [Config, *blocks]}
+
+
+def _instead(line: str) -> str:
+    """A line without assignment in place of one such as `config.local.steps = 20`."""
+    try:
+        (statement,) = ast.parse(line).body
+    except (SyntaxError, ValueError):
+        statement = None
+    if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Attribute):
+        names, value = ast.unparse(statement.targets[0]).split("."), ast.unparse(statement.value)
+        for start in range(1, len(names)):
+            path, before = ".".join(names[start:]), ".".join(names[:start])
+            if _is_field(path):
+                changed = f'{before}.with_fields({{"{path}": {value}}})'
+                if start == 1:
+                    return f"Write\n    {before} = {changed}"
+                return f"Use this one in its place:\n    {changed}"
+    return 'Make another one, such as\n    config = config.with_fields({"local.steps": 20})'
+
+
+def _is_field(path: str) -> bool:
+    try:
+        return not isinstance(operator.attrgetter(path)(Config()), types.MethodType)
+    except AttributeError:
+        return False
