@@ -28,14 +28,14 @@ from matu_jax.merging import (
     Summary,
     align,
     given_name,
-    merge_checkpoints,
-    rebuild_checkpoint,
+    merge_models,
+    rebuild_model,
     tables,
     unified_tasks,
-    unify_checkpoints,
+    unify_models,
 )
-from matu_jax.merging.folders import REPORT, copy_files, output_folder
-from matu_jax.models.tensors import WHOLE, Checkpoint, CheckpointError
+from matu_jax.merging.folders import RECORD, copy_files, output_folder
+from matu_jax.models.tensors import WHOLE, TensorFileError, TensorFiles
 from matu_jax.runs.commandline import Parser, check_words, plain_console, run_program
 from matu_jax.runs.provenance import versions
 
@@ -164,50 +164,50 @@ def merge(given: argparse.Namespace, console: Console) -> None:
     """Merges the models that the command line names.
 
     Raises:
-      CheckpointError, UserError: for what the user has to mend.
+      TensorFileError, UserError: for what the user has to mend.
     """
     clock = time.perf_counter()
     named = name_models(given.models, given.names)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(output_folder(given.out))
-        base = stack.enter_context(Checkpoint(given.base))
-        models = {name: stack.enter_context(Checkpoint(path)) for name, path in named.items()}
+        base = stack.enter_context(TensorFiles(given.base))
+        models = {name: stack.enter_context(TensorFiles(path)) for name, path in named.items()}
         alignment = align(base, models, given.only or ())
         progress = stack.enter_context(_progress(alignment.parameters * PASSES[given.method]))
         settings: dict[str, Any] = {"progress": progress}
         if given.method == "unify":
             result = file(UNIFIED)
             settings |= {"magnitude": given.magnitude}
-            summary = unify_checkpoints(base, models, alignment, result, **settings)
+            summary = unify_models(base, models, alignment, result, **settings)
         else:
             result = file(WHOLE)
             settings |= {"method": given.method, "scale": given.scale, "density": given.density}
-            summary = merge_checkpoints(base, models, alignment, result, **settings)
-        report = _report(given, base, models, alignment, summary, result)
+            summary = merge_models(base, models, alignment, result, **settings)
+        record = _record(given, base, models, alignment, summary, result)
         if given.method != "unify":
-            report |= copy_files(given.base, file)
-        report["seconds"] = time.perf_counter() - clock
-        write_json(file(REPORT), report)
-    tables.show(report, console)
+            record |= copy_files(given.base, file)
+        record["seconds"] = time.perf_counter() - clock
+        write_json(file(RECORD), record)
+    tables.show(record, console)
 
 
 def rebuild(given: argparse.Namespace, console: Console) -> None:
     """Rebuilds the checkpoint of one model.
 
     Raises:
-      CheckpointError, UserError: for what the user has to mend.
+      TensorFileError, UserError: for what the user has to mend.
     """
     clock = time.perf_counter()
     path = given.unified / UNIFIED if given.unified.is_dir() else given.unified
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(output_folder(given.out))
-        base, unified = (stack.enter_context(Checkpoint(p)) for p in (given.base, path))
+        base, unified = (stack.enter_context(TensorFiles(p)) for p in (given.base, path))
         parameters = sum(t.size for n, t in unified.tensors.items() if n.startswith("vector."))
         progress = stack.enter_context(_progress(parameters))
-        scale = rebuild_checkpoint(unified, base, given.task, file(WHOLE), progress=progress)
+        scale = rebuild_model(unified, base, given.task, file(WHOLE), progress=progress)
         tasks = unified_tasks(unified)
         not_merged = [name for name in base.tensors if f"vector.{name}" not in unified.tensors]
-        report = {
+        record = {
             "unified": path,
             "base": {"path": given.base, "fingerprint": tasks.base_fingerprint},
             "task": given.task,
@@ -222,9 +222,9 @@ def rebuild(given: argparse.Namespace, console: Console) -> None:
             "versions": versions(),
             "seconds": time.perf_counter() - clock,
         }
-        write_json(file(REPORT), report)
+        write_json(file(RECORD), record)
     console.print(f"{given.task}: scale {scale:.4f}, {parameters:,} parameters rebuilt.")
-    for line in tables.rebuilt_notes(report):
+    for line in tables.rebuilt_notes(record):
         console.print(line)
     console.print(f"Result: {given.out / WHOLE}")
 
@@ -245,10 +245,10 @@ def _progress(parameters: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(job, done)
 
 
-def _report(
+def _record(
     given: argparse.Namespace,
-    base: Checkpoint,
-    models: Mapping[str, Checkpoint],
+    base: TensorFiles,
+    models: Mapping[str, TensorFiles],
     alignment: Alignment,
     summary: Summary,
     result: Path,
@@ -296,7 +296,7 @@ def main(argv: Sequence[str]) -> int:
     return run_program(
         work,
         interrupted="Interrupted. Nothing is left in --out.",
-        mistakes=(UserError, CheckpointError),
+        mistakes=(UserError, TensorFileError),
     )
 
 

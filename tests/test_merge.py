@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import matu_jax as matu
 from matu_jax import merge, merging
 from matu_jax.merging import blocks, methods
-from matu_jax.models.tensors import INDEX, Checkpoint, CheckpointError
+from matu_jax.models.tensors import INDEX, TensorFileError, TensorFiles
 
 SHAPES = {
     "vision.patch.weight": (37, 41),  # longer than one block of 1024
@@ -63,25 +63,25 @@ def _save(folder: Path, base, models, names: Sequence[str] = NAMES):
 @contextlib.contextmanager
 def _opened(paths):
     with contextlib.ExitStack() as stack:
-        base, *models = (stack.enter_context(Checkpoint(path)) for path in paths)
+        base, *models = (stack.enter_context(TensorFiles(path)) for path in paths)
         yield base, {model.path.stem: model for model in models}
 
 
 def _unify(paths, out, **settings):
     with _opened(paths) as (base, models):
         alignment = merging.align(base, models)
-        return merging.unify_checkpoints(base, models, alignment, out, budget=SMALL, **settings)
+        return merging.unify_models(base, models, alignment, out, budget=SMALL, **settings)
 
 
 def _merge(paths, out, **settings):
     with _opened(paths) as (base, models):
         alignment = merging.align(base, models)
-        return merging.merge_checkpoints(base, models, alignment, out, budget=SMALL, **settings)
+        return merging.merge_models(base, models, alignment, out, budget=SMALL, **settings)
 
 
 def _rebuild(unified, base, task, out):
-    with Checkpoint(unified) as file, Checkpoint(base) as base_file:
-        return merging.rebuild_checkpoint(file, base_file, task, out, budget=SMALL)
+    with TensorFiles(unified) as file, TensorFiles(base) as base_file:
+        return merging.rebuild_model(file, base_file, task, out, budget=SMALL)
 
 
 def _rows(trees):
@@ -785,7 +785,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, capsys, monkeypatch, method):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("error", [CheckpointError("no room"), OSError(28, "no room")])
+@pytest.mark.parametrize("error", [TensorFileError("no room"), OSError(28, "no room")])
 def test_a_late_error_takes_the_result_with_it(tmp_path, capsys, monkeypatch, error):
     paths = _save(tmp_path / "in", *_family())
 
@@ -870,7 +870,7 @@ def test_rebuilding_says_what_is_lost_and_what_is_the_bases(tmp_path, capsys):
     assert report["cosine"] == pytest.approx(cosine, abs=1e-6)
     assert (report["from_base"], report["left_out"]) == (["head.weight"], ["dtd.only"])
 
-    with Checkpoint(unified) as file:
+    with TensorFiles(unified) as file:
         metadata = file.metadata
     older = {k: v for k, v in metadata.items() if k not in ("cosines", "from_base", "left_out")}
     save_file(load_file(unified), tmp_path / "older.safetensors", older)
@@ -949,7 +949,7 @@ def test_what_is_no_unified_is_refused(unified, tmp_path, capsys):
     folder, base = unified
     arguments = ["--base", base, "--task", "sun", "--out", tmp_path / "out"]
     assert "found format 'pt'" in _mistake(capsys, *arguments, "--unified", base)
-    with Checkpoint(folder / "unified.safetensors") as file:
+    with TensorFiles(folder / "unified.safetensors") as file:
         metadata = file.metadata
     tensors = load_file(folder / "unified.safetensors")
     newer = tmp_path / "newer.safetensors"
@@ -982,7 +982,7 @@ def test_what_is_no_unified_is_refused(unified, tmp_path, capsys):
 )
 def test_damaged_metadata_of_a_unified_are_named(unified, tmp_path, capsys, changes, words):
     folder, base = unified
-    with Checkpoint(folder / "unified.safetensors") as file:
+    with TensorFiles(folder / "unified.safetensors") as file:
         metadata = file.metadata | changes
     metadata = {name: text for name, text in metadata.items() if text is not None}
     bad = tmp_path / "bad.safetensors"
@@ -997,7 +997,7 @@ def test_damaged_metadata_of_a_unified_are_named(unified, tmp_path, capsys, chan
 @pytest.mark.parametrize("scale", [np.inf, np.nan, -1.0])
 def test_scales_must_be_finite_and_not_negative(unified, tmp_path, capsys, scale):
     folder, base = unified
-    with Checkpoint(folder / "unified.safetensors") as file:
+    with TensorFiles(folder / "unified.safetensors") as file:
         metadata = file.metadata
     tensors = load_file(folder / "unified.safetensors")
     tensors["scales"][1] = scale
@@ -1009,7 +1009,7 @@ def test_scales_must_be_finite_and_not_negative(unified, tmp_path, capsys, scale
 
 def test_integers_are_no_vector(unified, tmp_path, capsys):
     folder, base = unified
-    with Checkpoint(folder / "unified.safetensors") as file:
+    with TensorFiles(folder / "unified.safetensors") as file:
         metadata = file.metadata
     tensors = load_file(folder / "unified.safetensors")
     bad = tmp_path / "bad.safetensors"

@@ -1,6 +1,6 @@
-"""Merging fine-tuned checkpoints block by block: unify, TIES and task arithmetic.
+"""Merging fine-tuned models block by block: unify, TIES and task arithmetic.
 
-All parameters of a checkpoint make one long vector, visited in blocks of a fixed size, each padded
+All parameters of a model make one long vector, visited in blocks of a fixed size, each padded
 with zeros, whose task vector is zero and changes nothing. Memory holds one block of every model,
 and blocks are the shorter the more models there are; sums over all parameters are kept in float64.
 
@@ -16,10 +16,10 @@ from matu_jax.merging.methods import (
     PASSES,
     Method,
     given_name,
-    merge_checkpoints,
-    unify_checkpoints,
+    merge_models,
+    unify_models,
 )
-from matu_jax.merging.rebuilding import UnifiedTasks, rebuild_checkpoint, unified_tasks
+from matu_jax.merging.rebuilding import UnifiedTasks, rebuild_model, unified_tasks
 from matu_jax.merging.sums import Summary
 
 __all__ = [
@@ -30,8 +30,8 @@ __all__ = [
     "UnifiedTasks",
     "align",
     "given_name",
-    "merge_checkpoints",
-    "rebuild_checkpoint",
+    "merge_models",
+    "rebuild_model",
     "unified_tasks",
-    "unify_checkpoints",
+    "unify_models",
 ]

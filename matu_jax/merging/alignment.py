@@ -1,10 +1,10 @@
-"""Which tensors are merged, which are copied, and every way in which checkpoints do not fit."""
+"""Which tensors are merged, which are copied, and every way in which models do not fit."""
 
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from matu_jax.models.tensors import FLOATING, Checkpoint, CheckpointError, some_of
+from matu_jax.models.tensors import FLOATING, TensorFileError, TensorFiles, some_of
 
 
 class Alignment(NamedTuple):
@@ -26,13 +26,13 @@ class Alignment(NamedTuple):
 
 
 def align(
-    base: Checkpoint, models: Mapping[str, Checkpoint], only: Sequence[str] = ()
+    base: TensorFiles, models: Mapping[str, TensorFiles], only: Sequence[str] = ()
 ) -> Alignment:
-    """Compares checkpoints by their headers, and by value where a tensor is not floating.
+    """Compares models by their headers, and by value where a tensor is not floating.
 
     Args:
-      base: the checkpoint that the models were fine-tuned from.
-      models: fine-tuned checkpoints by name.
+      base: the model that the others were fine-tuned from.
+      models: fine-tuned models by name.
       only: prefixes of tensor names; tensors that begin with none of them come from the base, and
         so do those that begin with a prefix after a "!". Without any that is not so: all others.
 
@@ -40,16 +40,16 @@ def align(
       What happens to each tensor.
 
     Raises:
-      CheckpointError: lists per model the tensors that are missing, unknown or of another dtype or
+      TensorFileError: lists per model the tensors that are missing, unknown or of another dtype or
         shape, or values that are not floating and differ; or names a prefix without tensors.
     """
     out = tuple(prefix.removeprefix("!") for prefix in only if prefix.startswith("!"))
     inside = tuple(prefix for prefix in only if not prefix.startswith("!"))
-    of_models = {name for checkpoint in models.values() for name in checkpoint.tensors}
+    of_models = {name for files in models.values() for name in files.tensors}
     for prefix in (*inside, *out):
         names = base.tensors.keys() | (of_models if prefix in out else set())
         if not any(name.startswith(prefix) for name in names):
-            raise CheckpointError(
+            raise TensorFileError(
                 f"--only: no tensor of the base {base.path} begins with {prefix!r}. Its names "
                 f"begin with: {some_of({_top(name) for name in base.tensors})}."
             )
@@ -59,8 +59,8 @@ def align(
 
     wanted = {name: tensor for name, tensor in base.tensors.items() if chosen(name)}
     problems, bad = [], set()
-    for model, checkpoint in models.items():
-        found = {name: tensor for name, tensor in checkpoint.tensors.items() if chosen(name)}
+    for model, files in models.items():
+        found = {name: tensor for name, tensor in files.tensors.items() if chosen(name)}
         missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
         differing = {
             name: f"{name} (found {found[name]}, expected {wanted[name]})"
@@ -74,11 +74,9 @@ def align(
             ("of another dtype or shape", differing.values()),
         ):
             if names:
-                problems.append(
-                    f"  {model} ({checkpoint.path}): {len(names)} {what}: {some_of(names)}"
-                )
+                problems.append(f"  {model} ({files.path}): {len(names)} {what}: {some_of(names)}")
     if problems:
-        raise CheckpointError(
+        raise TensorFileError(
             f"the tensors of these models differ from those of the base {base.path}:\n"
             + "\n".join(problems)
             + f"\n{_hint(set(wanted), bad)}"
@@ -88,7 +86,7 @@ def align(
     _check_equal(base, models, equal)
     parameters = sum(wanted[name].size for name in merged)
     if not parameters:
-        raise CheckpointError(
+        raise TensorFileError(
             f"{base.path}: found no parameters to merge; expected {', '.join(FLOATING)} tensors, "
             f"found {some_of({str(tensor) for tensor in wanted.values()})}."
         )
@@ -97,8 +95,8 @@ def align(
         equal,
         tuple(name for name in base.tensors if not chosen(name)),
         {
-            model: tuple(name for name in checkpoint.tensors if name not in base.tensors)
-            for model, checkpoint in models.items()
+            model: tuple(name for name in files.tensors if name not in base.tensors)
+            for model, files in models.items()
         },
         parameters,
     )
@@ -125,15 +123,17 @@ def _top(name: str) -> str:
     return head + dot
 
 
-def _check_equal(base: Checkpoint, models: Mapping[str, Checkpoint], names: Sequence[str]) -> None:
+def _check_equal(
+    base: TensorFiles, models: Mapping[str, TensorFiles], names: Sequence[str]
+) -> None:
     problems = []
     for name in names:
-        for model, checkpoint in models.items():
-            pairs = zip(base.pieces(name), checkpoint.pieces(name), strict=True)
+        for model, files in models.items():
+            pairs = zip(base.pieces(name), files.pieces(name), strict=True)
             if any(ours != theirs for ours, theirs in pairs):
-                problems.append(f"  {name} {base.tensors[name]}: {model} ({checkpoint.path})")
+                problems.append(f"  {name} {base.tensors[name]}: {model} ({files.path})")
     if problems:
-        raise CheckpointError(
+        raise TensorFileError(
             f"only {', '.join(FLOATING)} tensors are merged; others must equal the base's "
             f"({base.path}), and these differ:\n"
             + "\n".join(problems[:20])

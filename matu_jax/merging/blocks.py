@@ -1,11 +1,11 @@
-"""The parameters of checkpoints as a row of blocks of one size."""
+"""The parameters of models as a row of blocks of one size."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from matu_jax.models.tensors import FLOATING, READABLE, Checkpoint, CheckpointError
+from matu_jax.models.tensors import FLOATING, READABLE, TensorFileError, TensorFiles
 
 BUDGET = 1 << 22  # entries, of all models and of the base and the result, in a block
 _SMALLEST, _LARGEST = 1 << 10, 1 << 22  # up to 2**22 signs, float32 sums of signs / size are exact
@@ -58,13 +58,13 @@ def block_size(models: int, budget: int = BUDGET) -> int:
     return min(_LARGEST, 1 << (most.bit_length() - 1))
 
 
-def plan(checkpoint: Checkpoint, names: Sequence[str], size: int) -> list[list[Segment]]:
+def plan(files: TensorFiles, names: Sequence[str], size: int) -> list[list[Segment]]:
     """Distributes tensors over blocks of `size` entries, each block of one dtype."""
     blocks: list[list[Segment]] = []
     for dtype in FLOATING:
         place = size
         for name in names:
-            tensor = checkpoint.tensors[name]
+            tensor = files.tensors[name]
             start = 0 if tensor.dtype == dtype else tensor.size
             while start < tensor.size:
                 if place == size:
@@ -77,55 +77,53 @@ def plan(checkpoint: Checkpoint, names: Sequence[str], size: int) -> list[list[S
     return blocks
 
 
-def fill(
-    row: np.ndarray, checkpoint: Checkpoint, segments: list[Segment], prefix: str = ""
-) -> None:
-    """Reads a block of a checkpoint into `row`, `[block]`; `prefix` stands before its names."""
+def fill(row: np.ndarray, files: TensorFiles, segments: list[Segment], prefix: str = "") -> None:
+    """Reads a block of a model into `row`, `[block]`; `prefix` stands before its names."""
     for segment in segments:
-        row[segment.part] = checkpoint.read(prefix + segment.name, segment.start, segment.size)
+        row[segment.part] = files.read(prefix + segment.name, segment.start, segment.size)
 
 
 def read_blocks(
-    base: Checkpoint, models: Mapping[str, Checkpoint], names: Sequence[str], size: int
+    base: TensorFiles, models: Mapping[str, TensorFiles], names: Sequence[str], size: int
 ) -> Iterator[Block]:
     """Yields the blocks of `plan`, each in arrays of its own."""
     for segments in plan(base, names, size):
         dtype = READABLE[base.tensors[segments[0].name].dtype]
         block = Block(segments, np.zeros(size, dtype), np.zeros((len(models), size), dtype))
         fill(block.base, base, segments)
-        for row, checkpoint in zip(block.tuned, models.values(), strict=True):
-            fill(row, checkpoint, segments)
+        for row, files in zip(block.tuned, models.values(), strict=True):
+            fill(row, files, segments)
         yield block
 
 
 def check_finite(
-    block: Block, finite: Any, base: Checkpoint, models: Mapping[str, Checkpoint]
+    block: Block, finite: Any, base: TensorFiles, models: Mapping[str, TensorFiles]
 ) -> None:
     """Refuses a block unless all models' task vectors are finite: `finite`, bool `[models]`.
 
     Raises:
-      CheckpointError: names the model, or the base, and the tensor.
+      TensorFileError: names the model, or the base, and the tensor.
     """
     if np.all(finite):
         return
     named = {"the base": (base, block.base)} | {
-        f"model {name}": (checkpoint, row)
-        for (name, checkpoint), row in zip(models.items(), block.tuned, strict=True)
+        f"model {name}": (files, row)
+        for (name, files), row in zip(models.items(), block.tuned, strict=True)
     }
     for segment in block.segments:
-        for name, (checkpoint, row) in named.items():
+        for name, (files, row) in named.items():
             bad = int((~np.isfinite(row[segment.part])).sum())
             if bad:
-                raise CheckpointError(
-                    f"{name} ({checkpoint.path}): tensor {segment.name}: {bad} of the "
+                raise TensorFileError(
+                    f"{name} ({files.path}): tensor {segment.name}: {bad} of the "
                     f"{segment.size} numbers from entry {segment.start} on are not finite; "
                     "expected no NaN and no infinity. Did its training diverge?"
                 )
     which = int(np.argmin(finite))
-    name, checkpoint = list(models.items())[which]
+    name, files = list(models.items())[which]
     difference = np.abs(block.tuned[which].astype(np.float64) - block.base.astype(np.float64))
     worst = max(block.segments, key=lambda segment: difference[segment.part].max())
-    raise CheckpointError(
-        f"model {name} ({checkpoint.path}): tensor {worst.name}: its difference from the base "
+    raise TensorFileError(
+        f"model {name} ({files.path}): tensor {worst.name}: its difference from the base "
         f"{base.path} is {difference[worst.part].max():g}, beyond the largest {block.base.dtype}."
     )

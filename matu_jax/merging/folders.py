@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from matu_jax.json_files import is_own
-from matu_jax.models.tensors import INDEX, CheckpointError
+from matu_jax.models.tensors import INDEX, TensorFileError
 
-REPORT = "merge.json"
+RECORD = "merge.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".py")  # config, tokenizer, code
-_NOT_COPIED = (REPORT, INDEX, "trainer_state.json")
+_NOT_COPIED = (RECORD, INDEX, "trainer_state.json")
 
 
 @contextlib.contextmanager
@@ -18,7 +18,7 @@ def output_folder(path: Path) -> Iterator[Callable[[str], Path]]:
     """A new folder; yields what names files in it, and removes these if an error comes.
 
     Raises:
-      CheckpointError: if it is not empty, or cannot be made.
+      TensorFileError: if it is not empty, or cannot be made.
     """
     made: list[Path] = []
 
@@ -31,9 +31,9 @@ def output_folder(path: Path) -> Iterator[Callable[[str], Path]]:
         path.mkdir(parents=True, exist_ok=True)
         found = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
-        raise CheckpointError(f"--out {path} cannot be used: {error.strerror}.") from None
+        raise TensorFileError(f"--out {path} cannot be used: {error.strerror}.") from None
     if found:
-        raise CheckpointError(
+        raise TensorFileError(
             f"--out {path} is not empty (it holds {found[0]}). Give a new folder."
         )
     try:

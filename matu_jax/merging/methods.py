@@ -16,7 +16,7 @@ from matu_jax.aggregation.types import Magnitude
 from matu_jax.merging.alignment import Alignment
 from matu_jax.merging.blocks import BUDGET, Block, block_size, check_finite, read_blocks
 from matu_jax.merging.sums import Summary, Totals, lanes, measure, relative
-from matu_jax.models.tensors import Checkpoint, CheckpointError, Tensor, Writer, floating_tensor
+from matu_jax.models.tensors import Tensor, TensorFileError, TensorFiles, Writer, floating_tensor
 from matu_jax.trees import apply_vectors, task_vectors
 
 Method = Literal["unify", "ties", "arithmetic"]
@@ -24,9 +24,9 @@ PASSES: dict[Method, int] = {"unify": 1, "ties": 3, "arithmetic": 1}  # over all
 FORMAT, VERSION = "matu_jax.unified", "1"
 
 
-def unify_checkpoints(
-    base: Checkpoint,
-    models: Mapping[str, Checkpoint],
+def unify_models(
+    base: TensorFiles,
+    models: Mapping[str, TensorFiles],
     alignment: Alignment,
     path: Path,
     *,
@@ -44,8 +44,8 @@ def unify_checkpoints(
     the base's and not the models' own, and "left_out" by model, tensors that only that model has.
 
     Args:
-      base: the checkpoint that the models were fine-tuned from.
-      models: fine-tuned checkpoints by name.
+      base: the model that the others were fine-tuned from.
+      models: fine-tuned models by name.
       alignment: from `align`.
       path: the file to write.
       magnitude: "max" or "mean" of the agreeing magnitudes (eq. 2).
@@ -56,7 +56,7 @@ def unify_checkpoints(
       The summary, with `scale` and `cosine` per model.
 
     Raises:
-      CheckpointError: for numbers that are not finite, naming model and tensor; or a file that
+      TensorFileError: for numbers that are not finite, naming model and tensor; or a file that
         cannot be written.
       ValueError: for an unknown magnitude.
     """
@@ -100,9 +100,9 @@ def unify_checkpoints(
     return totals.summary(lambda s: {"scale": float(scales[s]), "cosine": float(cosines[s])})
 
 
-def merge_checkpoints(
-    base: Checkpoint,
-    models: Mapping[str, Checkpoint],
+def merge_models(
+    base: TensorFiles,
+    models: Mapping[str, TensorFiles],
     alignment: Alignment,
     path: Path,
     *,
@@ -112,7 +112,7 @@ def merge_checkpoints(
     budget: int = BUDGET,
     progress: Callable[[int], None] = lambda parameters: None,
 ) -> Summary:
-    """Writes one checkpoint: the base plus `scale` times the models' merged task vector.
+    """Writes one model: the base plus `scale` times the models' merged task vector.
 
     With "arithmetic" that is the sum of the task vectors. With "ties" each is first trimmed to its
     `max(1, round(density * parameters))` entries of largest magnitude over all its parameters;
@@ -122,8 +122,8 @@ def merge_checkpoints(
     vectors are float32 here, whatever the storage dtype.
 
     Args:
-      base: the checkpoint that the models were fine-tuned from.
-      models: fine-tuned checkpoints by name.
+      base: the model that the others were fine-tuned from.
+      models: fine-tuned models by name.
       alignment: from `align`.
       path: the file to write: the base's tensors, those that are not merged as they are.
       method: "ties" or "arithmetic".
@@ -136,17 +136,17 @@ def merge_checkpoints(
       The summary, with `threshold` and `kept` per model for "ties".
 
     Raises:
-      CheckpointError: for numbers that are not finite, naming model and tensor; a result beyond
+      TensorFileError: for numbers that are not finite, naming model and tensor; a result beyond
         the storage dtype; or a file that cannot be written.
       ValueError: for a setting outside what is said above.
     """
     if method not in get_args(Method) or method == "unify":
         raise ValueError(
-            f"merge_checkpoints: method: found {method!r}, expected 'ties' or 'arithmetic'."
+            f"merge_models: method: found {method!r}, expected 'ties' or 'arithmetic'."
         )
     if (method == "ties") != (density is not None) or not (density is None or 0 < density <= 1):
         raise ValueError(
-            f"merge_checkpoints: density: found {density!r} for {method!r}, expected a number "
+            f"merge_models: density: found {density!r} for {method!r}, expected a number "
             "above 0 and at most 1 for 'ties', None for 'arithmetic'."
         )
     count, totals = len(models), Totals(base, models, alignment.parameters)
@@ -191,21 +191,21 @@ def _cosines(values: np.ndarray) -> str:
 def write_finite(
     writer: Writer, block: Block, merged: np.ndarray, advice: str = "Use a smaller --scale, or"
 ) -> None:
-    """Writes a block `[block]` of a checkpoint.
+    """Writes a block `[block]` of a model.
 
     Args:
-      writer: of the checkpoint.
+      writer: of the model's file.
       block: says what stands where.
       merged: `[block]`.
       advice: the beginning of what to do about numbers beyond the dtype.
 
     Raises:
-      CheckpointError: names the tensor whose result is beyond its dtype.
+      TensorFileError: names the tensor whose result is beyond its dtype.
     """
     for segment in block.segments:
         part = merged[segment.part]
         if not np.isfinite(part).all():
-            raise CheckpointError(
+            raise TensorFileError(
                 f"{writer.path}: tensor {segment.name}: the result is beyond the largest "
                 f"{merged.dtype}, or no number. {advice} checkpoints of a wider dtype."
             )

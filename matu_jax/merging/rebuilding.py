@@ -1,4 +1,4 @@
-"""From a unified file back to one model's checkpoint."""
+"""From a unified file back to one model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +16,9 @@ from matu_jax.merging.methods import FORMAT, VERSION, write_finite
 from matu_jax.models.tensors import (
     FLOATING,
     READABLE,
-    Checkpoint,
-    CheckpointError,
     Tensor,
+    TensorFileError,
+    TensorFiles,
     Writer,
     fingerprint,
     some_of,
@@ -68,16 +68,16 @@ class UnifiedTasks(NamedTuple):
     left_out: dict[str, list[str]]
 
 
-def unified_tasks(unified: Checkpoint) -> UnifiedTasks:
+def unified_tasks(unified: TensorFiles) -> UnifiedTasks:
     """What a unified file holds, all of it checked.
 
     Raises:
-      CheckpointError: if the file is none that `unify_checkpoints` of this version wrote, or is
+      TensorFileError: if the file is none that `unify_models` of this version wrote, or is
         damaged.
     """
     meta = unified.metadata
     if meta.get("format") != FORMAT or meta.get("format_version") != VERSION:
-        raise CheckpointError(
+        raise TensorFileError(
             f"{unified.path}: found format {meta.get('format')!r}, version "
             f"{meta.get('format_version')!r}; expected {FORMAT!r}, version {VERSION!r}, as "
             "python -m matu_jax.merge --method unify writes it."
@@ -89,10 +89,10 @@ def unified_tasks(unified: Checkpoint) -> UnifiedTasks:
                 parsed[key] = parse_json(meta[key])
         found = checked(_Metadata, parsed, "metadata")
     except ValueError as error:
-        raise CheckpointError(f"{unified.path}: damaged: {error}") from None
+        raise TensorFileError(f"{unified.path}: damaged: {error}") from None
     models = found.models
     if found.cosines is not None and len(found.cosines) != len(models):
-        raise CheckpointError(f"{unified.path}: damaged: one cosine per model is expected.")
+        raise TensorFileError(f"{unified.path}: damaged: one cosine per model is expected.")
     expected = {"scales": Tensor("F32", (len(models),), 4 * len(models))}
     for name, tensor in unified.tensors.items():
         if name.startswith("vector.") and tensor.dtype in FLOATING:
@@ -103,11 +103,11 @@ def unified_tasks(unified: Checkpoint) -> UnifiedTasks:
     if expected != unified.tensors:
         names = expected.keys() | unified.tensors.keys()
         wrong = {name for name in names if expected.get(name) != unified.tensors.get(name)}
-        raise CheckpointError(f"{unified.path}: damaged: wrong tensors: {some_of(wrong)}.")
+        raise TensorFileError(f"{unified.path}: damaged: wrong tensors: {some_of(wrong)}.")
     scales = dict(zip(models, unified.read("scales", 0, len(models)).tolist(), strict=True))
     bad = [f"{name}: {scale}" for name, scale in scales.items() if not 0 <= scale < np.inf]
     if bad:
-        raise CheckpointError(
+        raise TensorFileError(
             f"{unified.path}: damaged: scales of {some_of(bad)}; expected finite numbers "
             "that are not negative."
         )
@@ -121,9 +121,9 @@ def unified_tasks(unified: Checkpoint) -> UnifiedTasks:
     )
 
 
-def rebuild_checkpoint(
-    unified: Checkpoint,
-    base: Checkpoint,
+def rebuild_model(
+    unified: TensorFiles,
+    base: TensorFiles,
     task: str,
     path: Path,
     *,
@@ -133,8 +133,8 @@ def rebuild_checkpoint(
     """Writes base + lambda * mask * vector (eq. 4) of one model, with the base's names and dtypes.
 
     Args:
-      unified: a file of `unify_checkpoints`.
-      base: the very checkpoint that it was made with.
+      unified: a file of `unify_models`.
+      base: the very base that it was made with.
       task: the name of a model in it.
       path: the file to write; tensors that were not merged are the base's.
       budget: how many entries may stand in memory.
@@ -144,13 +144,13 @@ def rebuild_checkpoint(
       The model's scale.
 
     Raises:
-      CheckpointError: for a file that is not a unified, a task that is not in it, another base, or
+      TensorFileError: for a file that is not a unified, a task that is not in it, another base, or
         a file that cannot be written.
     """
     tasks = unified_tasks(unified)
     scales = tasks.scales
     if task not in scales:
-        raise CheckpointError(
+        raise TensorFileError(
             f"{unified.path}: no task {task!r} in it.{did_you_mean(task, list(scales))}"
         )
     names = [name.removeprefix("vector.") for name in unified.tensors if name.startswith("vector.")]
@@ -162,7 +162,7 @@ def rebuild_checkpoint(
     ]
     found, wanted = fingerprint(base), tasks.base_fingerprint
     if wrong or found != wanted:
-        raise CheckpointError(
+        raise TensorFileError(
             f"{base.path} is not the base that {unified.path} was made with"
             f" ({tasks.base}): fingerprint found {found}, expected "
             f"{wanted}.{f' Tensors differ: {some_of(wrong)}' if wrong else ''}"

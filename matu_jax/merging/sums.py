@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from matu_jax.aggregation import direction_similarity
-from matu_jax.models.tensors import Checkpoint, fingerprint
+from matu_jax.models.tensors import TensorFiles, fingerprint
 
 _LANE = 128  # terms that are summed in float32, before float64 takes over
 
@@ -60,7 +60,7 @@ def measure(vectors: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
 class Totals:
     """Sums over all blocks, in float64."""
 
-    def __init__(self, base: Checkpoint, models: Mapping[str, Any], parameters: int):
+    def __init__(self, base: TensorFiles, models: Mapping[str, Any], parameters: int):
         self.names, self.parameters = list(models), parameters
         self.fingerprint = fingerprint(base)
         self.signs, self.touched = np.zeros((2, len(models), len(models)))

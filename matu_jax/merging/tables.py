@@ -21,15 +21,15 @@ _COLUMNS = {  # what merge.json calls it: what the table calls it, and how it is
 }
 
 
-def show(report: Mapping[str, Any], console: Console) -> None:
+def show(record: Mapping[str, Any], console: Console) -> None:
     """Prints what merge.json says: the models, their similarity, the result and its size.
 
     Args:
-      report: the contents of merge.json.
+      record: the contents of merge.json.
       console: where to print; lines are as long as the number of models asks for.
     """
-    models = report["models"]
-    table = Table(box=box.SIMPLE, title=f"{report['method']}: models: {len(models)}")
+    models = record["models"]
+    table = Table(box=box.SIMPLE, title=f"{record['method']}: models: {len(models)}")
     table.add_column("")
     table.add_column("model")
     columns = [name for name in _COLUMNS if name in models[0]]
@@ -49,18 +49,18 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         similarity.add_column("model")
         for number in range(1, len(models) + 1):
             similarity.add_column(str(number), justify="right")
-        rows = zip(models, report["similarity"]["matrix"], strict=True)
+        rows = zip(models, record["similarity"]["matrix"], strict=True)
         for number, (model, row) in enumerate(rows, start=1):
             similarity.add_row(str(number), Text(model["name"]), *(f"{x:.3f}" for x in row))
         _print(console, similarity)
-    for line in _notes(report):
+    for line in _notes(record):
         console.print(line)
 
 
-def rebuilt_notes(report: Mapping[str, Any]) -> list[str]:
+def rebuilt_notes(record: Mapping[str, Any]) -> list[str]:
     """What to say of a rebuilt model, from its merge.json: how near it is, and what is missing."""
-    task, cosine, names = report["task"], report["cosine"], report["from_base"]
-    if report["scale"] == 0:
+    task, cosine, names = record["task"], record["cosine"], record["from_base"]
+    if record["scale"] == 0:
         near = "its task vector is zero, so that this is the base"
     elif cosine is None:
         near = "how near it is, the unified file does not say; unify again to know"
@@ -70,21 +70,21 @@ def rebuilt_notes(report: Mapping[str, Any]) -> list[str]:
     if names:
         lines.append(
             f"Not {task}'s own but the base's, tensors: {len(names)}: {some_of(names)}"
-            + ("" if report["from_base_known"] else " (some may be equal in all)")
+            + ("" if record["from_base_known"] else " (some may be equal in all)")
         )
-    if report["left_out"]:
-        lines.append(f"Only {task} has, and lost: {some_of(report['left_out'])}")
-    return lines + _left_out(report)
+    if record["left_out"]:
+        lines.append(f"Only {task} has, and lost: {some_of(record['left_out'])}")
+    return lines + _left_out(record)
 
 
-def _notes(report: Mapping[str, Any]) -> list[str]:
+def _notes(record: Mapping[str, Any]) -> list[str]:
     lines = []
-    for model in report["models"]:
+    for model in record["models"]:
         if model["zero"]:
             lines.append(f"Model {model['name']} equals the base: its task vector is zero.")
         if model["left_out"]:
             lines.append(f"Left out of model {model['name']}: {some_of(model['left_out'])}")
-    tensors, size = report["tensors"], report["bytes"]
+    tensors, size = record["tensors"], record["bytes"]
     if tensors["equal"]:
         lines.append(f"Copied, equal in all: {some_of(tensors['equal'])}")
     if tensors["from_base"]:
@@ -92,21 +92,21 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
             f"From the base, outside --only, tensors: {len(tensors['from_base'])}: "
             f"{some_of(tensors['from_base'])}"
         )
-    lines.append(f"Merged: tensors: {tensors['merged']}, parameters: {report['parameters']:,}.")
-    if report["method"] == "unify":
+    lines.append(f"Merged: tensors: {tensors['merged']}, parameters: {record['parameters']:,}.")
+    if record["method"] == "unify":
         lines.append(
             f"Size: {human_bytes(size['result_file'])}, {size['ratio']:.4f} of the "
             f"{human_bytes(size['merged_tensors_of_all_models'])} of the same tensors in "
             f"all models; rebuilding one takes the base as well."
         )
-    lines += _left_out(report)
-    lines.append(f"Result: {report['result']} ({report['seconds']:.1f} seconds)")
+    lines += _left_out(record)
+    lines.append(f"Result: {record['result']} ({record['seconds']:.1f} seconds)")
     return lines
 
 
-def _left_out(report: Mapping[str, Any]) -> list[str]:
+def _left_out(record: Mapping[str, Any]) -> list[str]:
     """A line on the base's files that were not copied."""
-    links = report.get("links_left_out")
+    links = record.get("links_left_out")
     return [f"Not copied, links out of the base's folder: {some_of(links)}"] if links else []
 
 

@@ -62,7 +62,7 @@ def base_fingerprint(config: ModelConfig) -> str | None:
       ValueError: if the checkpoint cannot be found or read.
     """
     from matu_jax.models import embedded, huggingface
-    from matu_jax.models.tensors import Checkpoint, fingerprint
+    from matu_jax.models.tensors import TensorFiles, fingerprint
 
     if config.checkpoint == "random":
         return None
@@ -70,7 +70,7 @@ def base_fingerprint(config: ModelConfig) -> str | None:
         return huggingface.fingerprint(
             huggingface.checkpoint_folder(config.checkpoint, config.architecture)
         )
-    with Checkpoint(embedded.file_of(config.checkpoint)) as checkpoint:
+    with TensorFiles(embedded.file_of(config.checkpoint)) as checkpoint:
         return fingerprint(checkpoint)
 
 

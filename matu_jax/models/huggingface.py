@@ -253,7 +253,7 @@ def fingerprint(folder: Path) -> str:
     # Shard by shard, since nothing but names that the index lacks may be more than it lists.
     shards = sorted({path for path, _ in tensor_files(folder).values()})
     with contextlib.ExitStack() as stack:
-        return tensors.fingerprint(*[stack.enter_context(tensors.Checkpoint(s)) for s in shards])
+        return tensors.fingerprint(*[stack.enter_context(tensors.TensorFiles(s)) for s in shards])
 
 
 def read_tensors(files: dict[str, tuple[Path, str]], names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints in pieces: read and written without ever standing in memory whole.
+"""Safetensors files in pieces: models read and written without ever standing in memory whole.
 
 The safetensors library checks a file and names its mistakes; bytes are then read and written at
 their places in the file, since the library itself writes only what is in memory at once.
@@ -27,22 +27,14 @@ FLOATING = {  # what has task vectors, by its name in the file
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-
-
 READABLE = FLOATING | {"U8": np.dtype(np.uint8)}
-
-
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
 _PIECE_BYTES = 1 << 22
+_MOST_OPEN = 16  # files at once, of all models: systems allow 256 or 1024, and some 64
 
 
-_MOST_OPEN = 16  # files at once, of all checkpoints: systems allow 256 or 1024, and some 64
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, written or used, and what to do about it."""
+class TensorFileError(ValueError):
+    """Files of tensors that cannot be read, written or used, and what to do about it."""
 
 
 class Tensor(NamedTuple):
@@ -72,7 +64,7 @@ def floating_tensor(dtype: str, shape: tuple[int, ...]) -> Tensor:
     return Tensor(dtype, shape, math.prod(shape) * READABLE[dtype].itemsize)
 
 
-class Checkpoint:
+class TensorFiles:
     """A safetensors file, or a folder with model.safetensors or its shards, open for reading.
 
     Use it in a `with` statement. Only headers are held in memory.
@@ -83,7 +75,7 @@ class Checkpoint:
       metadata: the strings that the headers hold besides tensors.
 
     Raises:
-      CheckpointError: if there is no such checkpoint, or a file is damaged, naming it.
+      TensorFileError: if there is no such file or folder, or a file is damaged, naming it.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -97,8 +89,8 @@ class Checkpoint:
                 self._open(file, expected)
         except OSError as error:
             self.close()
-            raise CheckpointError(f"{error.filename or path}: {system_reason(error)}") from None
-        except CheckpointError:
+            raise TensorFileError(f"{error.filename or path}: {system_reason(error)}") from None
+        except TensorFileError:
             self.close()
             raise
 
@@ -110,12 +102,12 @@ class Checkpoint:
             with safe_open(path, "np") as whole:  # checks offsets, shapes and the length
                 names = set(whole.keys())
         except SafetensorError as error:
-            raise CheckpointError(
+            raise TensorFileError(
                 f"{path}: not a safetensors file, or cut short ({error}). Download or save it "
                 "again."
             ) from None
         if expected is not None and names != expected:
-            raise CheckpointError(
+            raise TensorFileError(
                 f"{path}: differs from {INDEX}: {some_of(expected - names)} missing, "
                 f"{some_of(names - expected)} not in the index. Shards of two checkpoints may be "
                 "mixed; download or save the folder again."
@@ -144,7 +136,7 @@ class Checkpoint:
         """Reads `count` bytes of a tensor from byte `start` on.
 
         Raises:
-          CheckpointError: if the file ends before, for it has changed since it was opened.
+          TensorFileError: if the file ends before, for it has changed since it was opened.
         """
         file, offset = self._places[name]
         try:
@@ -152,9 +144,9 @@ class Checkpoint:
             stream.seek(offset + start)
             data = stream.read(count)
         except OSError as error:
-            raise CheckpointError(f"{file.path}: tensor {name}: {system_reason(error)}") from None
+            raise TensorFileError(f"{file.path}: tensor {name}: {system_reason(error)}") from None
         if len(data) != count:
-            raise CheckpointError(
+            raise TensorFileError(
                 f"{file.path}: tensor {name}: the file ended while it was read. Let nothing write "
                 "to it, and start again."
             )
@@ -200,7 +192,7 @@ class _File:
 
         Raises:
           OSError: if it cannot be opened.
-          CheckpointError: if it is another file than the one that was opened first.
+          TensorFileError: if it is another file than the one that was opened first.
         """
         if self not in self._open:
             while len(self._open) >= _MOST_OPEN:
@@ -209,7 +201,7 @@ class _File:
             state = os.fstat(stream.fileno())
             found = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
             if self._found not in (None, found):
-                raise CheckpointError(
+                raise TensorFileError(
                     f"{self.path}: the file has changed since it was opened. Let nothing write to "
                     "it, and start again."
                 )
@@ -230,13 +222,13 @@ def system_reason(error: OSError) -> str:
     return f"{reason}. Allow more and start again: ulimit -n 1024"
 
 
-def fingerprint(*checkpoints: Checkpoint) -> str:
+def fingerprint(*parts: TensorFiles) -> str:
     """SHA-256 of all names, dtypes, shapes and bytes, whatever the shards, as hexadecimal.
 
     Args:
-      *checkpoints: the parts of one checkpoint; of tensors of one name the last one counts.
+      *parts: the files of one model; of tensors of one name the last one counts.
     """
-    whose = {name: checkpoint for checkpoint in checkpoints for name in checkpoint.tensors}
+    whose = {name: part for part in parts for name in part.tensors}
     digest = hashlib.sha256()
     for name in sorted(whose):
         tensor = whose[name].tensors[name]
@@ -247,9 +239,9 @@ def fingerprint(*checkpoints: Checkpoint) -> str:
 
 
 def _shards(path: Path) -> dict[Path, set[str] | None]:
-    """The files of a checkpoint, each with the names that an index says it holds."""
+    """The files of a model, each with the names that an index says it holds."""
     if not path.exists():
-        raise CheckpointError(
+        raise TensorFileError(
             f"{path}: no such file or folder; expected a safetensors file, or a folder with {WHOLE}"
             f" or {INDEX}. (A model of the Hugging Face Hub has to be downloaded first.)"
         )
@@ -264,7 +256,7 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
             hint = "It holds an adapter: merge that into its model first (PEFT's merge_and_unload)."
         elif not any(name.endswith(".safetensors") for name in found):
             hint = "Save the model there with save_pretrained (safe_serialization=True)."
-        raise CheckpointError(
+        raise TensorFileError(
             f"{path}: found neither {WHOLE} nor {INDEX}, but {some_of(found)}. {hint}"
         )
     by_file: dict[Path, set[str] | None] = {}
@@ -275,7 +267,7 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
 
 
 class _Index(BaseModel):
-    """The index of a checkpoint in shards."""
+    """The index of a model in shards."""
 
     weight_map: Annotated[
         dict[str, Annotated[str, AfterValidator(name_inside)]], Field(min_length=1)
@@ -283,18 +275,18 @@ class _Index(BaseModel):
 
 
 def shard_names(index: Path) -> dict[str, str]:
-    """The file of each tensor, from the index of a checkpoint in shards.
+    """The file of each tensor, from the index of a model in shards.
 
     Raises:
-      CheckpointError: if it cannot be read, is damaged, or names files outside its folder.
+      TensorFileError: if it cannot be read, is damaged, or names files outside its folder.
     """
     advice = "Download or save the folder again."
     try:
         return checked(_Index, read_json(index), f"{index}: damaged").weight_map
     except OSError as error:
-        raise CheckpointError(f"{index}: {system_reason(error)} {advice}") from None
+        raise TensorFileError(f"{index}: {system_reason(error)} {advice}") from None
     except ValueError as error:
-        raise CheckpointError(f"{error}\n{advice}") from None
+        raise TensorFileError(f"{error}\n{advice}") from None
 
 
 def some_of(names: Iterable[str]) -> str:
@@ -316,7 +308,7 @@ class Writer:
       metadata: strings for the header.
 
     Raises:
-      CheckpointError: if the file cannot be written.
+      TensorFileError: if the file cannot be written.
       ValueError: for bytes outside a tensor, or, at the end, bytes that were never written.
     """
 
@@ -416,7 +408,7 @@ class Writer:
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
-    def _failed(self, error: OSError) -> CheckpointError:
-        return CheckpointError(
+    def _failed(self, error: OSError) -> TensorFileError:
+        return TensorFileError(
             f"{self.path} cannot be written: {system_reason(error)} Make room, or write elsewhere."
         )

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from matu_jax.models import tensors
-from matu_jax.models.tensors import Checkpoint, CheckpointError, Tensor, Writer, fingerprint
+from matu_jax.models.tensors import Tensor, TensorFileError, TensorFiles, Writer, fingerprint
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "U8": np.uint8}
 SHAPES = {"F32": (7, 5), "F16": (3,), "BF16": (), "U8": (2, 3)}
@@ -140,7 +140,7 @@ def test_bytes_outside_a_tensor_are_an_error(tmp_path, start):
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     path = tmp_path / "nowhere" / "x.safetensors"
-    assert str(path) in _message(CheckpointError, _write, path, _arrays())
+    assert str(path) in _message(TensorFileError, _write, path, _arrays())
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tensors.os, "fsync", full)
-    message = _message(CheckpointError, _write, tmp_path / "x.safetensors", _arrays())
+    message = _message(TensorFileError, _write, tmp_path / "x.safetensors", _arrays())
     assert "No space left on device" in message
     assert "x.safetensors" in message
     assert not list(tmp_path.iterdir())
@@ -158,7 +158,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 def _open(path):
-    with Checkpoint(path) as checkpoint:
+    with TensorFiles(path) as checkpoint:
         return checkpoint
 
 
@@ -170,7 +170,7 @@ def test_reads_what_the_library_wrote(tmp_path, sharded):
     else:
         path = tmp_path / "x.safetensors"
         save_file(arrays, path, {"format": "pt"})
-    with Checkpoint(path) as checkpoint:
+    with TensorFiles(path) as checkpoint:
         assert checkpoint.metadata == {"format": "pt"}
         assert checkpoint.tensors.keys() == arrays.keys()
         assert checkpoint.tensors["ids"] == Tensor("I64", (4,), 32)
@@ -191,7 +191,7 @@ def test_reads_what_the_library_wrote(tmp_path, sharded):
 def test_pieces_are_small_and_say_where_they_begin(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "_PIECE_BYTES", 64)
     save_file(_arrays(), tmp_path / "x.safetensors")
-    with Checkpoint(tmp_path / "x.safetensors") as checkpoint:
+    with TensorFiles(tmp_path / "x.safetensors") as checkpoint:
         pieces = list(checkpoint.pieces("f32.weight"))
     assert [(start, len(data)) for start, data in pieces] == [(0, 64), (64, 64), (128, 12)]
 
@@ -205,11 +205,11 @@ def test_a_whole_model_comes_before_an_index(tmp_path):
 def test_the_fingerprint_is_that_of_the_contents(tmp_path):
     def of(arrays):
         save_file(arrays, tmp_path / "x.safetensors")
-        with Checkpoint(tmp_path / "x.safetensors") as checkpoint:
+        with TensorFiles(tmp_path / "x.safetensors") as checkpoint:
             return fingerprint(checkpoint)
 
     arrays = _arrays()
-    with Checkpoint(_shards(tmp_path / "folder", arrays)) as sharded:
+    with TensorFiles(_shards(tmp_path / "folder", arrays)) as sharded:
         assert of(arrays) == fingerprint(sharded)
     changed = arrays["f32.weight"].copy()
     changed[3, 2] = np.nextafter(changed[3, 2], np.float32(1000))
@@ -233,19 +233,19 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     path = tmp_path / "x.safetensors"
     save_file(_arrays(), path)
     path.write_bytes(damage(path.read_bytes()))
-    assert f"{path}: not a safetensors file, or cut short" in _message(CheckpointError, _open, path)
+    assert f"{path}: not a safetensors file, or cut short" in _message(TensorFileError, _open, path)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": np.zeros(10_000, np.float32)}, path)
-    with Checkpoint(path) as checkpoint:
+    with TensorFiles(path) as checkpoint:
         path.write_bytes(path.read_bytes()[:200])
-        assert "tensor a" in _message(CheckpointError, checkpoint.read, "a", 9000, 1000)
+        assert "tensor a" in _message(TensorFileError, checkpoint.read, "a", 9000, 1000)
 
 
 def test_no_such_checkpoint(tmp_path):
-    assert "openai/clip: no such file" in _message(CheckpointError, _open, "openai/clip")
+    assert "openai/clip: no such file" in _message(TensorFileError, _open, "openai/clip")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_no_such_checkpoint(tmp_path):
 def test_a_folder_without_a_model_says_what_is_in_it(tmp_path, files, parts):
     for file in files:
         (tmp_path / file).touch()
-    message = _message(CheckpointError, _open, tmp_path)
+    message = _message(TensorFileError, _open, tmp_path)
     for part in (str(tmp_path), *parts):
         assert part in message
 
@@ -272,15 +272,15 @@ def test_an_index_that_does_not_fit_is_named(tmp_path):
 
     index["weight_map"]["more"] = file
     (folder / tensors.INDEX).write_text(json.dumps(index))
-    message = _message(CheckpointError, _open, folder)
+    message = _message(TensorFileError, _open, folder)
     assert f"{file}: differs from {tensors.INDEX}: more missing" in message
 
     del index["weight_map"]["more"], index["weight_map"]["f32.weight"]
     (folder / tensors.INDEX).write_text(json.dumps(index))
-    assert "f32.weight not in the index" in _message(CheckpointError, _open, folder)
+    assert "f32.weight not in the index" in _message(TensorFileError, _open, folder)
 
     (folder / file).unlink()
-    message = _message(CheckpointError, _open, folder)
+    message = _message(TensorFileError, _open, folder)
     assert f"{file}: No such file" in message
 
 
@@ -302,7 +302,7 @@ def test_an_index_that_does_not_fit_is_named(tmp_path):
 )
 def test_a_damaged_index_is_named(tmp_path, text):
     (tmp_path / tensors.INDEX).write_text(text)
-    message = _message(CheckpointError, _open, tmp_path)
+    message = _message(TensorFileError, _open, tmp_path)
     assert f"{tensors.INDEX}: damaged" in message
 
 
@@ -313,7 +313,7 @@ def test_links_to_blobs_are_followed_as_in_hugging_faces_cache(tmp_path):
     for file in blobs.iterdir():
         file.rename(blobs / f"blob-{file.name}")
         (tmp_path / "snapshot" / file.name).symlink_to(f"../blobs/blob-{file.name}")
-    with Checkpoint(tmp_path / "snapshot") as checkpoint:
+    with TensorFiles(tmp_path / "snapshot") as checkpoint:
         assert set(checkpoint.tensors) == set(arrays)
 
 
@@ -345,7 +345,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     gc.collect()  # what other tests have left open may be closed meanwhile
     before = len(os.listdir("/proc/self/fd"))
     with contextlib.ExitStack() as stack, _few_files(20):
-        opened = [stack.enter_context(Checkpoint(folder)) for _ in range(3)]
+        opened = [stack.enter_context(TensorFiles(folder)) for _ in range(3)]
         for _ in range(2):
             for name, array in arrays.items():
                 for checkpoint in opened:
@@ -358,19 +358,19 @@ def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path, name):
     os.mkfifo(tmp_path / name)
     (tmp_path / tensors.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     for path in (tmp_path, tmp_path / name):
-        assert _message(CheckpointError, _open, path) == f"{tmp_path / name}: not a regular file."
+        assert _message(TensorFileError, _open, path) == f"{tmp_path / name}: not a regular file."
 
 
 def test_where_no_file_may_be_opened_the_reason_is_said(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(_arrays(), path)
-    with Checkpoint(path) as checkpoint:
+    with TensorFiles(path) as checkpoint:
         tensors._File._open.popitem()[1].close()
         with _few_files(0):
-            message = _message(CheckpointError, _open, path)
+            message = _message(TensorFileError, _open, path)
             assert f"{path}: Too many open files" in message
             assert "ulimit -n 1024" in message
-            message = _message(CheckpointError, checkpoint.read, "f32.weight", 0, 1)
+            message = _message(TensorFileError, checkpoint.read, "f32.weight", 0, 1)
             assert "f32.weight: Too many open files" in message
 
 
@@ -378,8 +378,8 @@ def test_a_file_that_is_replaced_while_it_is_read_is_named(tmp_path):
     path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     save_file(_arrays(), path)
     save_file(_arrays(), other)
-    with Checkpoint(path) as checkpoint:
+    with TensorFiles(path) as checkpoint:
         tensors._File._open.popitem()[1].close()
         other.replace(path)
-        message = _message(CheckpointError, checkpoint.read, "f32.weight", 0, 1)
+        message = _message(TensorFileError, checkpoint.read, "f32.weight", 0, 1)
     assert f"{path}: the file has changed" in message
