@@ -16,6 +16,7 @@ import tiny
 import matu_jax
 from matu_jax import doctor, train
 from matu_jax.config import Config
+from matu_jax.runs import examination
 
 EXPERIMENTS = Path(matu_jax.__file__).parents[1] / "experiments"
 
@@ -133,7 +134,7 @@ def test_extras_are_listed(ask, monkeypatch):
     code, text = ask()
     assert code == 0
     assert "privacy (for config.privacy)" in text
-    monkeypatch.setitem(doctor._EXTRAS, "prepare", (("json", "no_such_module"), "to prepare"))
+    monkeypatch.setitem(examination._EXTRAS, "prepare", (("json", "no_such_module"), "to prepare"))
     code, text = ask()
     assert code == 0
     assert "not: prepare (to prepare). Where they are needed: pip install 'matu_jax[NAME]'" in text
@@ -175,18 +176,18 @@ def test_mistakes_are_said(ask, words, message):
 
 
 def test_what_does_not_fit_is_said(ask, monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "memory_there", lambda device: 1000)
+    monkeypatch.setattr(examination, "memory_there", lambda device: 1000)
     code, text = ask()
     assert code == 0
     assert "are there. Lower config.local.parallel_slots" in text
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
+    monkeypatch.setattr(examination.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
     code, text = ask(f"--workdir={tmp_path / 'run'}")
     assert (code, "Give a --workdir on another disk" in text) == (2, True)
 
 
 def test_an_accelerator_that_jax_does_not_use_is_a_note(ask, monkeypatch, tmp_path):
     sign = tmp_path / "driver"
-    monkeypatch.setitem(doctor._ACCELERATORS, "NVIDIA GPU", ((str(sign),), "pip install it"))
+    monkeypatch.setitem(examination._ACCELERATORS, "NVIDIA GPU", ((str(sign),), "pip install it"))
     assert "there is an NVIDIA GPU" not in ask()[1]
     sign.touch()
     code, text = ask()

@@ -13,7 +13,7 @@ from PIL import Image
 
 import matu_jax
 from matu_jax import compare, prepare, train
-from matu_jax.data import Transform, prepared
+from matu_jax.data import Transform, preparation, prepared
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.runs.commandline import read_config
 from matu_jax.runs.plan import check_inputs
@@ -162,11 +162,9 @@ def test_the_same_command_goes_on_after_an_interruption(images, tmp_path, monkey
     (partial,) = (tmp_path / "cache/prepared").glob("mnist-*.partial")
     assert (partial / "progress.json").exists()
     decoded = []
-    monkeypatch.setattr(prepare.preparation, "CHUNK", 8)
-    apply = prepare.preparation.images.apply
-    monkeypatch.setattr(
-        prepare.preparation.images, "apply", lambda *a: decoded.append(0) or apply(*a)
-    )
+    monkeypatch.setattr(preparation, "CHUNK", 8)
+    apply = preparation.images.apply
+    monkeypatch.setattr(preparation.images, "apply", lambda *a: decoded.append(0) or apply(*a))
     assert run("--config.data.tasks=mnist") == 0
     assert 40 <= len(decoded) < 80  # of 80 in all; the others were done before
     monkeypatch.setenv("MATU_JAX_CACHE", str(tmp_path / "whole"))

@@ -9,11 +9,11 @@ import tiny_clip
 from PIL import Image
 from rich.console import Console
 
-from matu_jax import prepare
 from matu_jax.config import Config, DataConfig, EvaluationConfig, LocalConfig, ModelConfig
 from matu_jax.errors import UserError
 from matu_jax.runs.commandline import Source
 from matu_jax.runs.plan import check_inputs
+from matu_jax.runs.preparing import prepare
 from matu_jax.runs.training import train
 from matu_jax.runs.workdir import opened
 from matu_jax.simulation.federation import federate
@@ -66,7 +66,7 @@ def test_prepare_then_train_learns(places):
     config, console = config_of(places), Console(quiet=True)
     with pytest.raises(UserError, match="2 of 2 datasets are not prepared"):
         check_inputs(config, Source(places / "experiment.py"))
-    assert prepare.prepare(config, console)
+    assert prepare(config, console)
     check_inputs(config, Source(places / "experiment.py"))
     federation = federate(config)
     for task in federation.tasks:
