@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 import matu_jax as matu
 from matu_jax import merge, merging
-from matu_jax.merging import blocks, methods
+from matu_jax.merging import blocks, methods, running
+from matu_jax.merging.options import name_models
 from matu_jax.models.tensors import INDEX, TensorFileError, TensorFiles
 
 SHAPES = {
@@ -672,8 +673,8 @@ def test_differences_beyond_the_dtype_are_named(tmp_path, capsys):
 
 def test_names_come_from_folders_and_files(tmp_path):
     paths = [tmp_path / "a", tmp_path / "b.safetensors", tmp_path / "c" / "model.safetensors"]
-    assert merge.name_models(paths, None) == dict(zip("abc", paths, strict=True))
-    assert list(merge.name_models(paths, ["x", "y", "z"])) == ["x", "y", "z"]
+    assert name_models(paths, None) == dict(zip("abc", paths, strict=True))
+    assert list(name_models(paths, ["x", "y", "z"])) == ["x", "y", "z"]
 
 
 def test_links_are_named_as_given(tmp_path, monkeypatch):
@@ -683,11 +684,11 @@ def test_links_are_named_as_given(tmp_path, monkeypatch):
         (tmp_path / f"{name}.safetensors").symlink_to(tmp_path / "blobs" / blob)
     (tmp_path / "sun").symlink_to(tmp_path / "blobs")
     paths = [tmp_path / name for name in ("cars.safetensors", "dtd.safetensors", "sun")]
-    assert list(merge.name_models(paths, None)) == ["cars", "dtd", "sun"]
+    assert list(name_models(paths, None)) == ["cars", "dtd", "sun"]
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     relative = [Path("."), Path("../sun/model.safetensors"), Path("..")]
-    assert list(merge.name_models(relative, None)) == ["here", "sun", tmp_path.name]
+    assert list(name_models(relative, None)) == ["here", "sun", tmp_path.name]
 
 
 def test_two_models_of_one_name_are_refused(tmp_path, capsys):
@@ -792,7 +793,7 @@ def test_a_late_error_takes_the_result_with_it(tmp_path, capsys, monkeypatch, er
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(merge, "write_json", fail)
+    monkeypatch.setattr(running, "write_json", fail)
     message = _mistake(
         capsys, "--base", paths[0], "--models", *paths[1:], "--out", tmp_path / "out"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from matu_jax.json_files import is_own
 from matu_jax.models.tensors import INDEX, TensorFileError
 
-RECORD = "merge.json"
+UNIFIED, RECORD = "unified.safetensors", "merge.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".py")  # config, tokenizer, code
 _NOT_COPIED = (RECORD, INDEX, "trainer_state.json")
 
