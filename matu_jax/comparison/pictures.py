@@ -12,7 +12,9 @@ from matu_jax.comparison.words import accuracy_words, left_out_words
 _Arms = Sequence[Mapping[str, Any]]
 
 
-def pictures(setting: Mapping[str, Any], prefix: str, ours: str, reference: str) -> Iterator[Block]:
+def pictures(
+    setting: Mapping[str, Any], prefix: str, ours: str, reference: str, *, draw: bool = True
+) -> Iterator[Block]:
     """The pictures of a setting, and a note in the place of each that has nothing to show.
 
     Args:
@@ -20,15 +22,22 @@ def pictures(setting: Mapping[str, Any], prefix: str, ours: str, reference: str)
       prefix: the beginning of the pictures' file names.
       ours: label of the arm to stress.
       reference: label of the arm to be measured by.
+      draw: False for the words alone: each picture is blank, and taken to have something to show.
 
     Raises:
       ValueError: if a similarity matrix does not fit the setting's tasks.
     """
-    arms = best_first(setting)
-    yield _of_traffic(setting, arms, prefix, ours, reference)
-    yield _of_rounds(setting, arms, prefix, ours, reference)
-    yield _of_tasks(setting, arms, prefix, ours, reference)
-    yield _of_similarity(setting, arms, prefix, ours)
+    arms, drawn = best_first(setting), figures if draw else _Blank
+    yield _of_traffic(drawn, setting, arms, prefix, ours, reference)
+    yield _of_rounds(drawn, setting, arms, prefix, ours, reference)
+    yield _of_tasks(drawn, setting, arms, prefix, ours, reference)
+    yield _of_similarity(drawn, setting, arms, prefix, ours)
+
+
+class _Blank:
+    """What `figures` has, without drawing."""
+
+    traffic = curves = per_task = similarity = staticmethod(lambda *_, **__: Drawing(b"", 0, 0))
 
 
 def _picture(file: str, drawing: Drawing | None, alt: str, caption: Inline, lacking: str) -> Block:
@@ -38,12 +47,12 @@ def _picture(file: str, drawing: Drawing | None, alt: str, caption: Inline, lack
 
 
 def _of_traffic(
-    setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
+    drawn: Any, setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
 ) -> Block:
     summary = "; ".join(f"{arm['label']} {accuracy_words(arm)}" for arm in arms)
     return _picture(
         f"{prefix}_traffic",
-        figures.traffic(arms, ours=ours, reference=reference),
+        drawn.traffic(arms, ours=ours, reference=reference),
         f"Scatter plot for setting {setting['name']}: test accuracy over total traffic. {summary}.",
         [
             Bold("Accuracy against traffic."),
@@ -57,7 +66,7 @@ def _of_traffic(
 
 
 def _of_rounds(
-    setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
+    drawn: Any, setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
 ) -> Block:
     chance = number(setting.get("chance"))
     repeated = (
@@ -65,7 +74,7 @@ def _of_rounds(
     )
     return _picture(
         f"{prefix}_rounds",
-        figures.curves(arms, chance=chance, ours=ours, reference=reference),
+        drawn.curves(arms, chance=chance, ours=ours, reference=reference),
         f"A panel per arm of setting {setting['name']}: accuracy over rounds.",
         [
             Bold("Accuracy over rounds."),
@@ -82,12 +91,12 @@ def _of_rounds(
 
 
 def _of_tasks(
-    setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
+    drawn: Any, setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
 ) -> Block:
     measured = any(arm["label"] == reference and mean_accuracy(arm) is not None for arm in arms)
     return _picture(
         f"{prefix}_tasks",
-        figures.per_task(arms, _tasks(setting), ours=ours, reference=reference),
+        drawn.per_task(arms, _tasks(setting), ours=ours, reference=reference),
         f"Table in colours for setting {setting['name']}: accuracy of each arm (columns) on each "
         "task (rows).",
         [
@@ -103,7 +112,9 @@ def _of_tasks(
     )
 
 
-def _of_similarity(setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str) -> Block:
+def _of_similarity(
+    drawn: Any, setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str
+) -> Block:
     """The similarity that ours measured, or else the best arm that has one."""
     found = [arm for arm in arms if (arm.get("similarity") or {}).get("matrix")]
     if not found:
@@ -112,7 +123,7 @@ def _of_similarity(setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: s
     spaces = setting.get("label_spaces")
     return _picture(
         f"{prefix}_similarity",
-        figures.similarity(chosen["similarity"]["matrix"], _tasks(setting), spaces),
+        drawn.similarity(chosen["similarity"]["matrix"], _tasks(setting), spaces),
         f"Matrix of similarities between the tasks of setting {setting['name']}, measured by "
         f"{chosen['label']}, and the matrix of pairs that share a label space.",
         [

@@ -66,8 +66,7 @@ def write(comparison: Mapping[str, Any], folder: str | os.PathLike) -> list[Path
       ValueError: if a similarity matrix does not fit its setting's tasks.
     """
     folder = Path(folder)
-    title = str(comparison.get("title") or comparison.get("name") or "Comparison")
-    blocks = list(_document(comparison))
+    title, blocks = _title(comparison), list(_document(comparison))
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "report.html", folder / "report.md"]
     replace_file(files[0], to_html(title, blocks).encode())
@@ -79,12 +78,25 @@ def write(comparison: Mapping[str, Any], folder: str | os.PathLike) -> list[Path
     return files
 
 
+def markdown(comparison: Mapping[str, Any]) -> str:
+    """What `write` writes into report.md, without drawing the pictures, which takes long.
+
+    Args:
+      comparison: what comparison.json holds; each setting has something to show in every picture.
+    """
+    return to_markdown(_title(comparison), _document(comparison, draw=False))
+
+
+def _title(comparison: Mapping[str, Any]) -> str:
+    return str(comparison.get("title") or comparison.get("name") or "Comparison")
+
+
 def _taken(comparison: Mapping[str, Any]) -> str:
     seconds = comparison.get("run_seconds")
     return f"; the runs took {seconds / 60:.0f} minutes in sum" if seconds else ""
 
 
-def _document(comparison: Mapping[str, Any]) -> Iterator[Block]:
+def _document(comparison: Mapping[str, Any], *, draw: bool = True) -> Iterator[Block]:
     settings = comparison.get("settings") or []
     ours, reference = str(comparison.get("ours")), str(comparison.get("reference"))
     seeds = comparison.get("seeds") or []
@@ -105,7 +117,7 @@ def _document(comparison: Mapping[str, Any]) -> Iterator[Block]:
         yield Paragraph(["This setting’s table and pictures are made by:"])
         chosen = shlex.quote(f"--settings={setting['name']}")
         yield Listing(f"{comparison.get('command') or NONE} {chosen}")
-        yield from pictures(setting, prefix, ours, reference)
+        yield from pictures(setting, prefix, ours, reference, draw=draw)
         yield from similarity_table(arms)
     yield from significance(settings, ours)
     yield from tuning(comparison.get("tuning"))

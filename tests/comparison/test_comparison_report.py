@@ -346,6 +346,7 @@ def test_equal_input_gives_equal_files(tmp_path):
     assert [f.name for f in first] == [f.name for f in second]
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
+    assert report.markdown(comparison) == first[1].read_text(encoding="utf-8")
 
 
 HOSTILE = '<img src="http://x.test/a.png" onerror=alert(1)>|`*_$a$ & "b"\nc'
