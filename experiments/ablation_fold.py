@@ -22,6 +22,7 @@ from matu_jax.aggregation import direction_similarity
 from matu_jax.algorithms import ALGORITHMS, Algorithm, LocalRule, Message
 from matu_jax.algorithms.fed_lora_b import fed_lora_b
 from matu_jax.algorithms.means import keep_where_absent, weighted_mean, zeros
+from matu_jax.messages.traffic import Traffic
 from matu_jax.runs.commandline import run_file
 from matu_jax.trees import leaf_items
 
@@ -204,9 +205,8 @@ def dense(
         download=lambda state, slots: state.downloads,
         upload=upload,
         aggregate=aggregate,
-        sent=lambda state, uploads: uploads[1],
+        traffic=Traffic(lambda state, uploads: uploads[1], kept=lambda state: state.exact),
         local=fed_lora_b(config).local if b_only else LocalRule(),
-        kept=lambda state: state.exact,
         sends_change=True,
     )
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from matu_jax.algorithms import ALGORITHMS, Algorithm, LocalRule, Message
 from matu_jax.algorithms.means import keep_where_absent, weighted_mean
+from matu_jax.messages.traffic import Traffic
 from matu_jax.runs.commandline import run_file
 
 HERE = Path(__file__)
@@ -108,9 +109,8 @@ def of_products(config, *, folds):
         download=lambda state, slots: state.downloads,
         upload=upload,
         aggregate=aggregate,
-        sent=sent,
+        traffic=Traffic(sent, kept=lambda state: state.exact),
         local=LocalRule(),
-        kept=lambda state: state.exact,
         sends_change=True,
     )
 

@@ -43,7 +43,8 @@ from matu_jax.runs.processes import OPTIONS, join, keep_programs, use_cores
 from matu_jax.runs.progress import RoundProgress
 from matu_jax.runs.training import is_finished, train
 from matu_jax.runs.workdir import opened
-from matu_jax.simulation import hosts, rounds
+from matu_jax.simulation import hosts
+from matu_jax.simulation.attendance import StoppedError
 
 INTERRUPTED = "Interrupted. The same command with the same --workdir goes on."
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
             profile = "profile" in options
             train(config, source.file.stem, workdir, console, progress=progress, profile=profile)
 
-    mistakes = (UserError, rounds.StoppedError)
+    mistakes = (UserError, StoppedError)
     return run_program(work, interrupted=INTERRUPTED, mistakes=mistakes)
 
 

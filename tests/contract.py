@@ -157,10 +157,10 @@ def trained_heads_belong_to_tasks(name):
         expected = sum(WEIGHT[h] * rows[h] for h in holders) / sum(WEIGHT[h] for h in holders)
         np.testing.assert_allclose(download[slot], expected, rtol=1e-6)
     inner = build(dataclasses.replace(OPEN, algorithm=name))
-    plain = inner.sent(
+    plain = inner.traffic.sent(
         inner.init(BASE, slots_with()), inner.upload(vectors["shared"], slots_with())
     )
-    up, _ = with_heads(inner).sent(state, uploads)
+    up, _ = with_heads(inner).traffic.sent(state, uploads)
     held = np.array([2, 1, 2, 1])
     extra = 0 if name in HEADS_OF_THEIR_OWN else 32 * 6 * held
     np.testing.assert_array_equal(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from matu_jax.algorithms.contract import Algorithm, LocalRule, frame_bits
+from matu_jax.algorithms.contract import Algorithm, LocalRule
 from matu_jax.algorithms.emr_one_shot import emr_one_shot
 from matu_jax.algorithms.fed_lora_b import fed_lora_b
 from matu_jax.algorithms.fedavg import fedavg
@@ -18,7 +18,7 @@ from matu_jax.algorithms.per_task import per_task
 from matu_jax.algorithms.ties import ties
 from matu_jax.config import NO_DEFENCE, Config, DefenceConfig
 from matu_jax.errors import did_you_mean
-from matu_jax.messages.traffic import Message, message_bits
+from matu_jax.messages.traffic import Message, Traffic, frame_bits, message_bits
 
 ALGORITHMS: dict[str, Callable[[Config], Algorithm]] = {
     "emr_one_shot": emr_one_shot,
@@ -40,6 +40,7 @@ __all__ = [
     "Algorithm",
     "LocalRule",
     "Message",
+    "Traffic",
     "build",
     "frame_bits",
     "message_bits",

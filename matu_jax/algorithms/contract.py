@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from matu_jax.aggregation import Slots
 from matu_jax.config import DefenceConfig
-from matu_jax.messages.traffic import Message, slots_held
+from matu_jax.messages.traffic import Traffic
 from matu_jax.trees import PyTree
 
 
@@ -40,17 +39,13 @@ class _Parts(NamedTuple):
     download: Callable[[Any, Slots], PyTree]
     upload: Callable[[PyTree, Slots], Any]
     aggregate: Callable[[Any, Any, Slots], tuple[Any, dict[str, jax.Array]]]
-    sent: Callable[[Any, Any], tuple[Message, Message]]
+    traffic: Traffic
     local: LocalRule = LocalRule()
     shares_heads: bool = True
-    kept: Callable[[Any], PyTree] = lambda state: state
-    kept_per_client: bool = False
     evaluated: Callable[[Any, Slots], PyTree] | None = None
-    one_shot: bool = False
     sends_change: bool = False
     defence: DefenceConfig | None = None
-    frame_bytes: Callable[[int], tuple[int, int]] | None = None
-    shared_over: Callable[[Mesh], "Algorithm"] | None = None
+    sharded_over: Callable[[Mesh], "Algorithm"] | None = None
 
 
 class Algorithm(_Parts):
@@ -67,24 +62,16 @@ class Algorithm(_Parts):
       aggregate: `(state, uploads, slots) -> (state, metrics)`, the server's side. Metrics is a dict
         of arrays; "similarity" `[tasks, tasks]` where the algorithm measures one; "accepted" bool
         `[slots]` where it refuses uploads by itself.
-      sent: `(state, uploads) -> (uplink, downlink)`: the parts of uploads and state that cross the
-        network, as `Message`s, from which traffic is counted.
+      traffic: what of uploads and state crosses the network, and what the server keeps.
       local: how slots train.
       shares_heads: whether trained heads are averaged among the holders of a task.
-      kept: `state -> tree`: the part of the state that a real server has to keep between rounds,
-        once it has handed out what it made: neither what clients keep for themselves nor downloads
-        that have been delivered.
-      kept_per_client: whether that part grows with the number of clients.
       evaluated: `(state, slots) -> vectors [slots, ...]`, what is evaluated; None = `download`.
-      one_shot: whether messages cross the network once, after the last round.
       sends_change: whether upload is given what the round has changed, vectors less downloads,
         instead of the vectors.
       defence: the rules by which its means are defended against clients that lie; None where it has
         no defences.
-      frame_bytes: `k -> (uplink, downlink)`, bytes that the messages of a client with k tasks hold
-        besides what `sent` says: headers, task ids, checksums; None where they have no format.
-      shared_over: makes the same algorithm with the parameters of the server's arithmetic, and of
-        folding, shared out over the devices of a mesh, whose base, vectors and state have flat
+      sharded_over: makes the same algorithm with the parameters of the server's arithmetic, and of
+        folding, sharded over the devices of a mesh, whose base, vectors and state have flat
         leaves (`[n]`, `[rows, n]`); None where it runs on one device, or needs the leaves' shapes.
         `_replace` leaves it out unless it is given anew: what it makes knows nothing of the change.
     """
@@ -93,16 +80,6 @@ class Algorithm(_Parts):
 
     def _replace(self, **fields: Any) -> "Algorithm":
         """The algorithm with other fields; every one of them runs, on however many devices."""
-        return super()._replace(**({"shared_over": None} | fields))
+        return super()._replace(**({"sharded_over": None} | fields))
 
     __replace__ = _replace  # of `copy.replace`, from Python 3.13 on
-
-
-def frame_bits(algorithm: Algorithm, slots: Slots) -> np.ndarray:
-    """Bits of headers, task ids and checksums, up and down: int64 `[2, clients]`.
-
-    0 for clients that are absent, and where there is no format.
-    """
-    count = algorithm.frame_bytes or (lambda k: (0, 0))
-    held = slots_held(slots).tolist()
-    return np.array([[8 * size for size in (count(k) if k else (0, 0))] for k in held], np.int64).T

@@ -23,7 +23,7 @@ from matu_jax.aggregation import modulate, unify
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import keep_where_absent, weighted_mean, zeros
 from matu_jax.config import Config
-from matu_jax.messages.traffic import Message
+from matu_jax.messages.traffic import Message, Traffic
 
 
 def emr_one_shot(config: Config) -> Algorithm:
@@ -56,9 +56,7 @@ def emr_one_shot(config: Config) -> Algorithm:
         download=lambda state, slots: state[0],
         upload=lambda vectors, slots: vectors,
         aggregate=aggregate,
-        sent=sent,
+        traffic=Traffic(sent, one_shot=True, kept=lambda state: ()),
         shares_heads=False,
-        kept=lambda state: (),
         evaluated=evaluated,
-        one_shot=True,
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import mean_of_clients, mean_over_clients, zeros
 from matu_jax.config import Config
-from matu_jax.messages.traffic import Message
+from matu_jax.messages.traffic import Message, Traffic
 
 
 def fedavg(config: Config) -> Algorithm:
@@ -28,6 +28,6 @@ def fedavg(config: Config) -> Algorithm:
             mean_over_clients(uploads, slots, state, config.defence),
             {},
         ),
-        sent=lambda state, uploads: (Message(per_client=uploads), Message(per_client=uploads)),
+        traffic=Traffic(lambda state, uploads: (Message(uploads), Message(uploads))),
         defence=config.defence,
     )

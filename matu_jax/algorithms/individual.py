@@ -3,7 +3,7 @@
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import keep_where_absent, zeros
 from matu_jax.config import Config
-from matu_jax.messages.traffic import Message
+from matu_jax.messages.traffic import Message, Traffic
 
 
 def individual(config: Config) -> Algorithm:
@@ -17,7 +17,6 @@ def individual(config: Config) -> Algorithm:
             keep_where_absent(uploads, state, slots.weight > 0),
             {},
         ),
-        sent=lambda state, uploads: (Message(), Message()),
+        traffic=Traffic(lambda state, uploads: (Message(), Message()), kept=lambda state: ()),
         shares_heads=False,
-        kept=lambda state: (),
     )

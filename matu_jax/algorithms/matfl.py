@@ -24,7 +24,7 @@ from matu_jax.aggregation.fold import clip_to
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import headroom, keep_where_absent, zeros
 from matu_jax.config import Config
-from matu_jax.messages.traffic import Message
+from matu_jax.messages.traffic import Message, Traffic
 
 
 def linked(cosine: jax.Array, present: jax.Array, threshold: float) -> jax.Array:
@@ -91,7 +91,9 @@ def matfl(config: Config) -> Algorithm:
         download=lambda state, slots: state,
         upload=lambda vectors, slots: vectors,
         aggregate=aggregate,
-        sent=lambda state, uploads: (Message(per_slot=uploads), Message(per_slot=uploads)),
+        traffic=Traffic(
+            lambda state, uploads: (Message(per_slot=uploads), Message(per_slot=uploads)),
+            kept_per_client=True,
+        ),
         shares_heads=False,
-        kept_per_client=True,
     )

@@ -21,7 +21,7 @@ from matu_jax.algorithms.means import zeros
 from matu_jax.config import NO_DEFENCE, Config, DefenceConfig, MatuConfig
 from matu_jax.messages.layout import overhead_bytes
 from matu_jax.messages.quantisation import restored, rounded
-from matu_jax.messages.traffic import Message
+from matu_jax.messages.traffic import Message, Traffic
 from matu_jax.trees import PyTree
 
 
@@ -49,7 +49,7 @@ def aggregation_config(
 
 
 def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
-    """MaTU with the choices of `config.matu`, on one device or with parameters shared out."""
+    """MaTU with the choices of `config.matu`, on one device or with sharded parameters."""
     precision, changes = config.matu.precision, config.matu.uploads == "change"
     folds_down = config.matu.downloads == "unified"
     if not folds_down and not changes:
@@ -123,10 +123,8 @@ def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
         download=download,
         upload=upload,
         aggregate=server,
-        sent=sent,
-        kept=lambda state: state.server,
+        traffic=Traffic(sent, frame_bytes, kept=lambda state: state.server),
         sends_change=changes,
         defence=config.defence,
-        frame_bytes=frame_bytes,
-        shared_over=functools.partial(matu, config),
+        sharded_over=functools.partial(matu, config),
     )

@@ -14,7 +14,7 @@ from matu_jax.algorithms.means import (
     zeros,
 )
 from matu_jax.config import NO_DEFENCE, DefenceConfig
-from matu_jax.messages.traffic import Message
+from matu_jax.messages.traffic import Message, Traffic
 from matu_jax.trees import PyTree, leaf_items
 
 Cut = Callable[[PyTree, int], PyTree]
@@ -97,9 +97,11 @@ def partly_shared(cut: Cut, defence: DefenceConfig) -> Algorithm:
         download=download,
         upload=upload,
         aggregate=aggregate,
-        sent=lambda state, uploads: (Message(uploads[0]), Message(uploads[0])),
+        traffic=Traffic(
+            lambda state, uploads: (Message(uploads[0]), Message(uploads[0])),
+            kept=lambda state: state[0],
+        ),
         shares_heads=False,
-        kept=lambda state: state[0],
         defence=defence,
     )
 
@@ -137,7 +139,7 @@ def with_heads(inner: Algorithm) -> Algorithm:
         return (shared, keep_where_absent(head, before, slots.weight > 0)), metrics
 
     def sent(state, uploads):
-        up, down = inner.sent(state[0], uploads[0])
+        up, down = inner.traffic.sent(state[0], uploads[0])
         if not inner.shares_heads:
             return up, down
         return (
@@ -150,7 +152,7 @@ def with_heads(inner: Algorithm) -> Algorithm:
         return download(state, slots) | {"shared": shared}
 
     def kept(state):
-        return inner.kept(state[0]), state[1] if inner.shares_heads else None
+        return inner.traffic.kept(state[0]), state[1] if inner.shares_heads else None
 
     def trains(vector, progress):
         local, factor = inner.local, 1.0
@@ -161,16 +163,15 @@ def with_heads(inner: Algorithm) -> Algorithm:
             factor = local.head_trains(progress)
         return {"shared": shared, "head": jax.tree.map(lambda _: factor, vector["head"])}
 
-    share = inner.shared_over
+    shard = inner.sharded_over
     return inner._replace(
-        shared_over=(lambda mesh: with_heads(share(mesh))) if share else None,
+        sharded_over=(lambda mesh: with_heads(shard(mesh))) if shard else None,
         init=init,
         download=download,
         upload=upload,
         aggregate=aggregate,
-        sent=sent,
+        traffic=inner.traffic._replace(sent=sent, kept=kept),
         evaluated=evaluated,
-        kept=kept,
         local=inner.local._replace(
             trains=trains if inner.local.trains or inner.local.head_trains else None
         ),

@@ -9,7 +9,7 @@ import jax
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import defended_mean, zeros
 from matu_jax.config import Config
-from matu_jax.messages.traffic import Message
+from matu_jax.messages.traffic import Message, Traffic
 
 
 def per_task(config: Config) -> Algorithm:
@@ -27,6 +27,8 @@ def per_task(config: Config) -> Algorithm:
         download=download,
         upload=lambda vectors, slots: vectors,
         aggregate=aggregate,
-        sent=lambda state, uploads: (Message(per_slot=uploads), Message(per_slot=uploads)),
+        traffic=Traffic(
+            lambda state, uploads: (Message(per_slot=uploads), Message(per_slot=uploads)),
+        ),
         defence=config.defence,
     )

@@ -24,7 +24,7 @@ from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.fedavg import fedavg
 from matu_jax.algorithms.means import headroom
 from matu_jax.config import Config
-from matu_jax.messages.traffic import Message
+from matu_jax.messages.traffic import Message, Traffic
 
 
 def ties(config: Config) -> Algorithm:
@@ -61,5 +61,5 @@ def ties(config: Config) -> Algorithm:
         defence=None,
         upload=lambda vectors, slots: vectors,
         aggregate=aggregate,
-        sent=lambda state, uploads: (Message(per_slot=uploads), Message(per_client=uploads)),
+        traffic=Traffic(lambda state, uploads: (Message(per_slot=uploads), Message(uploads))),
     )

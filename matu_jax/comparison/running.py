@@ -22,7 +22,7 @@ from matu_jax.runs.progress import RoundProgress, draws_bars
 from matu_jax.runs.provenance import machine, versions
 from matu_jax.runs.training import train
 from matu_jax.runs.workdir import disk_errors, opened
-from matu_jax.simulation.rounds import StoppedError
+from matu_jax.simulation.attendance import StoppedError
 
 
 class Runner:

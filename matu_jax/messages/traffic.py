@@ -1,6 +1,7 @@
 """What crosses the network in a round, and its bits."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +25,28 @@ class Message(NamedTuple):
     per_shared_slot: PyTree = None
 
 
+class Traffic(NamedTuple):
+    """What of an algorithm crosses the network, and what its server keeps in between.
+
+    Attributes:
+      sent: `(state, uploads) -> (uplink, downlink)`: the parts of uploads and state that cross the
+        network, as `Message`s, whose bits are counted.
+      frame_bytes: `k -> (uplink, downlink)`, bytes that the messages of a client with k tasks hold
+        besides what `sent` says: headers, task ids, checksums; None where they have no format.
+      one_shot: whether messages cross the network once, after the last round.
+      kept: `state -> tree`: the part of the state that a real server has to keep between rounds,
+        once it has handed out what it made: neither what clients keep for themselves nor downloads
+        that have been delivered.
+      kept_per_client: whether that part grows with the number of clients.
+    """
+
+    sent: Callable[[Any, Any], tuple[Message, Message]]
+    frame_bytes: Callable[[int], tuple[int, int]] | None = None
+    one_shot: bool = False
+    kept: Callable[[Any], PyTree] = lambda state: state
+    kept_per_client: bool = False
+
+
 def message_bits(message: Message, slots: Slots) -> np.ndarray:
     """Bits that each client sends or receives: int64 `[clients]`; 0 for those absent.
 
@@ -35,7 +58,7 @@ def message_bits(message: Message, slots: Slots) -> np.ndarray:
         leaves = jax.tree.leaves(tree)
         return sum(8 * leaf.size * leaf.dtype.itemsize // leaf.shape[0] for leaf in leaves)
 
-    held = slots_held(slots)
+    held = _slots_held(slots)
     return (
         (held > 0) * row_bits(message.per_client)
         + held * row_bits(message.per_slot)
@@ -43,7 +66,17 @@ def message_bits(message: Message, slots: Slots) -> np.ndarray:
     ).astype(np.int64)
 
 
-def slots_held(slots: Slots) -> np.ndarray:
+def frame_bits(traffic: Traffic, slots: Slots) -> np.ndarray:
+    """Bits of headers, task ids and checksums, up and down: int64 `[2, clients]`.
+
+    0 for clients that are absent, and where there is no format.
+    """
+    count = traffic.frame_bytes or (lambda k: (0, 0))
+    held = _slots_held(slots).tolist()
+    return np.array([[8 * size for size in (count(k) if k else (0, 0))] for k in held], np.int64).T
+
+
+def _slots_held(slots: Slots) -> np.ndarray:
     """How many slots of each client are present: int64 `[clients]`."""
     present = np.asarray(slots.weight) > 0
     return np.bincount(np.asarray(slots.client)[present], minlength=slots.num_clients)

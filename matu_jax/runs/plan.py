@@ -71,7 +71,7 @@ def print_plan(config, algorithm, model, federation, mesh, workdir, console) -> 
     state = jax.eval_shape(algorithm.init, model.base, slots)
     stacked = jax.eval_shape(algorithm.download, state, slots)
     uplink, downlink = jax.eval_shape(
-        algorithm.sent, state, jax.eval_shape(algorithm.upload, stacked, slots)
+        algorithm.traffic.sent, state, jax.eval_shape(algorithm.upload, stacked, slots)
     )
     memory = predicted_bytes(config, model, algorithm, federation, mesh)
     trained = sum(leaf.size for leaf in jax.tree.leaves(model.base))

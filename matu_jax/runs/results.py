@@ -3,14 +3,20 @@
 import collections
 import dataclasses
 import datetime
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from matu_jax.config import Config
 from matu_jax.errors import UserError
+from matu_jax.json_files import write_json
+from matu_jax.messages.traffic import Traffic
+from matu_jax.runs import figures
 from matu_jax.runs.log import SELECTION, selected
 from matu_jax.runs.provenance import commit, machine, versions
+from matu_jax.runs.recorder import Recorder
 from matu_jax.scenarios import attacks, privacy
 from matu_jax.simulation.federation import Federation, fingerprints
 from matu_jax.simulation.relatedness import related, relatedness_auc
@@ -37,17 +43,36 @@ _FRAMES = (
 )
 
 
-def run_results(
-    config, algorithm, federation, target, log, similarity_sum
-) -> tuple[dict, np.ndarray]:
-    """The summary of a run, and the mean of its similarities."""
+def write_results(
+    workdir: Path,
+    name: str,
+    config: Config,
+    traffic: Traffic,
+    federation: Federation,
+    target: Any,
+    recorder: Recorder,
+) -> dict[str, Any]:
+    """Writes a finished run's pictures and its summary, and returns the latter.
+
+    Args:
+      workdir: where they go.
+      name: of the experiment, for titles.
+      config: the experiment.
+      traffic: the algorithm's.
+      federation: who held what.
+      target: shapes of the algorithm's state.
+      recorder: what the rounds have left.
+
+    Raises:
+      UserError: if records are missing.
+    """
     try:
-        records = log.first(config.rounds)
+        records = recorder.log.first(config.rounds)
     except ValueError as error:  # of another program, while this one ran
         raise UserError(f"{error}. The same command says how to go on.") from None
-    similarity = similarity_sum / max(sum(r["aggregated"] for r in records), 1)
+    similarity = recorder.similarity_sum / max(sum(r["aggregated"] for r in records), 1)
     summary = _summary(config, federation, records, similarity)
-    summary["metrics"] = log.fingerprint  # so that results are read beside no other records
+    summary["metrics"] = recorder.log.fingerprint  # so that results are read beside no others
     summary["config"] = dataclasses.asdict(config)
     summary["chance"] = {task.name: 1 / task.num_classes for task in federation.tasks}
     summary["label_spaces"] = [task.label_space for task in federation.tasks]
@@ -55,12 +80,24 @@ def run_results(
         summary["privacy"] = _privacy(config, records)
     if config.attack.kind != "none":
         summary["liars"] = _liars(config, federation)
-    kept = jax.eval_shape(algorithm.kept, target)
+    kept = jax.eval_shape(traffic.kept, target)
     summary["server"] = {
         "kept_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)),
-        "kept_per_client": algorithm.kept_per_client,
+        "kept_per_client": traffic.kept_per_client,
     }
-    return summary, similarity
+    title = f"{name}: {config.algorithm}"
+    chance = summary["chance"]
+    figures.plot_accuracy(records, workdir / "accuracy.png", title=title, chance=chance)
+    if summary["similarity"]:
+        figures.plot_similarity(
+            similarity,
+            [task.name for task in federation.tasks],
+            summary["label_spaces"],
+            workdir / "similarity.png",
+            title=f"{title}, mean over rounds",
+        )
+    write_json(workdir / "summary.json", summary)
+    return summary
 
 
 def _privacy(config: Config, records: list[dict]) -> dict:
@@ -95,7 +132,9 @@ def _liars(config: Config, federation: Federation) -> dict:
     }
 
 
-def _summary(config, federation, records, similarity) -> dict:
+def _summary(
+    config: Config, federation: Federation, records: list[dict[str, Any]], similarity: np.ndarray
+) -> dict[str, Any]:
     measured = [r for r in records if r["accuracy"] is not None]
     best = selected(records)
     if best is None:

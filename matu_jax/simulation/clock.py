@@ -34,3 +34,6 @@ class Clock:
             "/jax/core/compile/backend_compile_duration",
         ):
             Clock._compiling += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(Clock.listen)

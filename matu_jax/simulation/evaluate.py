@@ -269,15 +269,67 @@ def count_slot(
     nothing = jax.tree.map(np.zeros_like, params)  # to which the whole parameters are added
     shared: tuple[Any, ...] = placed((nothing, model.frozen), mesh, WHOLE)
     vectors = placed(jax.tree.map(lambda x: np.asarray(x)[None], params), mesh, ROWS)
-    number, num_classes = np.array([task], np.int32), np.array([classes], np.int32)
-    counts = np.zeros(3, np.int64)
-    loaded = prefetched(whole.load, 0, len(whole.pieces))
-    for piece, examples in zip(whole.pieces, loaded, strict=True):
-        placed_examples = on_each(examples, mesh)
-        local = placed(piece.local, mesh, ROWS)
-        found = program((*shared, *placed_examples), vectors, local, number, num_classes)
-        counts += np.asarray(found)[0]
+    (counts,) = _counts(
+        program, shared, whole, lambda _: vectors, np.array([task]), np.array([classes]), mesh
+    )
     return Counts(*counts.tolist())
+
+
+def _counts(
+    program: Callable[..., jax.Array],
+    parameters: tuple[Any, ...],
+    whole: EvaluationSet,
+    vectors_of: Callable[[np.ndarray], PyTree],
+    task: np.ndarray,
+    num_classes: np.ndarray,
+    mesh: Mesh,
+    *,
+    resident: tuple[jax.Array, jax.Array] | None = None,
+) -> np.ndarray:
+    """Counts what `evaluation` counts of every slot, over all pieces of a split.
+
+    Args:
+      program: from `evaluation`, jitted.
+      parameters: (base, frozen), placed on all devices.
+      whole: the split.
+      vectors_of: `slots -> vectors`, leaves `[slots, ...]`, in `ROWS`.
+      task: int `[slots]`, the task of each slot.
+      num_classes: int `[slots]`, how many that task has.
+      mesh: the devices.
+      resident: the examples of a split of one piece, where they are on the devices already.
+
+    Returns:
+      int64 `[slots, counts]`.
+    """
+    found: list[tuple[Piece, np.ndarray]] = []
+
+    def collect(piece: Piece, counted: jax.Array) -> None:
+        found.append((piece, np.asarray(collected(counted, mesh))))
+
+    loaded = iter([resident]) if resident else prefetched(whole.load, 0, len(whole.pieces))
+    waiting: tuple[Piece, jax.Array] | None = None
+    group, vectors = None, None
+    for piece, examples in zip(whole.pieces, loaded, strict=True):
+        there = examples if resident else on_each(examples, mesh)
+        if waiting:  # the piece before: two are there at most
+            collect(*waiting)
+        if piece.slots is not group:  # the pieces of one group of slots share its array
+            group, vectors = piece.slots, None  # the group before makes room first
+            vectors = vectors_of(piece.slots)
+        counted = program(
+            (*parameters, *there),
+            vectors,
+            placed(piece.local, mesh, ROWS),
+            task[piece.slots].astype(np.int32),
+            num_classes[piece.slots].astype(np.int32),
+        )
+        waiting = piece, counted
+    if waiting:
+        collect(*waiting)
+    counts = np.zeros((len(task), found[0][1].shape[1]), np.int64)
+    for piece, counted in found:
+        counts[piece.slots[: piece.rows]] += counted[: piece.rows]
+    return counts
 
 
 def per_task(per_slot: np.ndarray, task: np.ndarray, num_tasks: int) -> np.ndarray:
@@ -332,34 +384,16 @@ def measuring(
     def measure(vectors_of: Callable[[np.ndarray], PyTree]) -> dict[str, Any]:
         accuracy: dict[str, Any] = {}
         for split, whole in sets.items():
-            counts = np.zeros((len(slots.task), 2), np.int64)
-            loaded = (
-                iter([resident[split]])
-                if split in resident
-                else prefetched(whole.load, 0, len(whole.pieces))
+            counts = _counts(
+                program,
+                parameters,
+                whole,
+                vectors_of,
+                slots.task,
+                num_classes,
+                mesh,
+                resident=resident.get(split),
             )
-            waiting: list[tuple[Any, jax.Array]] = []
-            group, vectors = None, None
-            for piece, examples in zip(whole.pieces, loaded, strict=True):
-                if split not in resident:
-                    examples = on_each(examples, mesh)
-                for before, counted in waiting:  # of the piece before: two are there at most
-                    counted = np.asarray(collected(counted, mesh))
-                    counts[before.slots[: before.rows]] += counted[: before.rows]
-                if piece.slots is not group:  # the pieces of one group of slots share its array
-                    group, vectors = piece.slots, None  # the group before makes room first
-                    vectors = vectors_of(piece.slots)
-                counted = program(
-                    (*parameters, *examples),
-                    vectors,
-                    placed(piece.local, mesh, ROWS),
-                    slots.task[piece.slots].astype(np.int32),
-                    num_classes[piece.slots],
-                )
-                waiting = [(piece, counted)]
-            for before, counted in waiting:
-                counted = np.asarray(collected(counted, mesh))
-                counts[before.slots[: before.rows]] += counted[: before.rows]
             per_slot = counts[:, 0] / counts[:, 1]
             by_task = per_task(per_slot, slots.task, len(tasks))
             accuracy[f"{split}_mean"] = float(np.nanmean(by_task))

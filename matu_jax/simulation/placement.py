@@ -16,7 +16,10 @@ AXIS = "slots"
 
 
 ROWS, WHOLE = PartitionSpec(AXIS), PartitionSpec()
-"""How arrays lie on the devices: `[slots, ...]` shared out among them, or whole on each."""
+"""How arrays lie on the devices: `[slots, ...]` sharded by slot, or whole on each."""
+SHARDED_FROM = 1 << 20
+"""Trained parameters from which the server's arithmetic is sharded over all devices; with fewer,
+it is too little to be worth a program for several."""
 
 
 def slot_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -54,7 +57,7 @@ def rows_by_process(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
 
     Args:
       mesh: from `slot_mesh`.
-      rows: a multiple of the devices, over which they are shared out in order.
+      rows: a multiple of the devices, over which they are sharded in order.
     """
     process = np.array([device.process_index for device in mesh.devices.flat])
     by_device = np.arange(rows).reshape(mesh.size, -1)
@@ -108,15 +111,15 @@ def _joined(local: PyTree, mesh: Mesh, spec: PartitionSpec, times: int, parts: i
     return jax.tree.map(whole, local)
 
 
-def server_mesh(mesh: Mesh, shared: bool) -> Mesh:
+def server_mesh(mesh: Mesh, sharded: bool) -> Mesh:
     """The devices of the server's arithmetic.
 
     Args:
       mesh: from `slot_mesh`.
-      shared: whether all devices, of all processes, share its parameters out; else each process
-        computes the whole on its first device.
+      sharded: whether its parameters are sharded over all devices, of all processes; else each
+        process computes the whole on its first device.
     """
-    return Mesh(mesh.devices if shared else np.array(own_devices(mesh)[:1]), (AXIS,))
+    return Mesh(mesh.devices if sharded else np.array(own_devices(mesh)[:1]), (AXIS,))
 
 
 def server_shardings(tree: PyTree, server: Mesh) -> PyTree:
@@ -231,20 +234,15 @@ def padded_rows(rows: np.ndarray, multiple: int) -> np.ndarray:
     return np.pad(rows, (0, -len(rows) % multiple), mode="edge")
 
 
-SHARDED_FROM = 1 << 20
-"""Trained parameters from which the server's arithmetic is shared out over all devices; with fewer,
-it is too little to be worth a program for several."""
-
-
 def shards_server(model: Model, algorithm: Algorithm, mesh: Mesh) -> bool:
-    """Whether all devices share the parameters of the server's arithmetic out.
+    """Whether the parameters of the server's arithmetic are sharded over all devices.
 
     Not where most of them would not be: in leaves that the devices do not divide.
     """
     sizes = [leaf.size for leaf in jax.tree.leaves(model.base)]
     parted = sum(size for size in sizes if size % (8 * mesh.size) == 0)  # masks have eight a byte
     return (
-        algorithm.shared_over is not None
+        algorithm.sharded_over is not None
         and mesh.size > 1
         and sum(sizes) >= SHARDED_FROM
         and parted >= 0.9 * sum(sizes)

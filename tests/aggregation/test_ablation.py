@@ -74,7 +74,7 @@ def bits(algorithm):
     state, uploads = rounds_of(algorithm, 1)
     return [
         algorithms.message_bits(message, SLOTS).tolist()
-        for message in algorithm.sent(state, uploads)
+        for message in algorithm.traffic.sent(state, uploads)
     ]
 
 
@@ -305,7 +305,7 @@ def test_products_are_averaged_and_handed_out_as_the_nearest_factors(variants, n
             np.testing.assert_allclose(found + first, nearest, atol=1e-3)
     up, down = (
         algorithms.message_bits(m, SLOTS)
-        for m in algorithm.sent(state, algorithm.upload(tree(0, 6), SLOTS))
+        for m in algorithm.traffic.sent(state, algorithm.upload(tree(0, 6), SLOTS))
     )
     numbers = 6 * 5 * 4
     masks = 2 * 6 * 8 * -(-20 // 8) + 2 * 32

@@ -594,7 +594,7 @@ def test_the_algorithm_is_the_aggregator(transfer):
         _same(algorithm.download(own, slots), matu.modulate(result.downloads, slots))
         assert jax.tree.map(lambda x: (x.shape, x.dtype), own) == shapes
     # What a server keeps are the task vectors and the evidence, whatever the number of clients.
-    _same(algorithm.kept(own), state)
+    _same(algorithm.traffic.kept(own), state)
 
 
 def _matu_config(transfer):

@@ -403,6 +403,6 @@ def test_an_algorithm_defends_itself_or_says_that_it_cannot(name):
         algorithm = build(config)
         state = algorithm.init(base, SLOTS)
         state, _ = algorithm.aggregate(state, algorithm.upload(vectors, SLOTS), SLOTS)
-        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(algorithm.kept(state))])
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(algorithm.traffic.kept(state))])
 
     assert not np.allclose(after(plain), after(defended))

@@ -62,8 +62,8 @@ def test_what_a_server_keeps():
     for name, size in kept.items():
         algorithm = build(dataclasses.replace(OPEN, algorithm=name))
         state = algorithm.init(BASE, slots_with())
-        assert sum(x.size for x in jax.tree.leaves(algorithm.kept(state))) == size, name
-        assert algorithm.kept_per_client == (name == "matfl")
+        assert sum(x.size for x in jax.tree.leaves(algorithm.traffic.kept(state))) == size, name
+        assert algorithm.traffic.kept_per_client == (name == "matfl")
 
 
 def weighted(vectors, rows):
@@ -130,7 +130,7 @@ def traffic(name, weight=WEIGHT):
     algorithm = build(dataclasses.replace(OPEN, algorithm=name))
     slots = slots_with(weight)
     state = algorithm.init(BASE, slots)
-    uplink, downlink = algorithm.sent(state, algorithm.upload(vectors_from(0), slots))
+    uplink, downlink = algorithm.traffic.sent(state, algorithm.upload(vectors_from(0), slots))
     return message_bits(uplink, slots), message_bits(downlink, slots)
 
 
@@ -182,13 +182,13 @@ def test_task_vectors_down_are_the_servers_own(precision, bits):
         off = np.abs(np.asarray(x - y)).reshape(len(x), -1).max(axis=1)
         assert (off <= (half + 1e-6) * largest).all()
     uploads = apart.upload(vectors, slots)
-    sent = [message_bits(message, slots) for message in apart.sent(states[1], uploads)]
+    sent = [message_bits(message, slots) for message in apart.traffic.sent(states[1], uploads)]
     leaves = len(jax.tree.leaves(BASE))
     scales = 32 * leaves if precision == "int8" else 0  # each leaf is less than a block
     np.testing.assert_array_equal(sent[1], np.array([2, 1, 2, 1]) * (PARAMETERS * bits + scales))
-    before = [message_bits(message, slots) for message in folded.sent(states[0], uploads)]
+    before = [message_bits(message, slots) for message in folded.traffic.sent(states[0], uploads)]
     np.testing.assert_array_equal(sent[0], before[0])
-    kept = jax.tree.leaves(apart.kept(states[1]))
+    kept = jax.tree.leaves(apart.traffic.kept(states[1]))
     assert sum(x.size for x in kept) == 3 * PARAMETERS + 2 * 9  # task vectors and the evidence
 
 
@@ -229,7 +229,7 @@ def test_fewer_bits_cross_the_network_and_little_is_lost(precision, bits):
     for algorithm in (exact, coarse):
         state = algorithm.init(BASE, slots)
         uploads = algorithm.upload(vectors, slots)
-        sent = [message_bits(message, slots) for message in algorithm.sent(state, uploads)]
+        sent = [message_bits(message, slots) for message in algorithm.traffic.sent(state, uploads)]
         found.append((sent, one_round(algorithm, state, vectors, slots)[2]))
     leaves = len(jax.tree.leaves(BASE))
     extra = 32 * leaves if precision == "int8" else 0  # each leaf is less than a block

@@ -219,7 +219,7 @@ def test_the_last_blocks_and_what_follows_them_stay_with_their_slot(name, case):
         compare(evaluated, wanted)
     base = nested({path: jnp.ones(shape) for path, shape in shapes.items()})
     state = algorithm.init(base, slots_with(WEIGHT))
-    kept = sum(x.size for x in jax.tree.leaves(algorithm.kept(state)))
+    kept = sum(x.size for x in jax.tree.leaves(algorithm.traffic.kept(state)))
     assert kept == sum(mask.sum() for mask in shared.values())
 
 
@@ -436,7 +436,7 @@ def emr_of(vectors):
 @pytest.mark.parametrize("shapes", [UNSTACKED, STACKED], ids=["unstacked", "stacked"])
 def test_emr_one_shot_trains_alone_and_merges_who_has_trained(shapes):
     algorithm, changes = configured("emr_one_shot"), changes_for(shapes, seed=5)
-    assert algorithm.one_shot
+    assert algorithm.traffic.one_shot
     own, examples = [zero(shapes) for _ in range(SLOTS)], [0.0] * SLOTS
     for number, (download, evaluated) in enumerate(played(algorithm, shapes, changes)):
         for s in np.flatnonzero(ROUNDS[number]):

@@ -339,7 +339,9 @@ def test_bits_are_those_that_a_run_reports(federation, model, precision, downloa
         init=init,
         download=lambda state, slots: algorithm.download(state[0], slots),
         aggregate=aggregate,
-        sent=lambda state, uploads: algorithm.sent(state[0], uploads),
+        traffic=algorithm.traffic._replace(
+            sent=lambda state, uploads: algorithm.traffic.sent(state[0], uploads)
+        ),
     )
     state = algorithm.init(model.base, held.slots)
     for result in rounds.run(config, recording, model, held, mesh=one_device()):
@@ -349,8 +351,8 @@ def test_bits_are_those_that_a_run_reports(federation, model, precision, downloa
             down = encoded(state.downloads, held.slots, "download", range(3), precision)
         else:
             down = one_for_each_task(algorithm, state, model.base, held.slots, precision)
-        frames = algorithms.frame_bits(algorithm, held.slots)
-        sent = jax.eval_shape(algorithm.sent, result.state[0], result.state[1])
+        frames = algorithms.frame_bits(algorithm.traffic, held.slots)
+        sent = jax.eval_shape(algorithm.traffic.sent, result.state[0], result.state[1])
         for messages, message, frame in zip((up, down), sent, frames, strict=True):
             payload = algorithms.message_bits(message, held.slots)
             for client, data in messages.items():

@@ -21,7 +21,7 @@ from matu_jax.config import (
     PrivacyConfig,
 )
 from matu_jax.scenarios import attacks, failures, privacy
-from matu_jax.simulation import rounds
+from matu_jax.simulation.attendance import StoppedError
 from matu_jax.simulation.federation import federate
 
 ONE = dataclasses.replace(
@@ -136,7 +136,7 @@ def test_a_task_without_quorum_keeps_its_vector(federation, model):
 def test_a_run_stops_where_training_fails_in_too_many_slots(federation, model):
     local = LocalConfig(steps=2, batch_examples=4, optimizer="sgd", learning_rate=1e30)
     config = dataclasses.replace(ONE, rounds=3, local=local)
-    with pytest.raises(rounds.StoppedError, match="round 1: training failed in 6 of 6 slots"):
+    with pytest.raises(StoppedError, match="round 1: training failed in 6 of 6 slots"):
         list(run(config, federation, model))
     config = dataclasses.replace(config, rounds=1, failures=FailureConfig(max_nonfinite_share=1.0))
     (result,) = run(config, federation, model)

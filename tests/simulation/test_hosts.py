@@ -17,7 +17,7 @@ import tiny
 from test_train import EXPERIMENT, mistake
 
 from matu_jax import algorithms, models, train
-from matu_jax.runs import training
+from matu_jax.runs import recorder
 from matu_jax.runs.checkpoints import Checkpoints
 from matu_jax.simulation.federation import federate
 from matu_jax.simulation.placement import SHARDED_FROM
@@ -95,14 +95,14 @@ def whole(experiment, tmp_path_factory):
 @pytest.fixture
 def begun(experiment, tmp_path, monkeypatch):
     """A run of one process that was stopped after its second round."""
-    append = training.MetricsLog.append
+    append = recorder.MetricsLog.append
 
     def append_and_stop(self, record):
         append(self, record)
         if record["round"] == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(training.MetricsLog, "append", append_and_stop)
+    monkeypatch.setattr(recorder.MetricsLog, "append", append_and_stop)
     assert train.main(["train", experiment, f"--workdir={tmp_path / 'run'}"]) == 143
     monkeypatch.undo()
     return tmp_path / "run"

@@ -19,6 +19,7 @@ from matu_jax.simulation import batches, evaluate, placement, rounds
 from matu_jax.simulation import memory as memory_module
 from matu_jax.simulation.batches import round_grid
 from matu_jax.simulation.federation import federate
+from matu_jax.simulation.local import local_training
 from matu_jax.simulation.memory import fitted, predicted_bytes
 from matu_jax.simulation.participation import participants, trained_slots
 from matu_jax.simulation.placement import shards_server
@@ -57,14 +58,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, federation, mod
     assert resumed[-1].record["accuracy"] == uninterrupted[-1].record["accuracy"]
 
 
-@pytest.mark.parametrize("shares_server", [False, True])
-def test_what_replaces_a_part_of_an_algorithm_runs(federation, model, shares_server, monkeypatch):
-    """On several devices too, with as many parameters as the server is shared out from."""
-    monkeypatch.setattr(placement, "SHARDED_FROM", 0 if shares_server else 10**12)
+@pytest.mark.parametrize("shards", [False, True])
+def test_what_replaces_a_part_of_an_algorithm_runs(federation, model, shards, monkeypatch):
+    """On several devices too, with as many parameters as the server is sharded from."""
+    monkeypatch.setattr(placement, "SHARDED_FROM", 0 if shards else 10**12)
     mesh = jax.make_mesh((4,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     built = algorithms.build(TINY)
-    assert shards_server(model, built, mesh) == shares_server
-    before = jax.tree.leaves(built.kept(built.init(model.base, federation.slots)))
+    assert shards_server(model, built, mesh) == shards
+    before = jax.tree.leaves(built.traffic.kept(built.init(model.base, federation.slots)))
     for mine in (
         built._replace(aggregate=lambda state, uploads, slots: (state, {})),
         built._replace(upload=lambda v, s: jax.tree.map(jnp.zeros_like, built.upload(v, s))),
@@ -73,16 +74,18 @@ def test_what_replaces_a_part_of_an_algorithm_runs(federation, model, shares_ser
         (result,) = rounds.run(
             dataclasses.replace(TINY, rounds=1), mine, model, federation, mesh=mesh
         )
-        for found, expected in zip(jax.tree.leaves(mine.kept(result.state)), before, strict=True):
+        for found, expected in zip(
+            jax.tree.leaves(mine.traffic.kept(result.state)), before, strict=True
+        ):
             np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize(("devices", "shares_server"), [(4, False), (8, False), (4, True)])
+@pytest.mark.parametrize(("devices", "shards"), [(4, False), (8, False), (4, True)])
 def test_number_of_devices_does_not_change_the_result(
-    federation, model, devices, shares_server, monkeypatch
+    federation, model, devices, shards, monkeypatch
 ):
     """6 slots, and the parameters of the server's arithmetic if they are many."""
-    monkeypatch.setattr(placement, "SHARDED_FROM", 0 if shares_server else 10**12)
+    monkeypatch.setattr(placement, "SHARDED_FROM", 0 if shards else 10**12)
     # Plain SGD: Adam's first steps divide rounding noise by rounding noise where gradients vanish.
     local = dataclasses.replace(TINY.local, optimizer="sgd", learning_rate=0.01)
     config = dataclasses.replace(TINY, rounds=1, local=local)
@@ -97,7 +100,7 @@ def test_number_of_devices_does_not_change_the_result(
     assert many.record["accuracy"] == one.record["accuracy"]
 
 
-def test_a_server_shared_out_goes_on_from_its_checkpoint_on_one_device(
+def test_a_sharded_server_goes_on_from_its_checkpoint_on_one_device(
     federation, model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(placement, "SHARDED_FROM", 0)
@@ -134,7 +137,7 @@ def test_a_server_shared_out_goes_on_from_its_checkpoint_on_one_device(
     ],
     ids=str,
 )
-def test_a_server_shared_out_has_its_part_of_stacked_blocks(monkeypatch, changes):
+def test_a_sharded_server_has_its_part_of_stacked_blocks(monkeypatch, changes):
     """Three blocks are one leaf, of which four devices have equal parts; heads train as well."""
     tiny_clip.register(monkeypatch)
     config = dataclasses.replace(
@@ -172,7 +175,7 @@ def test_a_server_shared_out_has_its_part_of_stacked_blocks(monkeypatch, changes
         assert many[-1].record[key] == one[-1].record[key]
 
 
-def test_a_server_is_shared_out_by_devices_that_divide_the_parameters(model, monkeypatch):
+def test_a_server_is_sharded_over_devices_that_divide_the_parameters(model, monkeypatch):
     def shares(count):
         mesh = jax.make_mesh((count,), ("slots",), axis_types=(AxisType.Auto,),
                              devices=jax.devices()[:count])  # fmt: skip
@@ -302,7 +305,7 @@ def test_predicted_memory_is_near_what_xla_needs(federation):
     model = models.build(config.model, federation.tasks)
     algorithm = algorithms.build(config)
     predicted = predicted_bytes(config, model, algorithm, federation, one_device())
-    local = rounds.local_training(model, config.local, algorithm.local, one_device())
+    local = local_training(model, config.local, algorithm.local, one_device())
     vectors = jax.tree.map(lambda x: np.zeros((6, *x.shape), np.float32), model.base)
     images = np.zeros((6, 2, 64, 32, 32, 3), np.uint8)
     labels = np.zeros((6, 2, 64), np.int32)

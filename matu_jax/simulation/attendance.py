@@ -1,0 +1,125 @@
+"""Who takes part in one round, who is left out of it, and why."""
+
+from typing import Any
+
+import numpy as np
+
+from matu_jax.aggregation import Slots
+from matu_jax.config import Config
+from matu_jax.scenarios import failures
+from matu_jax.simulation.federation import Federation
+from matu_jax.simulation.participation import participants, trained_slots, weighted
+
+
+class StoppedError(RuntimeError):
+    """A run that cannot sensibly go on; says why, and what to do."""
+
+
+class Attendance:
+    """The slots of one round, from those that train to those that count.
+
+    Args:
+      config: participation and failures.
+      federation: who holds what.
+      index: the round, 0 for the first.
+
+    Attributes:
+      chosen: bool `[clients]`, who takes part.
+      rows: int64 `[trained]`, the slots that are trained.
+      takes_part: bool `[trained]`, those of them whose client takes part.
+    """
+
+    def __init__(self, config: Config, federation: Federation, index: int):
+        self._config, self._federation, self._index = config, federation, index
+        slots = federation.slots
+        self._reasons: dict[int, str] = {}
+        self.chosen = participants(config, slots, index)
+        self.rows = trained_slots(config, slots, self.chosen)
+        self.takes_part = self.chosen[slots.client[self.rows]]
+
+    def after_training(self, finite: np.ndarray) -> Slots:
+        """The slots whose clients send what they have trained; the others have weight 0.
+
+        Args:
+          finite: bool `[trained]`, False where the loss or a parameter is not a finite number.
+
+        Raises:
+          StoppedError: if training fails in too many slots.
+        """
+        config, slots, rows = self._config, self._federation.slots, self.rows
+        failed = rows[self.takes_part & ~finite]
+        self._check_failed(failed)
+        absent = failures.absent_clients(
+            config.failures,
+            self._federation.trace,
+            self.chosen,
+            seed=config.seed,
+            round_index=self._index,
+        )
+        gone = np.isin(slots.client, list(absent))
+        away = rows[self.takes_part & gone[rows]]
+        self._reasons |= {row: absent[slots.client[row]] for row in away}
+        self._note(failed, "training loss or a parameter is not a finite number")
+        there = np.isin(range(len(gone)), rows[self.takes_part & finite])
+        return weighted(slots, there & ~gone)
+
+    def after_upload(self, present: Slots, taken: np.ndarray) -> Slots:
+        """The slots whose uploads are aggregated, unless the server refuses some by itself.
+
+        Args:
+          present: from `after_training`.
+          taken: float32 `[slots]`, the weights of what is taken.
+        """
+        quorum = self._config.failures.quorum
+        counted = weighted(self._federation.slots, taken > 0)
+        refused = np.flatnonzero((present.weight > 0) & (counted.weight == 0))
+        self._note(refused, "upload refused: a number is not finite")
+        few = failures.without_quorum(counted, quorum)
+        self._note(np.flatnonzero(few), f"fewer than {quorum} holders of the task reported")
+        return weighted(self._federation.slots, (counted.weight > 0) & ~few)
+
+    def after_aggregation(self, counted: Slots, metrics: dict[str, Any]) -> None:
+        """Notes which of the slots that are aggregated the server has refused."""
+        if "accepted" in metrics:
+            wrong = np.flatnonzero((counted.weight > 0) & ~np.asarray(metrics["accepted"]))
+            self._note(wrong, "upload refused: a number is not finite, or a scale < 0")
+
+    def exchanging(self, present: Slots, one_shot: bool) -> tuple[Slots, Slots]:
+        """The slots whose clients send, and those whose clients receive; others have weight 0."""
+        slots = self._federation.slots
+        if one_shot:  # everybody, after the last round
+            last = self._index + 1 == self._config.rounds
+            everybody = weighted(slots, np.full(len(slots.client), last))
+            return everybody, everybody
+        return present, weighted(slots, self.chosen[slots.client])
+
+    def dropped(self) -> list[dict[str, Any]]:
+        """Client, task and reason of every slot that was left out, as the record has them."""
+        slots, tasks = self._federation.slots, self._federation.tasks
+        return [
+            {
+                "client": int(slots.client[row]),
+                "task": tasks[slots.task[row]].name,
+                "reason": self._reasons[row],
+            }
+            for row in sorted(self._reasons)
+        ]
+
+    def _note(self, rows: np.ndarray, reason: str) -> None:
+        self._reasons |= dict.fromkeys(rows, reason)
+
+    def _check_failed(self, failed: np.ndarray) -> None:
+        """Stops a run in which the training of too many slots fails."""
+        allowed = self._config.failures.max_nonfinite_share
+        trained = int(self.takes_part.sum())
+        if len(failed) <= allowed * trained:
+            return
+        slots, tasks = self._federation.slots, self._federation.tasks
+        client, task = slots.client[failed[0]], slots.task[failed[0]]
+        raise StoppedError(
+            f"round {self._index + 1}: training failed in {len(failed)} of {trained} slots (client "
+            f"{client}, task {tasks[task].name}, and so on): the loss or a parameter is not a "
+            f"finite number. config.failures.max_nonfinite_share = {allowed:g} allows no more. "
+            "Lower config.local.learning_rate, or compute in float32, and start in another "
+            "directory; the rounds before are as they were."
+        )
