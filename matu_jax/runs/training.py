@@ -6,8 +6,10 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from matu_jax import algorithms, models
@@ -22,7 +24,7 @@ from matu_jax.runs.recorder import Recorder
 from matu_jax.runs.results import write_results
 from matu_jax.runs.tables import result_table
 from matu_jax.simulation import hosts, rounds
-from matu_jax.simulation.federation import federate, identity
+from matu_jax.simulation.federation import Federation, federate, identity
 from matu_jax.simulation.memory import fitted
 from matu_jax.simulation.placement import slot_mesh
 
@@ -63,15 +65,9 @@ def train(
         with hosts.together():
             return _finished(workdir, console) if first else {}
 
-    with hosts.together():
-        try:
-            federation = federate(config)
-            model = models.build(config.model, federation.tasks, seed=config.seed)
-            algorithm, mesh = algorithms.build(config), slot_mesh()
-            target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
-            meta = identity(config, federation) if first else {}
-        except ValueError as error:
-            raise UserError(str(error)) from None
+    federation, model, algorithm, mesh = _built(config)
+    target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
+    meta = _identity(config, federation)
     that_fits = fitted(config, model, algorithm, federation, mesh)
     print_plan(that_fits, algorithm, model, federation, mesh, workdir, console)
 
@@ -113,6 +109,26 @@ def train(
         console.print(result_table(summary))
         console.print(f"Results: {workdir}")
         return summary
+
+
+def _built(config: Config) -> tuple[Federation, models.Model, algorithms.Algorithm, Mesh]:
+    """What runs: who holds what, the model, the algorithm, and the devices."""
+    with hosts.together():
+        try:
+            federation = federate(config)
+            model = models.build(config.model, federation.tasks, seed=config.seed)
+            return federation, model, algorithms.build(config), slot_mesh()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def _identity(config: Config, federation: Federation) -> dict[str, Any]:
+    """What the run is of, as process 0 notes it in checkpoints; nothing at the others."""
+    with hosts.together():
+        try:
+            return identity(config, federation) if hosts.is_first() else {}
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 def _stopped(done: int, rounds: int, workdir: Path) -> str:
