@@ -235,7 +235,7 @@ def plain(value: Any, where: str = "value") -> Any:
     )
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes `plain(value)` to a JSON file, atomically.
 
     Raises:

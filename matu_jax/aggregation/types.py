@@ -111,7 +111,7 @@ class AggregationConfig:
     trim: int = 0
     weighting: Weighting = "examples"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, choices in (
             ("magnitude", Magnitude),
             ("transfer", Transfer),

@@ -62,8 +62,10 @@ class Comparison:
     seeds: tuple[int, ...] = (0, 1, 2)
     reference: str = "per_task"
     ours: str = "matu"
-    search: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
-    own_search: Mapping[str, Mapping[str, tuple]] = dataclasses.field(default_factory=dict)
+    search: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    own_search: Mapping[str, Mapping[str, tuple[Any, ...]]] = dataclasses.field(
+        default_factory=dict
+    )
     trials: int = 5
     tuning_setting: str = ""
     tuning_seed: int = 1000

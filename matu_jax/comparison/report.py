@@ -50,7 +50,7 @@ from matu_jax.comparison.words import (
 from matu_jax.json_files import replace_file
 
 
-def write(comparison: Mapping[str, Any], folder: str | os.PathLike) -> list[Path]:
+def write(comparison: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
     """Writes a comparison's report.html, report.md and pictures.
 
     The HTML needs no other file; the Markdown refers to the pictures beside it.

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def search(
-    fields: Mapping[str, tuple], trials: int, measure: Callable[[dict[str, Any]], float]
+    fields: Mapping[str, tuple[Any, ...]], trials: int, measure: Callable[[dict[str, Any]], float]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Searches for the values with the highest measure.
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -24,7 +25,7 @@ def finish(
     transform: Transform,
     levels: dict[int, int],
     partial: Path,
-) -> dict:
+) -> dict[str, Any]:
     """Makes the splits disjoint and describes them.
 
     May be killed anywhere and called again: the labels and hashes that it decides by are never
@@ -111,7 +112,7 @@ def _keep(dataset: Dataset, file: Path, keep: np.ndarray, others: Sequence[np.nd
     _shorten(file, kept)
 
 
-def _described(partial: Path, part: str, labels: np.ndarray, hashes: np.ndarray) -> dict:
+def _described(partial: Path, part: str, labels: np.ndarray, hashes: np.ndarray) -> dict[str, Any]:
     """Writes a split's labels, and returns what metadata.json says of the split."""
     np.save(partial / f"{part}_labels.npy", labels)
     content = np.concatenate([hashes, labels.astype("<i4")[:, None].view(np.uint8)], 1)

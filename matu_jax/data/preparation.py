@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def prepare(
     cache_dir: str | os.PathLike[str] | None = None,
     image_folders: str | os.PathLike[str] = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict:
+) -> dict[str, Any]:
     """Prepares a dataset, unless it is, going on where an earlier call was stopped.
 
     Args:

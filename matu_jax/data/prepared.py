@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -241,7 +241,7 @@ def load(
     return tuple(tasks)
 
 
-def notes(metadata: dict) -> tuple[str, ...]:
+def notes(metadata: dict[str, Any]) -> tuple[str, ...]:
     """What people should know of a prepared dataset before they trust its numbers.
 
     Args:
@@ -289,7 +289,7 @@ def notes_of_splits(test: str, validation: int) -> list[str]:
     return found
 
 
-def check(name: str, folder: Path) -> dict:
+def check(name: str, folder: Path) -> dict[str, Any]:
     """Checks a prepared dataset without reading its images, and returns its metadata.
 
     Checked are the metadata's own hash, every file's size and header, and the labels' hash.
@@ -408,7 +408,7 @@ class _Metadata(BaseModel):
     checksum: _Hash
 
 
-def checksum(metadata: dict) -> str:
+def checksum(metadata: dict[str, Any]) -> str:
     """SHA-256 of all of a dataset's metadata, or of its progress, but the field `checksum`."""
     rest = {key: value for key, value in metadata.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -42,7 +42,7 @@ class _State(BaseModel):
     checksum: str
 
 
-def note(partial: Path, plan: dict, progress: Progress) -> None:
+def note(partial: Path, plan: dict[str, Any], progress: Progress) -> None:
     """Writes progress.json.
 
     Args:
@@ -103,7 +103,7 @@ def _layout(part: str, examples: int, size: int) -> Iterator[tuple[str, type, tu
         yield f"{part}_{what}.npy", dtype, (examples, *shape)
 
 
-def begun(partial: Path, plan: dict) -> Progress | None:
+def begun(partial: Path, plan: dict[str, Any]) -> Progress | None:
     """How far an interrupted preparation of the same plan had come; None if it must start anew.
 
     Args:
@@ -124,7 +124,7 @@ def begun(partial: Path, plan: dict) -> Progress | None:
     return Progress(noted.done, levels)
 
 
-def _there(partial: Path, plan: dict, *, complete: bool) -> bool:
+def _there(partial: Path, plan: dict[str, Any], *, complete: bool) -> bool:
     """Whether all arrays have their dtypes, shapes and lengths; their values are not looked at."""
     for part, examples in zip(PARTS, plan["examples"], strict=True):
         for name, dtype, shape in _layout(part, examples, plan["transform"]["size"]):

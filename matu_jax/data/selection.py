@@ -281,7 +281,7 @@ def _directories(root: Path) -> list[str]:
         raise ValueError(f"{root} cannot be listed: {error.strerror}") from None
 
 
-def is_directory(entry: os.DirEntry) -> bool:
+def is_directory(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a directory, or a link to one that is there."""
     try:
         return entry.is_dir()

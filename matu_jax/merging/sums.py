@@ -61,10 +61,12 @@ class Totals:
     """Sums over all blocks, in float64."""
 
     def __init__(self, base: TensorFiles, models: Mapping[str, Any], parameters: int):
-        self.names, self.parameters = list(models), parameters
-        self.fingerprint = fingerprint(base)
-        self.signs, self.touched = np.zeros((2, len(models), len(models)))
-        self.sums = {}
+        self.names: list[str] = list(models)
+        self.parameters: int = parameters
+        self.fingerprint: str = fingerprint(base)
+        self.signs: np.ndarray = np.zeros((len(models), len(models)))
+        self.touched: np.ndarray = np.zeros((len(models), len(models)))
+        self.sums: dict[str, np.ndarray] = {}
 
     def add(self, block: dict[str, Any]) -> None:
         """Adds what one block measured."""
@@ -93,7 +95,7 @@ class Totals:
         size = np.sqrt(self.sums["square"]) * np.sqrt(self.sums["folded_square"])
         return np.divide(self.sums["product"], size, out=np.zeros_like(size), where=size > 0)
 
-    def summary(self, more: Callable[[int], dict]) -> Summary:
+    def summary(self, more: Callable[[int], dict[str, Any]]) -> Summary:
         """The summary; `more` gives what the method says of a model by its position."""
         norms = np.sqrt(self.sums["square"])
         return Summary(

@@ -12,7 +12,7 @@ from matu_jax.messages.quantisation import BLOCK, Blocks, rounded
 from matu_jax.trees import PyTree, leaf_items
 
 # Overflows, infinities of both signs and signalling NaNs are refused, not warned of as well.
-quietly = np.errstate(over="ignore", invalid="ignore")
+quietly: np.errstate = np.errstate(over="ignore", invalid="ignore")
 
 _round = jax.jit(rounded, static_argnames="precision")
 

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple
+from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 
 from matu_jax.json_files import check_readable, checked, name_inside, parse_json, read_json
 
-FLOATING = {  # what has task vectors, by its name in the file
+FLOATING: dict[str, np.dtype[Any]] = {  # what has task vectors, by its name in the file
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-READABLE = FLOATING | {"U8": np.dtype(np.uint8)}
+READABLE: dict[str, np.dtype[Any]] = FLOATING | {"U8": np.dtype(np.uint8)}
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PIECE_BYTES = 1 << 22
 _MOST_OPEN = 16  # files at once, of all models: systems allow 256 or 1024, and some 64
@@ -55,7 +55,7 @@ class Tensor(NamedTuple):
         """The number of its entries."""
         return math.prod(self.shape)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
 
 
@@ -78,8 +78,8 @@ class TensorFiles:
       TensorFileError: if there is no such file or folder, or a file is damaged, naming it.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path: Path = Path(path)
         self.tensors: dict[str, Tensor] = {}
         self.metadata: dict[str, str] = {}
         self._places: dict[str, tuple[_File, int]] = {}
@@ -121,10 +121,10 @@ class TensorFiles:
             self.tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), stop - start)
             self._places[name] = (file, 8 + length + start)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -314,16 +314,16 @@ class Writer:
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         tensors: Mapping[str, Tensor],
         metadata: Mapping[str, str] | None = None,
     ):
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._tensors, self._metadata = dict(tensors), dict(metadata or {})
         self._left = {name: tensor.nbytes for name, tensor in tensors.items()}
         self._temporary = self.path.with_name(f".{self.path.name}.partial")
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         header: dict[str, Any] = {"__metadata__": self._metadata} if self._metadata else {}
         self._starts, end = {}, 0
 
@@ -384,7 +384,7 @@ class Writer:
         except OSError as error:
             raise self._failed(error) from None
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is not None:
                 return

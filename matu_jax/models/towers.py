@@ -14,6 +14,7 @@ from flax import nnx
 from matu_jax.models.architectures import Architecture
 from matu_jax.models.transformer import (
     EXACT,
+    Block,
     Computing,
     Linear,
     LoRASpec,
@@ -24,7 +25,7 @@ from matu_jax.models.transformer import (
 )
 
 
-def _drawn(rngs: nnx.Rngs, scale: float, *shape: int) -> nnx.Param:
+def _drawn(rngs: nnx.Rngs, scale: float, *shape: int) -> nnx.Param[jax.Array]:
     return nnx.Param(jax.random.normal(rngs.params(), shape) * scale)
 
 
@@ -51,20 +52,25 @@ class VisionTower(nnx.Module):
         computing: Computing = EXACT,
         rngs: nnx.Rngs,
     ):
-        self.architecture, self.computing = architecture, computing
+        self.architecture: Architecture = architecture
+        self.computing: Computing = computing
         shape, clip = architecture.vision, architecture.family == "clip"
         patch, dtype = architecture.patch_size, computing.dtype
         tokens = (architecture.image_size // patch) ** 2 + 1
-        self.patches = Linear(patch * patch * 3, shape.width, bias=not clip, dtype=dtype, rngs=rngs)
-        self.class_token = _drawn(rngs, shape.width**-0.5, shape.width)
-        self.positions = _drawn(rngs, 0.02, tokens, shape.width)
-        self.has_norm_pre = clip
+        self.patches: Linear = Linear(
+            patch * patch * 3, shape.width, bias=not clip, dtype=dtype, rngs=rngs
+        )
+        self.class_token: nnx.Param[jax.Array] = _drawn(rngs, shape.width**-0.5, shape.width)
+        self.positions: nnx.Param[jax.Array] = _drawn(rngs, 0.02, tokens, shape.width)
+        self.has_norm_pre: bool = clip
         if clip:
-            self.norm_pre = Norm(shape.width, shape.epsilon, rngs=rngs)
-        self.blocks = stacked_blocks(shape, lora, dtype=dtype, rngs=rngs)
-        self.norm = Norm(shape.width, shape.epsilon, rngs=rngs)
+            self.norm_pre: Norm = Norm(shape.width, shape.epsilon, rngs=rngs)
+        self.blocks: Block = stacked_blocks(shape, lora, dtype=dtype, rngs=rngs)
+        self.norm: Norm = Norm(shape.width, shape.epsilon, rngs=rngs)
         if architecture.projection:
-            self.projection = Linear(shape.width, architecture.projection, bias=False, rngs=rngs)
+            self.projection: Linear = Linear(
+                shape.width, architecture.projection, bias=False, rngs=rngs
+            )
 
     def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Computes features.
@@ -110,12 +116,15 @@ class TextTower(nnx.Module):
         shape = architecture.text
         if shape is None or architecture.projection is None:
             raise ValueError(f"architecture {architecture.name} has no text tower.")
-        self.architecture, self.dtype = architecture, dtype
-        self.tokens = _drawn(rngs, 0.02, architecture.vocabulary, shape.width)
-        self.positions = _drawn(rngs, 0.01, architecture.context, shape.width)
-        self.blocks = stacked_blocks(shape, causal=True, dtype=dtype, rngs=rngs)
-        self.norm = Norm(shape.width, shape.epsilon, rngs=rngs)
-        self.projection = Linear(shape.width, architecture.projection, bias=False, rngs=rngs)
+        self.architecture: Architecture = architecture
+        self.dtype: Any = dtype
+        self.tokens: nnx.Param[jax.Array] = _drawn(rngs, 0.02, architecture.vocabulary, shape.width)
+        self.positions: nnx.Param[jax.Array] = _drawn(rngs, 0.01, architecture.context, shape.width)
+        self.blocks: Block = stacked_blocks(shape, causal=True, dtype=dtype, rngs=rngs)
+        self.norm: Norm = Norm(shape.width, shape.epsilon, rngs=rngs)
+        self.projection: Linear = Linear(
+            shape.width, architecture.projection, bias=False, rngs=rngs
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Computes the feature of each text at its end token.

@@ -63,7 +63,7 @@ class Computing:
 EXACT = Computing()
 
 
-class LoRAParam(nnx.Param):
+class LoRAParam(nnx.Param[jax.Array]):
     """A parameter of a LoRA adapter; the filter that selects what trains."""
 
 
@@ -85,18 +85,22 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         scale = math.sqrt(1.0 / inputs)
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) * scale)
-        self.has_bias, self.dtype = bias, dtype
+        self.kernel: nnx.Param[jax.Array] = nnx.Param(
+            jax.random.normal(rngs.params(), (inputs, outputs)) * scale
+        )
+        self.has_bias: bool = bias
+        self.dtype: Any = dtype
         if bias:
-            self.bias = nnx.Param(jnp.zeros(outputs))
-        self.lora_scale = self.dropout = 0.0
+            self.bias: nnx.Param[jax.Array] = nnx.Param(jnp.zeros(outputs))
+        self.lora_scale: float = 0.0
+        self.dropout: float = 0.0
         if lora is not None:
             bound = math.sqrt(3.0 / inputs)
             self.lora_scale, self.dropout = lora.alpha / lora.rank, lora.dropout
-            self.lora_a = LoRAParam(
+            self.lora_a: LoRAParam = LoRAParam(
                 jax.random.uniform(rngs.params(), (inputs, lora.rank), minval=-bound, maxval=bound)
             )
-            self.lora_b = LoRAParam(jnp.zeros((lora.rank, outputs)))
+            self.lora_b: LoRAParam = LoRAParam(jnp.zeros((lora.rank, outputs)))
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Applies the layer; the adapter's product is kept apart from the frozen one.
@@ -157,16 +161,18 @@ class Block(nnx.Module):
             return Linear(inputs, outputs, adapter, dtype=dtype, rngs=rngs)
 
         width = shape.width
-        self.heads, self.causal, self.dtype = shape.heads, causal, dtype
-        self.activation = shape.activation
-        self.norm_attention = Norm(width, shape.epsilon, rngs=rngs)
-        self.query = linear("query", width, width)
-        self.key = linear("key", width, width)
-        self.value = linear("value", width, width)
-        self.out = linear("out", width, width)
-        self.norm_mlp = Norm(width, shape.epsilon, rngs=rngs)
-        self.mlp_in = linear("mlp_in", width, shape.mlp_width)
-        self.mlp_out = linear("mlp_out", shape.mlp_width, width)
+        self.heads: int = shape.heads
+        self.causal: bool = causal
+        self.dtype: Any = dtype
+        self.activation: str = shape.activation
+        self.norm_attention: Norm = Norm(width, shape.epsilon, rngs=rngs)
+        self.query: Linear = linear("query", width, width)
+        self.key: Linear = linear("key", width, width)
+        self.value: Linear = linear("value", width, width)
+        self.out: Linear = linear("out", width, width)
+        self.norm_mlp: Norm = Norm(width, shape.epsilon, rngs=rngs)
+        self.mlp_in: Linear = linear("mlp_in", width, shape.mlp_width)
+        self.mlp_out: Linear = linear("mlp_out", shape.mlp_width, width)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Applies attention, then the MLP, each with its residual.

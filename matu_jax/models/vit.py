@@ -52,7 +52,7 @@ class StridedConvolution(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.project = Linear(9 * inputs, outputs, dtype=dtype, rngs=rngs)
+        self.project: Linear = Linear(9 * inputs, outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Gathers each output's 3x3 neighbourhood and projects it."""
@@ -75,7 +75,7 @@ class ConvolutionalStem(nnx.Module):
                 f"{2 ** (len(shape.stem_widths) + 1)}, but patch_size is {shape.patch_size}."
             )
         widths = [shape.channels, *shape.stem_widths, shape.width]
-        self.convolutions = nnx.List(
+        self.convolutions: nnx.List[StridedConvolution] = nnx.List(
             [
                 StridedConvolution(inputs, outputs, dtype=dtype, rngs=rngs)
                 for inputs, outputs in itertools.pairwise(widths)
@@ -93,8 +93,10 @@ class Patches(nnx.Module):
     """`[batch, height, width, channels] -> [batch, tokens, width]`, one dense layer per patch."""
 
     def __init__(self, shape: ViTShape, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.size = shape.patch_size
-        self.project = Linear(self.size**2 * shape.channels, shape.width, dtype=dtype, rngs=rngs)
+        self.size: int = shape.patch_size
+        self.project: Linear = Linear(
+            self.size**2 * shape.channels, shape.width, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Cuts the images into patches and projects them."""
@@ -130,21 +132,24 @@ class VisionTransformer(nnx.Module):
             )
         if shape.width % shape.heads:
             raise ValueError(f"width {shape.width} is not a multiple of heads {shape.heads}.")
-        self.shape, self.computing = shape, computing
+        self.shape: ViTShape = shape
+        self.computing: Computing = computing
         side, dtype = shape.image_size // shape.patch_size, computing.dtype
         stem = ConvolutionalStem if shape.stem_widths else Patches
-        self.stem = stem(shape, dtype=dtype, rngs=rngs)
-        self.class_token = nnx.Param(jax.random.normal(rngs.params(), (1, 1, shape.width)) * 0.02)
-        self.positions = nnx.Param(
+        self.stem: ConvolutionalStem | Patches = stem(shape, dtype=dtype, rngs=rngs)
+        self.class_token: nnx.Param[jax.Array] = nnx.Param(
+            jax.random.normal(rngs.params(), (1, 1, shape.width)) * 0.02
+        )
+        self.positions: nnx.Param[jax.Array] = nnx.Param(
             jax.random.normal(rngs.params(), (1, side * side + 1, shape.width)) * 0.02
         )
         tower = TowerShape(
             shape.width, shape.depth, shape.heads, shape.mlp_width, "gelu_pytorch_tanh"
         )
-        self.blocks = nnx.List(
+        self.blocks: nnx.List[Block] = nnx.List(
             [Block(tower, lora, dtype=dtype, rngs=rngs) for _ in range(shape.depth)]
         )
-        self.norm = Norm(shape.width, tower.epsilon, rngs=rngs)
+        self.norm: Norm = Norm(shape.width, tower.epsilon, rngs=rngs)
 
     def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Computes features; pixels are scaled from 0..255 to -1..1.

@@ -57,10 +57,11 @@ class Checkpoints:
       FileExistsError: if a pipe or a device is in it, at which Orbax would wait for ever.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int):
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int):
         if keep < 1:
             raise ValueError(f"Checkpoints: found keep={keep}; expected at least 1.")
-        self.directory, self.keep = Path(directory).absolute(), keep
+        self.directory: Path = Path(directory).absolute()
+        self.keep: int = keep
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.rglob("*"):
             if path.exists() and not path.is_file() and not path.is_dir():

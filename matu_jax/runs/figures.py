@@ -32,7 +32,7 @@ _FEW_TASKS = 10  # so many have room for a number in each cell, or a name beside
 
 def plot_accuracy(
     records: Sequence[Mapping[str, Any]],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     title: str,
     chance: Mapping[str, float] | None = None,
@@ -101,7 +101,7 @@ def plot_similarity(
     similarity: Any,
     names: Sequence[str],
     families: Sequence[str],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     title: str,
 ) -> None:
@@ -216,7 +216,7 @@ def blank_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _write(figure: "Figure", path: str | os.PathLike) -> None:
+def _write(figure: "Figure", path: str | os.PathLike[str]) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", bbox_inches="tight", pad_inches=0.15)
     replace_file(Path(path), drawn.getvalue())

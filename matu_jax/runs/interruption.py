@@ -16,7 +16,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, message: str, number: int = signal.SIGINT):
         super().__init__(message)
-        self.exit_code = 128 + number
+        self.exit_code: int = 128 + number
 
 
 class StopRequest:

@@ -146,8 +146,8 @@ class MetricsLog:
       path: the file; it need not exist yet, its folder must.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path: Path = Path(path)
         self._written = hashlib.sha256()
 
     @property

@@ -2,19 +2,23 @@
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
+from rich.console import Console
 
 from matu_jax import algorithms
 from matu_jax.config import Config
 from matu_jax.data import Task, prepared, selection
 from matu_jax.errors import UserError
+from matu_jax.models import Model
 from matu_jax.models.architectures import check_heads, transform_of
 from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.runs.commandline import Source
 from matu_jax.runs.tables import human_bits, human_bytes, plan_table
 from matu_jax.scenarios import privacy
-from matu_jax.simulation.federation import task_names
+from matu_jax.simulation.federation import Federation, task_names
 from matu_jax.simulation.memory import predicted_bytes
 from matu_jax.simulation.placement import memory_there, own_devices
 
@@ -65,7 +69,15 @@ def check_inputs(config: Config, source: Source) -> None:
         raise UserError("\n".join(problems))
 
 
-def print_plan(config, algorithm, model, federation, mesh, workdir, console) -> None:
+def print_plan(
+    config: Config,
+    algorithm: algorithms.Algorithm,
+    model: Model,
+    federation: Federation,
+    mesh: Mesh,
+    workdir: Path,
+    console: Console,
+) -> None:
     """Prints what a run is going to do, its traffic and its memory."""
     slots = federation.slots
     state = jax.eval_shape(algorithm.init, model.base, slots)

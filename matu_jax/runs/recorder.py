@@ -41,8 +41,8 @@ class Recorder:
         self._saving = (
             0.0  # seconds of the round before, whose line was written before it was saved
         )
-        self.log = MetricsLog(workdir / "metrics.jsonl")
-        self.similarity_sum = np.zeros((num_tasks, num_tasks), np.float32)
+        self.log: MetricsLog = MetricsLog(workdir / "metrics.jsonl")
+        self.similarity_sum: np.ndarray = np.zeros((num_tasks, num_tasks), np.float32)
 
     def __enter__(self) -> "Recorder":
         with hosts.together():

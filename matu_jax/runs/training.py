@@ -39,7 +39,7 @@ def train(
     *,
     progress: RoundProgress | None = None,
     profile: bool = False,
-) -> dict:
+) -> dict[str, Any]:
     """Runs or resumes an experiment and writes everything about it into the workdir.
 
     To be called by all processes of a run; process 0 alone touches the workdir.
@@ -142,7 +142,7 @@ def is_finished(workdir: Path) -> bool:
     return bool(hosts.highest(hosts.is_first() and os.path.lexists(workdir / "summary.json")))
 
 
-def _finished(workdir: Path, console: Console) -> dict:
+def _finished(workdir: Path, console: Console) -> dict[str, Any]:
     """Shows the results of a run that is finished."""
     try:
         summary = read_summary(workdir / "summary.json")

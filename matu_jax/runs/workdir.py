@@ -214,7 +214,7 @@ def config_of(workdir: Path) -> Config:
         ) from None
 
 
-def records_of(workdir: Path, checkpoints: Checkpoints, config: Config) -> list[dict]:
+def records_of(workdir: Path, checkpoints: Checkpoints, config: Config) -> list[dict[str, Any]]:
     """The records of the rounds up to the newest whole checkpoint, as they were written.
 
     Raises:
@@ -237,7 +237,7 @@ def records_of(workdir: Path, checkpoints: Checkpoints, config: Config) -> list[
 
 
 def chosen_round(
-    workdir: Path, checkpoints: Checkpoints, records: Sequence[dict], given: int | None
+    workdir: Path, checkpoints: Checkpoints, records: Sequence[dict[str, Any]], given: int | None
 ) -> tuple[int, str]:
     """The round whose checkpoint is taken, and why.
 

@@ -33,9 +33,9 @@ class Attendance:
         self._config, self._federation, self._index = config, federation, index
         slots = federation.slots
         self._reasons: dict[int, str] = {}
-        self.chosen = participants(config, slots, index)
-        self.rows = trained_slots(config, slots, self.chosen)
-        self.takes_part = self.chosen[slots.client[self.rows]]
+        self.chosen: np.ndarray = participants(config, slots, index)
+        self.rows: np.ndarray = trained_slots(config, slots, self.chosen)
+        self.takes_part: np.ndarray = self.chosen[slots.client[self.rows]]
 
     def after_training(self, finite: np.ndarray) -> Slots:
         """The slots whose clients send what they have trained; the others have weight 0.

@@ -12,7 +12,7 @@ class Clock:
     _compiling = 0.0
 
     def __init__(self):
-        self.seconds = {"compile": 0.0}
+        self.seconds: dict[str, float] = {"compile": 0.0}
         self._last = time.perf_counter()
         self._compiled = Clock._compiling
 

@@ -120,7 +120,8 @@ class EvaluationSet:
             batches = max(1, budget_bytes // (widest * self._batch * image_bytes))
             batches = min(batches, -(-int(lengths.max()) // self._batch))
         self._batches = batches
-        self.pieces, counted = [], 0
+        self.pieces: list[Piece] = []
+        counted = 0
         for group in groups:
             rows = min(len(slots) - counted, len(group))
             counted += rows
