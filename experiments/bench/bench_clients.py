@@ -65,15 +65,8 @@ from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.runs.processes import use_cores
 from matu_jax.simulation.federation import federate
 from matu_jax.simulation.local import Trained, local_training
-from matu_jax.simulation.memory import fitted, predicted_bytes
-from matu_jax.simulation.placement import (
-    AXIS,
-    memory_there,
-    on_cpu,
-    padded_rows,
-    slot_mesh,
-    slots_at_once,
-)
+from matu_jax.simulation.memory import fitted, memory_there, predicted_bytes
+from matu_jax.simulation.placement import AXIS, on_cpu, padded_rows, slot_mesh, slots_at_once
 
 # Of a vector's length, after a few steps of Adam, which turns rounding into whole steps where
 # gradients are near zero; two unrelated vectors are 1.4 apart.

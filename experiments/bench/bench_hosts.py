@@ -29,9 +29,9 @@ from matu_jax.models.vit import VisionTransformer, ViTShape
 PROGRAM = """
 import resource, sys
 from matu_jax import train
-from matu_jax.simulation import placement
+from matu_jax.simulation import programs
 
-placement.SHARDED_FROM = int(sys.argv[1])
+programs.SHARDED_FROM = int(sys.argv[1])
 code = train.main(["train", *sys.argv[3:]])
 with open(sys.argv[2], "w") as file:
     file.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))

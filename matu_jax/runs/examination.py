@@ -20,8 +20,8 @@ from matu_jax.runs.provenance import versions
 from matu_jax.runs.tables import human_bytes
 from matu_jax.scenarios import privacy
 from matu_jax.simulation.federation import Federation, federate, identity
-from matu_jax.simulation.memory import fitted, predicted_bytes
-from matu_jax.simulation.placement import memory_there, slot_mesh
+from matu_jax.simulation.memory import fitted, memory_there, predicted_bytes
+from matu_jax.simulation.placement import slot_mesh
 
 # Where the drivers of accelerators show themselves, and the package that lets JAX use them.
 _ACCELERATORS = {

@@ -19,8 +19,8 @@ from matu_jax.runs.commandline import Source
 from matu_jax.runs.tables import human_bits, human_bytes, plan_table
 from matu_jax.scenarios import privacy
 from matu_jax.simulation.federation import Federation, task_names
-from matu_jax.simulation.memory import predicted_bytes
-from matu_jax.simulation.placement import memory_there, own_devices
+from matu_jax.simulation.memory import memory_there, predicted_bytes
+from matu_jax.simulation.placement import own_devices
 
 _SIMULATION = (
     "predicted for the whole simulation on these devices: all clients, their data and the server"

@@ -18,6 +18,11 @@ class StoppedError(RuntimeError):
 class Attendance:
     """The slots of one round, from those that train to those that count.
 
+    Its methods follow the round, and each leaves fewer: clients are `chosen`; the slots in `rows`
+    train, of which `takes_part` are of chosen clients; those that are `present` send what they have
+    trained; those that are `counted` are aggregated. A slot that falls out is `dropped`, for the
+    last reason that is found.
+
     Args:
       config: participation and failures.
       federation: who holds what.
@@ -64,7 +69,7 @@ class Attendance:
         return weighted(slots, there & ~gone)
 
     def after_upload(self, present: Slots, taken: np.ndarray) -> Slots:
-        """The slots whose uploads are aggregated, unless the server refuses some by itself.
+        """The slots whose uploads the server is given: finite, and as many of a task as the quorum.
 
         Args:
           present: from `after_training`.

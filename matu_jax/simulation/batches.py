@@ -41,7 +41,7 @@ def training_batches(
     slots, tasks, local = federation.slots, federation.tasks, config.local
 
     flips = config.attack.kind == "label_flip"
-    lies = attacks.liars(config.attack, slots, config.seed)
+    liars = attacks.liars(config.attack, slots, config.seed)
 
     @functools.lru_cache(maxsize=4)
     def drawn(index: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -67,7 +67,7 @@ def training_batches(
         part, task, indices = drawn(index, group)
         chunks = indices[:, chunk * cut.steps : (chunk + 1) * cut.steps]
         images, labels = gather(tasks, task, chunks)
-        for slot in np.flatnonzero(flips & lies[slots.client[part]]):
+        for slot in np.flatnonzero(flips & liars[slots.client[part]]):
             labels[slot] = tasks[task[slot]].num_classes - 1 - labels[slot]
         return images, labels
 

@@ -66,9 +66,10 @@ class LocalTraining(NamedTuple):
       begin: `downloads -> Carry`; downloads are task vectors with leaves `[slots, ...]`. The
         optimiser starts afresh.
       advance: `(parameters, carry, downloads, position, num_classes, images, labels) -> Carry`:
-        parameters is `(model.base, model.frozen)`, position int32 `[slots, 3]` (round, client,
-        task), num_classes int32 `[slots]`, images uint8 `[slots, steps, batch, height, width,
-        channels]`, labels int32 `[slots, steps, batch]`.
+        parameters is `(model.base, model.frozen)`, where what trains starts and what does not
+        train, position int32 `[slots, 3]` (round, client, task), num_classes int32 `[slots]`,
+        images uint8 `[slots, steps, batch, height, width, channels]`, labels int32 `[slots, steps,
+        batch]`.
       finish: `carry -> Trained`.
     """
 

@@ -2,6 +2,8 @@
 
 import bisect
 import dataclasses
+import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +19,8 @@ from matu_jax.simulation.evaluate import evaluation_sets
 from matu_jax.simulation.federation import Federation
 from matu_jax.simulation.hosts import highest
 from matu_jax.simulation.participation import participants, trained_slots
-from matu_jax.simulation.placement import (
-    memory_there,
-    on_cpu,
-    own_devices,
-    rows_by_process,
-    shards_server,
-    slots_at_once,
-)
+from matu_jax.simulation.placement import on_cpu, own_devices, rows_by_process, slots_at_once
+from matu_jax.simulation.programs import shards_server
 
 
 def predicted_bytes(
@@ -106,3 +102,12 @@ def fitted(
     if needed(most) > 0.9 * there:
         fits = max(bisect.bisect_right(range(1, most), 0.9 * there, key=needed), 1)
     return choose(-highest(-fits))  # what every process has room for
+
+
+def memory_there(device: Any) -> int | None:
+    """Bytes of memory that one device has, where that can be told."""
+    if device.platform == "cpu":
+        if "SC_PHYS_PAGES" not in os.sysconf_names:
+            return None
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")

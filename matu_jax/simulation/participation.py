@@ -19,7 +19,7 @@ def trained_slots(config: Config, slots: Slots, chosen: np.ndarray) -> np.ndarra
     """Which slots are trained in a round: as many every round, so that nothing recompiles.
 
     The chosen clients' slots come first; where clients differ in their number of tasks, slots of
-    others fill up (their weight is 0). int64 `[trained]`.
+    others fill up, of which nothing is sent. int64 `[trained]`.
     """
     held = np.sort(np.bincount(slots.client, minlength=slots.num_clients))
     size = int(held[-(config.clients_per_round or slots.num_clients) :].sum())

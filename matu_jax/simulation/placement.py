@@ -1,6 +1,5 @@
 """Spreading slots over devices, of one process or of several, and over time within a device."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,8 +7,6 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from matu_jax.algorithms import Algorithm
-from matu_jax.models import Model
 from matu_jax.trees import PyTree
 
 AXIS = "slots"
@@ -17,9 +14,6 @@ AXIS = "slots"
 
 ROWS, WHOLE = PartitionSpec(AXIS), PartitionSpec()
 """How arrays lie on the devices: `[slots, ...]` sharded by slot, or whole on each."""
-SHARDED_FROM = 1 << 20
-"""Trained parameters from which the server's arithmetic is sharded over all devices; with fewer,
-it is too little to be worth a program for several."""
 
 
 def slot_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -31,15 +25,6 @@ def slot_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 def on_cpu(mesh: Mesh) -> bool:
     """Whether the devices of a mesh are (virtual) CPU devices."""
     return mesh.devices.flat[0].platform == "cpu"
-
-
-def memory_there(device: Any) -> int | None:
-    """Bytes of memory that one device has, where that can be told."""
-    if device.platform == "cpu":
-        if "SC_PHYS_PAGES" not in os.sysconf_names:
-            return None
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
-    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def slots_at_once(mesh: Mesh, slots: int, parallel_slots: int = 0) -> int:
@@ -65,7 +50,7 @@ def rows_by_process(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
 
 
 def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
-    """Which of so many rows this process has, see `shares`: int64 `[own rows]`."""
+    """Which of so many rows this process has, see `rows_by_process`: int64 `[own rows]`."""
     return rows_by_process(mesh, rows)[jax.process_index()]
 
 
@@ -232,18 +217,3 @@ def map_slots(
 def padded_rows(rows: np.ndarray, multiple: int) -> np.ndarray:
     """Repeats the last row up to a multiple of a number: `[rows]` to `[rows or more]`."""
     return np.pad(rows, (0, -len(rows) % multiple), mode="edge")
-
-
-def shards_server(model: Model, algorithm: Algorithm, mesh: Mesh) -> bool:
-    """Whether the parameters of the server's arithmetic are sharded over all devices.
-
-    Not where most of them would not be: in leaves that the devices do not divide.
-    """
-    sizes = [leaf.size for leaf in jax.tree.leaves(model.base)]
-    parted = sum(size for size in sizes if size % (8 * mesh.size) == 0)  # masks have eight a byte
-    return (
-        algorithm.sharded_over is not None
-        and mesh.size > 1
-        and sum(sizes) >= SHARDED_FROM
-        and parted >= 0.9 * sum(sizes)
-    )

@@ -27,9 +27,12 @@ from matu_jax.simulation.placement import (
     placed,
     server_mesh,
     server_shardings,
-    shards_server,
 )
 from matu_jax.trees import PyTree
+
+SHARDED_FROM = 1 << 20
+"""Trained parameters from which the server's arithmetic is sharded over all devices; with fewer,
+it is too little to be worth a program for several."""
 
 
 class Programs(NamedTuple):
@@ -51,9 +54,10 @@ class Programs(NamedTuple):
       finish: `carry -> Trained`, with leaves as the server has them; takes the carry's buffers.
       noise: `slots -> noise` that differential privacy adds to what these slots have changed; None
         without it, or where it is drawn from a seed by `upload` itself.
-      upload: `(state, trained, slots, rows, round, noise) -> (uploads, weight)`: what clients send,
-        of groups of trained vectors `[group, ...]` that together are those of `rows`, and the
-        weight of every slot, 0 for what is refused since a number is not finite.
+      upload: `(state, trained, slots, rows, round, noise) -> (uploads, weight)`: the clients' side,
+        simulated on the server's devices: of groups of trained vectors `[group, ...]` that together
+        are those of `rows`, what clients send; and the weight of every slot, float32 `[slots]`. It
+        is 0 for what is refused where noise or a lie has made a number that is not finite.
       aggregate: `(state, uploads, slots) -> (state, metrics)`; takes the state's buffers.
       saved: `state -> state` in the model's shapes, as checkpoints keep it; None at other
         processes than the first.
@@ -67,7 +71,7 @@ class Programs(NamedTuple):
     begin: Callable[[PyTree], Carry]
     advance: Callable[..., Carry]
     finish: Callable[[Carry], Trained]
-    noise: Callable[[Slots], PyTree]
+    noise: Callable[[Slots], PyTree | None]
     upload: Callable[..., tuple[Any, jax.Array]]
     aggregate: Callable[[Any, Any, Slots], tuple[Any, dict[str, jax.Array]]]
     saved: Callable[[Any], Any]
@@ -149,7 +153,10 @@ def _reshaped(tree: PyTree, like: PyTree) -> PyTree:
 def _rows_of_whole(
     vectors: Callable[[Any, Slots], PyTree], base: PyTree, mesh: Mesh
 ) -> Callable[..., PyTree]:
-    """Makes `(state, slots, rows) -> vectors [rows, ...]`: each process computes its own rows."""
+    """Makes `(state, slots, rows) -> vectors [rows, ...]`: each process computes its own rows.
+
+    Leaves have the shapes of the base already, which is not looked at.
+    """
     program = jax.jit(
         lambda state, slots, rows: jax.tree.map(lambda x: x[rows], vectors(state, slots))
     )
@@ -192,7 +199,7 @@ def _finish(finish: Callable[[Carry], Trained], base: PyTree) -> Callable[[Carry
     return finished
 
 
-def _noise(config: Config, changes: PyTree, server: Mesh, present: Slots) -> PyTree:
+def _noise(config: Config, changes: PyTree, server: Mesh, present: Slots) -> PyTree | None:
     """Noise from the operating system's entropy, the same at all processes; None without it."""
     if not config.privacy.clip_norm or config.privacy.seed >= 0:
         return None
@@ -205,17 +212,17 @@ def _noise(config: Config, changes: PyTree, server: Mesh, present: Slots) -> PyT
 
 def _upload(config: Config, algorithm: Algorithm, slots: Slots) -> Callable:
     """What clients send: their vectors, or changes, noised, lied about, and folded."""
-    lies = attacks.liars(config.attack, slots, config.seed)[slots.client]
+    of_liars = attacks.liars(config.attack, slots, config.seed)[slots.client]
     lies_in_changes = config.attack.kind not in ("none", "label_flip", *attacks.OF_UPLOADS)
     disturbed = lies_in_changes or config.privacy.clip_norm > 0
 
     def disturb(changes, slots, index, noise):
-        """Changes as they are sent, and the slots whose numbers are all finite."""
+        """Changes as they are sent; slots weigh 0 whose numbers are no longer all finite."""
         if config.privacy.clip_norm:
             seed = config.privacy.seed if noise is None else None
             changes = privacy.privatised(config.privacy, changes, slots, index, seed, noise=noise)
         if lies_in_changes:
-            told = jnp.asarray(lies)
+            told = jnp.asarray(of_liars)
             changes = attacks.lied(config.attack, changes, told, slots, index, config.seed)
         finite = [
             jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1) for x in jax.tree.leaves(changes)
@@ -238,7 +245,22 @@ def _upload(config: Config, algorithm: Algorithm, slots: Slots) -> Callable:
                 vectors = jax.tree.map(jnp.add, before, vectors)
         uploads = algorithm.upload(vectors, slots)
         if config.attack.kind in attacks.OF_UPLOADS:
-            uploads = attacks.lied_upload(config.attack, uploads, jnp.asarray(lies), slots)
+            uploads = attacks.lied_upload(config.attack, uploads, jnp.asarray(of_liars), slots)
         return uploads, slots.weight
 
     return upload
+
+
+def shards_server(model: Model, algorithm: Algorithm, mesh: Mesh) -> bool:
+    """Whether the parameters of the server's arithmetic are sharded over all devices.
+
+    Not where most of them would not be: in leaves that the devices do not divide.
+    """
+    sizes = [leaf.size for leaf in jax.tree.leaves(model.base)]
+    parted = sum(size for size in sizes if size % (8 * mesh.size) == 0)  # masks have eight a byte
+    return (
+        algorithm.sharded_over is not None
+        and mesh.size > 1
+        and sum(sizes) >= SHARDED_FROM
+        and parted >= 0.9 * sum(sizes)
+    )

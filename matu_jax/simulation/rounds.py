@@ -83,8 +83,9 @@ def run(
       start: (rounds done, state) to go on from; None starts afresh.
 
     Yields:
-      One `RoundResult` per round. Everything random is drawn from (seed, round, client, task), so
-      a run that goes on from a state equals one that was never interrupted.
+      One `RoundResult` per round. Everything random is drawn from (seed, round, client, task), but
+      for noise from the operating system's entropy, so that a run that goes on from a state equals
+      one that was never interrupted.
 
     Raises:
       ValueError: at once, for an attack on masks or scales where uploads have none, or noise of
@@ -205,7 +206,7 @@ def _training(
                 # The next piece crosses over while the one before is computed; no third one does.
                 examples = placed(next(batches), mesh, ROWS)
                 clock.lap("data")
-                clock.lap("local_training", carry)
+                clock.lap("local_training", carry)  # of the piece before
                 carry = programs.advance(
                     parameters, carry, downloads, position, num_classes[part], *examples
                 )

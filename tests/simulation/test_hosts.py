@@ -20,7 +20,7 @@ from matu_jax import algorithms, models, train
 from matu_jax.runs import recorder
 from matu_jax.runs.checkpoints import Checkpoints
 from matu_jax.simulation.federation import federate
-from matu_jax.simulation.placement import SHARDED_FROM
+from matu_jax.simulation.programs import SHARDED_FROM
 
 ROUNDS = 8
 
@@ -30,7 +30,7 @@ PROGRAM = """
 import functools, json, os, sys
 import jax
 from matu_jax import train
-from matu_jax.simulation import batches, evaluate, placement, rounds
+from matu_jax.simulation import batches, evaluate, programs, rounds
 
 read = {"slots": [], "tasks": [], "pieces": [], "here": []}
 round_indices, gather, load = batches.round_indices, batches.gather, evaluate.EvaluationSet.load
@@ -56,7 +56,7 @@ def noted_agreed(state):
     return agreed(state)
 
 rounds.agreed = noted_agreed
-placement.SHARDED_FROM = int(os.environ["SHARED_FROM"])
+programs.SHARDED_FROM = int(os.environ["SHARED_FROM"])
 batches.round_indices, batches.gather = noted_indices, noted_gather
 evaluate.EvaluationSet.load = noted_load
 for room, name in ((batches, "grid"), (evaluate, "EvaluationSet")):

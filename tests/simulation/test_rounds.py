@@ -15,14 +15,14 @@ from matu_jax import algorithms, models
 from matu_jax.config import EvaluationConfig, LocalConfig, ModelConfig
 from matu_jax.data import Split
 from matu_jax.runs.checkpoints import Checkpoints
-from matu_jax.simulation import batches, evaluate, placement, rounds
+from matu_jax.simulation import batches, evaluate, programs, rounds
 from matu_jax.simulation import memory as memory_module
 from matu_jax.simulation.batches import round_grid
 from matu_jax.simulation.federation import federate
 from matu_jax.simulation.local import local_training
 from matu_jax.simulation.memory import fitted, predicted_bytes
 from matu_jax.simulation.participation import participants, trained_slots
-from matu_jax.simulation.placement import shards_server
+from matu_jax.simulation.programs import shards_server
 from matu_jax.simulation.relatedness import related
 
 
@@ -61,7 +61,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, federation, mod
 @pytest.mark.parametrize("shards", [False, True])
 def test_what_replaces_a_part_of_an_algorithm_runs(federation, model, shards, monkeypatch):
     """On several devices too, with as many parameters as the server is sharded from."""
-    monkeypatch.setattr(placement, "SHARDED_FROM", 0 if shards else 10**12)
+    monkeypatch.setattr(programs, "SHARDED_FROM", 0 if shards else 10**12)
     mesh = jax.make_mesh((4,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     built = algorithms.build(TINY)
     assert shards_server(model, built, mesh) == shards
@@ -85,7 +85,7 @@ def test_number_of_devices_does_not_change_the_result(
     federation, model, devices, shards, monkeypatch
 ):
     """6 slots, and the parameters of the server's arithmetic if they are many."""
-    monkeypatch.setattr(placement, "SHARDED_FROM", 0 if shards else 10**12)
+    monkeypatch.setattr(programs, "SHARDED_FROM", 0 if shards else 10**12)
     # Plain SGD: Adam's first steps divide rounding noise by rounding noise where gradients vanish.
     local = dataclasses.replace(TINY.local, optimizer="sgd", learning_rate=0.01)
     config = dataclasses.replace(TINY, rounds=1, local=local)
@@ -103,7 +103,7 @@ def test_number_of_devices_does_not_change_the_result(
 def test_a_sharded_server_goes_on_from_its_checkpoint_on_one_device(
     federation, model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(placement, "SHARDED_FROM", 0)
+    monkeypatch.setattr(programs, "SHARDED_FROM", 0)
     mesh = jax.make_mesh((4,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     algorithm = algorithms.build(TINY)
     results, similar = [], []
@@ -159,7 +159,7 @@ def test_a_sharded_server_has_its_part_of_stacked_blocks(monkeypatch, changes):
                 here.append(leaf.addressable_shards[0].data.size / leaf.size)
         return state
 
-    monkeypatch.setattr(placement, "SHARDED_FROM", 0)
+    monkeypatch.setattr(programs, "SHARDED_FROM", 0)
     monkeypatch.setattr(rounds, "agreed", noted)
     mesh = jax.make_mesh((4,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     many = list(run(config, federation, model, mesh=mesh))
@@ -182,7 +182,7 @@ def test_a_server_is_sharded_over_devices_that_divide_the_parameters(model, monk
         return shards_server(model, algorithms.build(TINY), mesh)
 
     assert [shares(count) for count in (1, 4)] == [False, False]  # few parameters
-    monkeypatch.setattr(placement, "SHARDED_FROM", 0)
+    monkeypatch.setattr(programs, "SHARDED_FROM", 0)
     assert [shares(count) for count in (1, 2, 4, 5)] == [False, True, True, False]
 
 
