@@ -9,7 +9,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from matu_jax import fields
+from matu_jax.aggregation.choices import NO_DEFENCE, AggregationRules, DefenceConfig
 from matu_jax.fields import field
+
+__all__ = [
+    "NO_DEFENCE",
+    "AttackConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DefenceConfig",
+    "EvaluationConfig",
+    "FailureConfig",
+    "LocalConfig",
+    "MatuConfig",
+    "ModelConfig",
+    "PrivacyConfig",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,24 +152,12 @@ class LocalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MatuConfig:
-    """MaTU's choices: those of `matu_jax.AggregationConfig`, downloads and precision.
+class MatuConfig(AggregationRules):
+    """MaTU's choices: those of `AggregationRules`, which clients fold by too, and these.
 
     (Its defences are in DefenceConfig.)
 
-    The defaults follow experiments/results/ablation8; those of `AggregationConfig` are the paper's
-    equations as this project reads them: magnitude "max", agreement_threshold 0.4, uploads
-    "vector", transfer "none".
-
     Attributes:
-      magnitude: eq. 2, on clients and server: "max" or "mean".
-      agreement_threshold: rho of eq. 5; 0 turns the gate off.
-      top_k: kappa of eq. 8.
-      min_similarity: epsilon of eq. 8.
-      transfer: eq. 8's rule: "none", "mean", "additive" or "shrinkage".
-      similarity: what eq. 7 compares.
-      uploads: what clients fold and send: "vector" (their task vectors) or "change" (what the round
-        has added to them).
       downloads: what a client receives: "unified", one vector with a mask and a scale per task, or
         "task_vectors", those of its tasks as they are, each a unified of its own: nothing is lost
         by folding, and k tasks take k vectors. In int8 those are less traffic than one unified
@@ -162,49 +166,17 @@ class MatuConfig:
         float32 scale for 256 parameters (`matu_jax.messages.quantisation`).
     """
 
-    magnitude: Literal["max", "mean"] = "mean"
-    agreement_threshold: float = field(0.0, at_least=0, at_most=1)
-    top_k: int = field(3, at_least=0)
-    min_similarity: float = field(0.5, at_least=0, at_most=1)
-    transfer: Literal["none", "mean", "additive", "shrinkage"] = "shrinkage"
-    similarity: Literal["cross_client", "aggregated"] = "cross_client"
-    uploads: Literal["vector", "change"] = "change"
     downloads: Literal["unified", "task_vectors"] = "unified"
     precision: Literal["float32", "bfloat16", "int8"] = "float32"
 
-
-@dataclasses.dataclass(frozen=True)
-class DefenceConfig:
-    """How the server bounds what single clients can do; see `matu_jax.AggregationConfig`.
-
-    The means over clients of the other algorithms follow the same three rules, of changes and with
-    clients instead of slots where a client sends one vector; algorithms without such a mean have no
-    defences and refuse other values than these.
-
-    The defaults follow experiments/results/attacks4 and defence8.
-
-    Attributes:
-      clip: no upload counts for more than this many times the median length; 0 = off.
-      trim: how many of the largest and smallest numbers of a mean are left out; 0 = off.
-      weighting: "examples", or "agreement": less of them for those whose direction agrees little
-        with the others', where there are five or more to compare; "examples" where trim is on.
-    """
-
-    clip: float = field(1.5, at_least=0)
-    trim: int = field(0, at_least=0)
-    weighting: Literal["examples", "agreement"] = "agreement"
-
     def conflicts(self, where: str) -> Iterator[str]:
-        """Yields what is wrong where two defences exclude each other."""
-        if self.trim and self.weighting != "examples":
+        """Yields what is wrong where one rule needs another."""
+        yield from super().conflicts(where)
+        if self.downloads == "task_vectors" and self.uploads != "change":
             yield (
-                f"{where}.trim: found {self.trim}, which counts all holders the same, beside "
-                f"weighting = {self.weighting!r}; for a trimmed mean set {where}.weighting = "
-                "'examples'."
+                f"{where}.downloads: 'task_vectors' needs {where}.uploads = 'change', where the "
+                f"server keeps task vectors; found {self.uploads!r}."
             )
-
-
-NO_DEFENCE = DefenceConfig(clip=0.0, weighting="examples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,16 +362,16 @@ class Config:
     matfl_threshold: float = field(0.0, at_least=-1, at_most=1)
     ties_keep: float = field(0.2, above=0, at_most=1)
     lora_b_trains_a: bool = False
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    local: LocalConfig = LocalConfig()
-    matu: MatuConfig = MatuConfig()
-    defence: DefenceConfig = DefenceConfig()
-    failures: FailureConfig = FailureConfig()
-    attack: AttackConfig = AttackConfig()
-    privacy: PrivacyConfig = PrivacyConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
+    matu: MatuConfig = dataclasses.field(default_factory=MatuConfig)
+    defence: DefenceConfig = dataclasses.field(default_factory=DefenceConfig)
+    failures: FailureConfig = dataclasses.field(default_factory=FailureConfig)
+    attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)
+    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def conflicts(self, where: str) -> Iterator[str]:
         """Yields what is wrong where fields of different blocks exclude each other."""

@@ -180,9 +180,21 @@ def _block(schema: type, found: Any, where: str, values_of: Any, problems: list[
                 problems.append(str(error))
     if len(problems) > before:
         return None
-    built = schema(**right)
+    built = _of_values(schema, found, right)
     problems += getattr(built, "conflicts", lambda where: [])(where)
     return built
+
+
+def _of_values(schema: type, found: Any, values: dict[str, Any]) -> Any:
+    """What was found where it holds just these values, of these types; else another block."""
+
+    def holds(name: str, value: Any) -> bool:
+        own = getattr(found, name)
+        return own is value or (type(own) is type(value) and own == value)
+
+    if isinstance(found, schema) and all(holds(*item) for item in values.items()):
+        return found
+    return schema(**values)
 
 
 def _out_of_range(each: dataclasses.Field, kind: Any, value: Any, where: str) -> list[str]:

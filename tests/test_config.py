@@ -3,8 +3,6 @@ import json
 
 import pytest
 
-from matu_jax import config as schema
-from matu_jax.aggregation import AggregationConfig
 from matu_jax.config import Config, DataConfig, LocalConfig
 
 
@@ -84,22 +82,6 @@ def test_whole_numbers_are_taken_for_floats_and_lists_for_tuples():
     for right in (config.check(), Config().with_fields(fields)):
         assert isinstance(right.local.learning_rate, float)
         assert right.data.assignment == ((0, 1), (2,))
-
-
-def test_matu_block_is_the_aggregation_config():
-    fields = schema.MatuConfig.__dataclass_fields__
-    library = AggregationConfig.__dataclass_fields__
-    fields = {**fields, **schema.DefenceConfig.__dataclass_fields__}
-    assert set(fields) == {*library, "downloads", "precision"}
-    differing = {n: f.default for n, f in library.items() if f.default != fields[n].default}
-    assert differing == {
-        "magnitude": "max",
-        "agreement_threshold": 0.4,
-        "transfer": "none",
-        "uploads": "vector",
-        "clip": 0.0,
-        "weighting": "examples",
-    }
 
 
 def test_overrides_set_fields_by_their_type():

@@ -35,8 +35,6 @@ from timing import (
 )
 
 import matu_jax as matu
-from matu_jax.algorithms.matu import aggregation_config
-from matu_jax.config import Config
 
 # What grows, with (clients, tasks, held, parameters), in which None stands for it, and its values.
 AXES = {
@@ -53,7 +51,7 @@ QUICK = {
     "parameters": ((2, 3, 2, None), (1_000, 30_000)),
 }
 Case = tuple[int, int, int, int]
-CHOICES = aggregation_config(Config().matu, Config().defence)
+CHOICES = matu.AggregationConfig()
 
 
 def cases(axis: tuple[tuple, tuple[int, ...]]) -> Iterator[Case]:

@@ -4,7 +4,7 @@
     python experiments/bench/bench_unify.py --threads 1
 
 The floor of eqs. 1 to 4 is reading T x d numbers once and writing d numbers and T x d bits, at the
-speed at which this machine copies memory. "library" is `matu.unify(x)` as a user calls it, which
+speed at which this machine copies memory. "library" is `matu.unify(x, magnitude="max")`, which
 jits inside; "outer jit" is the same under `jax.jit`, with checks done once; "shared" is
 `matu.unify(x, mesh=mesh)` with the parameters shared out over all devices, one per core on CPU, on
 which they lie already. "numba", on CPU in float32, is what a compiler reaches that reads every
@@ -18,6 +18,7 @@ if "--threads" in sys.argv[:-1]:  # before anything starts a pool of threads
     cores = sorted(os.sched_getaffinity(0))[: int(sys.argv[sys.argv.index("--threads") + 1])]
     os.sched_setaffinity(0, cores)
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -38,6 +39,8 @@ from timing import (
 
 import matu_jax as matu
 from matu_jax.runs.processes import use_cores
+
+unify = partial(matu.unify, magnitude="max")  # as EMR-Merging, which the rivals compute
 
 
 def _vectors(rows: int, size: int, dtype: str) -> jax.Array:
@@ -67,7 +70,10 @@ def _prepared(name: str, rows: int, size: int, dtype: str):
     x = _vectors(rows, size, dtype)
     if name == "torch loop":
         return _torch_loop(_as_torch(x, dtype))
-    function = {"library": lambda x: matu.unify({"w": x}), "dense jax": dense_unify}[name]
+    function = {
+        "library": lambda x: unify({"w": x}),
+        "dense jax": dense_unify,
+    }[name]
     jax.block_until_ready(function(x[:, :8]))  # JAX itself is not what is measured
     return lambda: function(x)
 
@@ -77,7 +83,7 @@ def _numba(x: jax.Array) -> dict:
     call = numba_unify()
     if call is None or x.dtype != jnp.float32 or x.shape[1] % 8 or jax.default_backend() != "cpu":
         return {}
-    values, ours = np.asarray(x), matu.unify({"w": x})
+    values, ours = np.asarray(x), unify({"w": x})
     vector, masks, scales = call(values)
     np.testing.assert_array_equal(vector, ours.vector["w"])
     np.testing.assert_array_equal(masks, ours.masks["w"])
@@ -86,7 +92,7 @@ def _numba(x: jax.Array) -> dict:
 
 
 def _check(x: jax.Array, rows: list) -> None:
-    ours, theirs = matu.unify({"w": x}), torch_unify(rows)
+    ours, theirs = unify({"w": x}), torch_unify(rows)
     vector = np.asarray(ours.vector["w"].astype(jnp.float32))
     np.testing.assert_array_equal(vector, theirs[0].float().cpu().numpy())
     scales = np.array([float(scale) for scale in theirs[2]])
@@ -120,23 +126,23 @@ def main() -> None:
         _check(x, tensors)
         numba = _numba(x)
         jax.clear_caches()
-        outer = jax.jit(lambda x: matu.unify({"w": x}))
+        outer = jax.jit(lambda x: unify({"w": x}))
         spread, mesh = shared_out({"w": x})
-        shared = {"shared": lambda s=spread, m=mesh: matu.unify(s, mesh=m)} if mesh else {}
+        shared = {"shared": lambda s=spread, m=mesh: unify(s, mesh=m)} if mesh else {}
         copied = min(rows * size * width, 2**28)
         times = interleaved(
             {
                 "copy": copier(copied),
                 "torch loop": _torch_loop(tensors),
                 "dense jax": lambda x=x: dense_unify(x),
-                "library": lambda x=x: matu.unify({"w": x}),
+                "library": lambda x=x: unify({"w": x}),
                 "outer jit": lambda x=x, outer=outer: outer(x),
             }
             | shared
             | numba,
             given.repeats,
         )
-        traced(lambda x=x: matu.unify({"w": x}), given.trace)
+        traced(lambda x=x: unify({"w": x}), given.trace)
         once = times["numba"].median if numba else None
         on_all = times["shared"].median if shared else None
         del x, tensors, numba, spread, shared

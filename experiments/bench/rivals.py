@@ -4,6 +4,7 @@ They compute what `matu_jax.unify` and, but for Numba, `matu_jax.aggregate` with
 the benchmarks check that they do.
 """
 
+import dataclasses
 from functools import cache, partial
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 
 import matu_jax as matu
 
-SERVER = matu.AggregationConfig(transfer="mean", similarity="aggregated")
+PAPER = matu.AggregationConfig.paper()
+SERVER = dataclasses.replace(PAPER, transfer="mean", similarity="aggregated")
 
 
 def dealt(clients: int, tasks: int, held: int) -> matu.Slots:
@@ -28,7 +30,7 @@ def federation(clients: int, tasks: int, held: int, size: int, dtype: Any) -> tu
     slots = dealt(clients, tasks, held)
     keys = jax.random.split(jax.random.key(0), clients * held)
     rows = jax.lax.map(lambda key: jax.random.normal(key, (size,), dtype), keys)
-    return jax.block_until_ready(matu.unify({"w": rows}, slots)), slots
+    return jax.block_until_ready(matu.unify({"w": rows}, slots, magnitude="max")), slots
 
 
 # ------------------------------------------------------------------ PyTorch, a loop

@@ -28,10 +28,11 @@ Every function is pure and may be called under `jit`, `vmap` and `shard_map`; sl
 loops, so that no second array of slots x parameters is ever made.
 """
 
+from matu_jax.aggregation.choices import AggregationConfig
 from matu_jax.aggregation.directions import direction_similarity
 from matu_jax.aggregation.fold import modulate, unify
 from matu_jax.aggregation.server import aggregate, nonfinite
-from matu_jax.aggregation.types import Aggregated, AggregationConfig, ServerState, Slots, Unified
+from matu_jax.aggregation.types import Aggregated, ServerState, Slots, Unified
 
 __all__ = [
     "Aggregated",

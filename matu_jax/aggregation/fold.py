@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from matu_jax.aggregation.choices import Magnitude
 from matu_jax.aggregation.joining import joining
 from matu_jax.aggregation.sharding import Axes, Sharing, checked, largest_over, total_over
-from matu_jax.aggregation.types import Magnitude, Slots, Unified, check_slots, check_unified
+from matu_jax.aggregation.types import Slots, Unified, check_slots, check_unified
 from matu_jax.trees import PyTree, as_floating, check_stacked
 
 _LANES = 1024  # partial sums kept apart, so that float32 sums stay exact enough at 1e8 parameters
@@ -403,7 +404,7 @@ def unify(
     vectors: PyTree,
     slots: Slots | None = None,
     *,
-    magnitude: Magnitude = "max",
+    magnitude: Magnitude = "mean",
     mesh: Mesh | None = None,
 ) -> Unified:
     """Folds task vectors into one vector per client, a mask and a scale per slot (eqs. 1 to 4).
@@ -429,7 +430,7 @@ def unify(
       >>> import jax.numpy as jnp, matu_jax as matu
       >>> unified = matu.unify({"w": jnp.array([[1.0, -2.0], [3.0, 1.0]])})
       >>> unified.vector["w"].tolist(), unified.scales.tolist()
-      ([3.0, -2.0], [0.6000000238418579, 1.3333333730697632])
+      ([2.0, -2.0], [0.75, 2.0])
     """
     if magnitude not in get_args(Magnitude):
         raise ValueError(f"unify: magnitude: found {magnitude!r}, expected 'max' or 'mean'.")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from matu_jax.aggregation.choices import AggregationConfig
 from matu_jax.aggregation.directions import gram, same_client_gram
 from matu_jax.aggregation.fold import (
     as_bits,
@@ -36,7 +37,6 @@ from matu_jax.aggregation.sharding import Axes, Sharing, all_over, any_over, che
 from matu_jax.aggregation.shrinkage import shrinkage
 from matu_jax.aggregation.types import (
     Aggregated,
-    AggregationConfig,
     ServerState,
     Slots,
     Unified,
@@ -372,7 +372,7 @@ def aggregate(
         scales `[slots]`. An upload that holds a NaN or an infinity takes no part (see `accepted`
         in the result, and `nonfinite` for its name).
       slots: which client and task each slot is, and its weight (0 = absent).
-      config: the choices in eqs. 5 to 9.
+      config: the choices in eqs. 5 to 9; `AggregationConfig.paper()` for those of the paper.
       previous: what a task keeps that nobody reported: `.unified` of the round before, or, where
         `config.uploads` is "change", its `.state`, to which the changes are added. None: the first
         round; zeros.

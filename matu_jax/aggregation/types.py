@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,6 @@ import numpy as np
 from jax.core import Tracer
 
 from matu_jax.trees import PyTree, as_floating, check_like, check_stacked, leaf_items
-
-Magnitude = Literal["max", "mean"]
-Transfer = Literal["none", "mean", "additive", "shrinkage"]
-Similarity = Literal["cross_client", "aggregated"]
-Uploads = Literal["vector", "change"]
-Weighting = Literal["examples", "agreement"]
 
 
 @partial(
@@ -56,102 +50,6 @@ class Unified(NamedTuple):
     vector: PyTree
     masks: PyTree
     scales: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class AggregationConfig:
-    """The server's choices in eqs. 5 to 9.
-
-    Attributes:
-      magnitude: how eq. 2 sets magnitudes in what the server folds.
-      agreement_threshold: rho of eq. 5, in [0, 1]; 0 turns the gate off.
-      top_k: kappa of eq. 8, how many other tasks may lend to a task; 0 turns transfer off.
-      min_similarity: epsilon of eq. 8, in [0, 1]; 1/2 is the similarity of unrelated directions.
-      transfer: how lenders enter. "none": not at all. "mean": the mean of a task's own vector
-        (weight 1) and its lenders' (weight A). "additive": own vector + sum of A times theirs.
-        "shrinkage": as much as the evidence of all rounds warrants, see `aggregation.shrinkage`
-        (no top_k, no min_similarity; needs uploads = "change" and similarity = "cross_client").
-      similarity: what eq. 7 compares. "aggregated": the tasks' aggregated vectors, as in the paper.
-        "cross_client": slots of *different* clients only, averaged over the pairs; two tasks of
-        one client are masked copies of one vector and look alike whatever they are.
-      uploads: what a client folds and sends. "vector": its task vectors, as in the paper; the
-        server keeps the unified vector of all tasks alone. "change": what the round has added to
-        them, its task vectors less its download; the server adds it to exact task vectors, one per
-        task, which it keeps. What folding loses on the way down is then not taken over from round
-        to round: the loss is measured at the folded vector and the exact one moves, as in
-        quantisation-aware training with a straight-through estimator. Where every client folds
-        the same contradictory tasks, no folded vector serves them all, and the exact ones move on
-        without settling.
-      clip: 0 = off. Bounds what one slot can do to the others: its vector is scaled down where
-        scale times length of its client's unified vector exceeds `clip` times the median over the
-        round's slots (and that for no more than twice the lower median over clients of their
-        longest slot, which neither half of them nor one with many slots can set). That product
-        bounds the length of what the slot's mask lets through, so that neither a long vector nor a
-        large scale nor a full mask gets past it.
-      trim: how many of a task's largest and smallest numbers eq. 6 leaves out, parameter by
-        parameter (the trimmed mean of Yin et al. 2018, arXiv 1803.01498; all but the middle ones
-        where a task has too few holders: the median). Every holder counts the same then, whatever
-        its weight. 0 = off.
-      weighting: what eq. 6 weights holders by. "examples": `Slots.weight`. "agreement": less of
-        that for a holder whose signs have a mean correlation with those of the task's other holders
-        below half of the median holder's, and nothing for one with none (in the manner of FLTrust,
-        Cao et al. 2021, arXiv 2012.13995, which weights by the cosine to a trusted vector), where
-        five holders or more have reported: of fewer, one liar is more than a fifth, and honest
-        holders whose labels are skewed differ as well.
-    """
-
-    magnitude: Magnitude = "max"
-    agreement_threshold: float = 0.4
-    top_k: int = 3
-    min_similarity: float = 0.5
-    transfer: Transfer = "none"
-    similarity: Similarity = "cross_client"
-    uploads: Uploads = "vector"
-    clip: float = 0.0
-    trim: int = 0
-    weighting: Weighting = "examples"
-
-    def __post_init__(self) -> None:
-        for field, choices in (
-            ("magnitude", Magnitude),
-            ("transfer", Transfer),
-            ("similarity", Similarity),
-            ("uploads", Uploads),
-            ("weighting", Weighting),
-        ):
-            if getattr(self, field) not in get_args(choices):
-                raise ValueError(
-                    f"AggregationConfig.{field}: found {getattr(self, field)!r}, expected one of "
-                    f"{', '.join(map(repr, get_args(choices)))}."
-                )
-        for field in ("agreement_threshold", "min_similarity"):
-            value = getattr(self, field)
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(
-                    f"AggregationConfig.{field}: found {getattr(self, field)!r}, expected a number "
-                    "from 0 to 1."
-                )
-        for field in ("top_k", "trim"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(
-                    f"AggregationConfig.{field}: found {value!r}, expected a whole number >= 0."
-                )
-        if not isinstance(self.clip, int | float) or not 0 <= self.clip < float("inf"):
-            raise ValueError(
-                f"AggregationConfig.clip: found {self.clip!r}, expected a finite number >= 0."
-            )
-        if self.trim and self.weighting != "examples":
-            raise ValueError(
-                f"AggregationConfig.weighting: found 'agreement' beside trim = {self.trim}, which "
-                "counts all holders the same; choose one of the two."
-            )
-        needed = ("change", "cross_client")
-        if self.transfer == "shrinkage" and (self.uploads, self.similarity) != needed:
-            raise ValueError(
-                "AggregationConfig.transfer: 'shrinkage' needs uploads = 'change' and similarity = "
-                f"'cross_client'; found {self.uploads!r} and {self.similarity!r}."
-            )
 
 
 class ServerState(NamedTuple):

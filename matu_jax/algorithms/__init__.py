@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
 from matu_jax.algorithms.contract import Algorithm, LocalRule
 from matu_jax.algorithms.emr_one_shot import emr_one_shot
 from matu_jax.algorithms.fed_lora_b import fed_lora_b
@@ -16,7 +17,7 @@ from matu_jax.algorithms.ntk_fedavg import ntk_fedavg
 from matu_jax.algorithms.parts import with_heads
 from matu_jax.algorithms.per_task import per_task
 from matu_jax.algorithms.ties import ties
-from matu_jax.config import NO_DEFENCE, Config, DefenceConfig
+from matu_jax.config import Config
 from matu_jax.errors import did_you_mean
 from matu_jax.messages.traffic import Message, Traffic, frame_bits, message_bits
 

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from matu_jax.aggregation import Slots
-from matu_jax.config import DefenceConfig
+from matu_jax.aggregation.choices import DefenceConfig
 from matu_jax.messages.traffic import Traffic
 from matu_jax.trees import PyTree
 

@@ -1,6 +1,5 @@
 """MaTU (Tsouvalas et al., arXiv 2502.06376): a thin wrapper over the public aggregator."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from matu_jax import fields
 from matu_jax.aggregation import (
     AggregationConfig,
     ServerState,
@@ -18,7 +18,7 @@ from matu_jax.aggregation import (
 )
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import zeros
-from matu_jax.config import NO_DEFENCE, Config, DefenceConfig, MatuConfig
+from matu_jax.config import Config
 from matu_jax.messages.layout import overhead_bytes
 from matu_jax.messages.quantisation import restored, rounded
 from matu_jax.messages.traffic import Message, Traffic
@@ -39,25 +39,12 @@ class MatuState(NamedTuple):
     server: Unified | ServerState
 
 
-def aggregation_config(
-    choices: MatuConfig, defence: DefenceConfig = NO_DEFENCE
-) -> AggregationConfig:
-    """The aggregator's part of an experiment's choices."""
-    given = dataclasses.asdict(choices) | dataclasses.asdict(defence)
-    del given["precision"], given["downloads"]
-    return AggregationConfig(**given)
-
-
 def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
     """MaTU with the choices of `config.matu`, on one device or with sharded parameters."""
     precision, changes = config.matu.precision, config.matu.uploads == "change"
     folds_down = config.matu.downloads == "unified"
-    if not folds_down and not changes:
-        raise ValueError(
-            "config.matu.downloads: 'task_vectors' needs config.matu.uploads = 'change', where the "
-            f"server keeps task vectors; found {config.matu.uploads!r}."
-        )
-    choices = aggregation_config(config.matu, config.defence)
+    fields.checked(config.matu, "config.matu")
+    choices = AggregationConfig.of(config.matu, config.defence)
 
     def arrived(vector):
         return restored(rounded(vector, precision), vector)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from matu_jax.aggregation import Slots
+from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
 from matu_jax.aggregation.fold import clip_to
 from matu_jax.aggregation.robust import (
     agreement_weights,
@@ -14,7 +15,6 @@ from matu_jax.aggregation.robust import (
     vector_lengths,
     within_trim,
 )
-from matu_jax.config import NO_DEFENCE, DefenceConfig
 from matu_jax.trees import PyTree
 
 
@@ -65,7 +65,7 @@ def defended_mean(
       weight: float32 `[rows]`; rows of weight 0 do not count, whatever they hold.
       group: int32 `[rows]`.
       num_groups: number of groups.
-      defence: see `matu_jax.AggregationConfig`, with rows for slots and groups for tasks.
+      defence: see `DefenceConfig`, with rows for slots and groups for tasks.
       slots: where rows are slots, whose client each is; None = each row is a client's only one.
 
     Returns:

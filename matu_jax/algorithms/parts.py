@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import (
     defended_mean,
@@ -13,7 +14,6 @@ from matu_jax.algorithms.means import (
     mean_over_clients,
     zeros,
 )
-from matu_jax.config import NO_DEFENCE, DefenceConfig
 from matu_jax.messages.traffic import Message, Traffic
 from matu_jax.trees import PyTree, leaf_items
 

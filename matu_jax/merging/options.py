@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from matu_jax.aggregation.types import Magnitude
+from matu_jax.aggregation.choices import Magnitude
 from matu_jax.errors import UserError
 from matu_jax.merging.methods import Method, given_name
 from matu_jax.models.tensors import WHOLE

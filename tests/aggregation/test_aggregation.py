@@ -1,6 +1,7 @@
 """The aggregator against plain float64 loops (`oracle.py`), on the awkward cases by name."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import oracle
 import pytest
 
 import matu_jax as matu
+from matu_jax.config import NO_DEFENCE, DefenceConfig, MatuConfig
 
 CLIENT, TASK, WEIGHT = oracle.CLIENT, oracle.TASK, oracle.WEIGHT
 OTHERS = ~np.eye(oracle.TASKS, dtype=bool)
@@ -21,7 +23,7 @@ _tree, _values = oracle.tree, oracle.values
 
 
 def _config(magnitude: Any, similarity: Any, transfer: Any) -> matu.AggregationConfig:
-    return matu.AggregationConfig(
+    return matu.AggregationConfig.paper(
         magnitude=magnitude,
         agreement_threshold=0.4,
         top_k=2,
@@ -73,7 +75,7 @@ def _round(vectors, slots, config, previous=None):
 def test_unify_worked_by_hand():
     # Sums (4, -1, 0, 2): elected (+, -, 0, +). Largest agreeing: (3, 2, -, 2).
     vectors = {"w": np.array([[1, -2, 1, 2], [3, 1, -1, 0]], np.float32)}
-    unified = matu.unify(vectors)
+    unified = matu.unify(vectors, magnitude="max")
     np.testing.assert_array_equal(np.asarray(unified.vector["w"]), [3, -2, 0, 2])
     # Slot 0 agrees at 0, 1, 3: bits 0b1011; slot 1 at 0 alone.
     np.testing.assert_array_equal(np.asarray(unified.masks["w"]), [[0b1011], [0b0001]])
@@ -102,7 +104,7 @@ def _clients_with_one_task(rows, task, weight, config):
 
 
 def test_gate_and_weighted_mean_worked_by_hand():
-    config = matu.AggregationConfig(agreement_threshold=0.5, transfer="none")
+    config = matu.AggregationConfig.paper(agreement_threshold=0.5, transfer="none")
     rows = [[3, 1, 0], [0, -2, 4], [1, 1, 3], [2, 1, 0], [-3, 1, 0]]
     result = _clients_with_one_task(rows, [0, 0, 1, 1, 1], [1, 3, 100, 100, 56], config)
     np.testing.assert_allclose(
@@ -128,7 +130,7 @@ FOUR_SIMILARITIES = [
 
 
 def _four_tasks(**fields):
-    config = matu.AggregationConfig(**fields)
+    config = matu.AggregationConfig.paper(**fields)
     return _clients_with_one_task(FOUR_TASKS, range(4), [1, 1, 1, 1], config)
 
 
@@ -182,7 +184,7 @@ def test_cross_client_similarity_worked_by_hand():
     # Clients 0 and 1 hold tasks 0 and 1, client 2 holds task 1, client 3 tasks 2 and 3 alone.
     slots = _slots([0, 0, 1, 1, 2, 3, 3], [0, 1, 0, 1, 1, 2, 3], [1.0] * 7, 4, 4)
     rows = [[1, 1], [1, 1], [1, -1], [1, -1], [1, 1], [1, 1], [1, 1]]
-    config = matu.AggregationConfig(similarity="cross_client", transfer="none")
+    config = matu.AggregationConfig.paper(similarity="cross_client", transfer="none")
     uploads = matu.unify({"w": np.array(rows, np.float32)}, slots)
     found = np.asarray(matu.aggregate(uploads, slots, config).similarity)
     # Of six pairs four are of two clients: (0, task 0) with 1's and 2's task 1, (1, task 0) with
@@ -541,7 +543,7 @@ def test_one_slot():
     slots = _slots([0], [0], [5.0], 1, 1)
     vectors = _tree(_values(20, slots=1))
     uploads = matu.unify(vectors, slots)
-    config = matu.AggregationConfig(transfer="mean", similarity="aggregated")
+    config = matu.AggregationConfig.paper(transfer="mean", similarity="aggregated")
     result = matu.aggregate(uploads, slots, config)
     oracle.assert_round(result, result, uploads, slots, config)
     for part in (matu.modulate(result.downloads, slots), result.task_vectors):
@@ -677,8 +679,17 @@ def test_the_configuration_is_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.top_k = 1  # pyright: ignore[reportAttributeAccessIssue]
     assert hash(config) == hash(matu.AggregationConfig())
-    assert config.agreement_threshold == 0.4
-    assert config.magnitude == "max"
+
+
+def test_the_default_is_what_experiments_have_and_the_paper_is_a_preset():
+    assert matu.AggregationConfig() == matu.AggregationConfig.of(MatuConfig(), DefenceConfig())
+    assert inspect.signature(matu.unify).parameters["magnitude"].default == MatuConfig().magnitude
+    paper = matu.AggregationConfig.paper(top_k=2)
+    assert (paper.magnitude, paper.agreement_threshold) == ("max", 0.4)
+    assert (paper.uploads, paper.transfer, paper.top_k) == ("vector", "none", 2)
+    assert paper == matu.AggregationConfig.of(paper, NO_DEFENCE)
+    with pytest.raises(ValueError, match=r"transfer: 'shrinkage' needs uploads = 'change'"):
+        matu.AggregationConfig.paper(transfer="shrinkage")
 
 
 @pytest.mark.parametrize(
@@ -840,9 +851,9 @@ def test_tasks_that_only_ever_meet_at_one_client_do_not_lend():
     vectors = {"w": jnp.asarray([[1.0, 2.0, -3.0], [2.0, 1.0, -1.0]])}
     slots = matu.Slots(np.array([0, 0]), np.array([0, 1]), np.array([1.0, 1.0]), 1, 2)
     uploads = matu.unify(vectors, slots)
-    plain = matu.aggregate(uploads, slots, matu.AggregationConfig(transfer="none"))
+    plain = matu.aggregate(uploads, slots, matu.AggregationConfig.paper(transfer="none"))
     for rule in ("mean", "additive"):
-        found = matu.aggregate(uploads, slots, matu.AggregationConfig(transfer=rule))
+        found = matu.aggregate(uploads, slots, matu.AggregationConfig.paper(transfer=rule))
         np.testing.assert_array_equal(found.task_vectors["w"], plain.task_vectors["w"])
 
 
@@ -853,7 +864,7 @@ def test_a_task_nobody_reported_borrows_nothing():
     some = matu.Slots(np.arange(3), np.arange(3), np.array([1.0, 1.0, 0.0]), 3, 3)
     for rule in ("mean", "additive"):
         for similarity in ("cross_client", "aggregated"):
-            config = matu.AggregationConfig(transfer=rule, similarity=similarity)
+            config = matu.AggregationConfig.paper(transfer=rule, similarity=similarity)
             uploads = matu.unify(vectors, some)
             found = matu.aggregate(uploads, some, config, before.unified)
             kept = matu.modulate(before.unified)["w"][2]

@@ -17,7 +17,7 @@ import matu_jax as matu
 GROUPS, SLOTS, CLIENTS, TASKS = 8, 32, 16, 4
 CLIENT = np.array([[2 * g, 2 * g, 2 * g, 2 * g + 1] for g in range(GROUPS)], np.int32).ravel()
 TASK = np.array([[g, g + 1, g + 2, g + 3] for g in range(GROUPS)], np.int32).ravel() % TASKS
-CONFIG = matu.AggregationConfig(
+CONFIG = matu.AggregationConfig.paper(
     transfer="mean", similarity="cross_client", top_k=2, min_similarity=0.25
 )
 
@@ -234,7 +234,7 @@ MANY, FEW_CLIENTS, FEW_TASKS, SIZE, LEAVES = 256, 16, 8, 1 << 18, 2
     "config",
     [
         CONFIG,
-        matu.AggregationConfig(
+        matu.AggregationConfig.paper(
             magnitude="mean", transfer="additive", similarity="aggregated", min_similarity=0.25
         ),
     ],

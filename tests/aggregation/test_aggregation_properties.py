@@ -23,7 +23,7 @@ S, N, T, D = oracle.SLOTS, oracle.CLIENTS, oracle.TASKS, oracle.PARAMETERS
 
 
 def _config(magnitude: Any, similarity: Any, transfer: Any) -> matu.AggregationConfig:
-    return matu.AggregationConfig(
+    return matu.AggregationConfig.paper(
         magnitude=magnitude,
         agreement_threshold=0.4,
         top_k=2,
@@ -122,7 +122,7 @@ def test_rescaling_keeps_the_mean_absolute_value(values, slots, magnitude):
 
 @given(eighths(), participation)
 def test_the_maximum_bounds_every_entry_it_stands_for(values, slots):
-    vectors, masks, _ = _flat(matu.unify(oracle.tree(values), slots))
+    vectors, masks, _ = _flat(matu.unify(oracle.tree(values), slots, magnitude="max"))
     assert (np.abs(vectors)[slots.client] >= np.abs(masks * values)).all()
 
 

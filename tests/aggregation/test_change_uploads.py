@@ -16,7 +16,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import matu_jax as matu
 from matu_jax.algorithms import build, with_heads
-from matu_jax.algorithms.matu import aggregation_config
 from matu_jax.config import NO_DEFENCE, Config, MatuConfig
 
 OPEN = Config(defence=NO_DEFENCE)
@@ -27,7 +26,7 @@ ROUNDS = 3
 
 
 def _config(magnitude: Any, threshold: float, transfer: Any, similarity: Any = "cross_client"):
-    return matu.AggregationConfig(
+    return matu.AggregationConfig.paper(
         magnitude=magnitude,
         agreement_threshold=threshold,
         top_k=2,
@@ -231,7 +230,7 @@ def test_worked_by_hand():
     changes = {"w": np.array([[2, 2], [9, 9], [4, -2], [4, -2]], np.float32)}
     kept = {"w": np.array([[1, 1], [-2, 4]], np.float32)}
     nothing = jnp.zeros((2, 2), jnp.float32)
-    config = matu.AggregationConfig(uploads="change", agreement_threshold=0.5)
+    config = matu.AggregationConfig.paper(uploads="change", agreement_threshold=0.5)
     result = matu.aggregate(
         matu.unify(changes, slots), slots, config, matu.ServerState(kept, nothing, nothing)
     )
@@ -531,7 +530,7 @@ def test_shrinkage_without_its_evidence_is_refused(fields):
 @pytest.mark.parametrize("value", ["changes", None, True])
 def test_an_unknown_kind_of_upload_is_named(value):
     with pytest.raises(ValueError, match="uploads") as caught:
-        matu.AggregationConfig(uploads=value)
+        matu.AggregationConfig.paper(uploads=value)
     assert str(value) in str(caught.value)
 
 
@@ -579,7 +578,7 @@ def test_clients_with_a_task_of_their_own_get_their_vectors_back():
 def test_the_algorithm_is_the_aggregator(transfer):
     everyone, state = _federation(2), None
     algorithm = _algorithm(uploads="change", transfer=transfer)
-    config = aggregation_config(_matu_config(transfer))
+    config = matu.AggregationConfig.of(_matu_config(transfer))
     own = algorithm.init(jax.tree.map(lambda x: x[0], _changes(0)), everyone)
     state = _start()
     _same(own.server, state)

@@ -18,16 +18,14 @@ WEIGHT = np.array([5, 4, 3, 2, 6, 7, 1, 2, 3, 4], np.float32)
 SLOTS = matu.Slots(CLIENT, TASK, WEIGHT, 6, 4)
 # Of a multiple of 8 parameters per device, of fewer than devices, of none, and large with a rest.
 SHAPES = {"even": (16, 12), "few": (3,), "none": (0, 2), "large": (67, 1009), "scalar": ()}
-LIBRARY = matu.AggregationConfig()
-EXPERIMENTS = matu.AggregationConfig(
-    magnitude="mean", agreement_threshold=0.0, uploads="change", transfer="shrinkage"
-)
+PAPER = matu.AggregationConfig.paper()
+UNDEFENDED = matu.AggregationConfig(clip=0.0, weighting="examples")
 CONFIGS = {
-    "library": LIBRARY,
-    "experiments": EXPERIMENTS,
-    "defended": dataclasses.replace(EXPERIMENTS, clip=1.5, weighting="agreement"),
-    "trimmed": dataclasses.replace(EXPERIMENTS, clip=1.5, trim=1),
-    "as in the paper": dataclasses.replace(LIBRARY, similarity="aggregated", transfer="mean"),
+    "default": matu.AggregationConfig(),
+    "undefended": UNDEFENDED,
+    "trimmed": dataclasses.replace(UNDEFENDED, clip=1.5, trim=1),
+    "as in the paper": PAPER,
+    "aggregated": dataclasses.replace(PAPER, similarity="aggregated", transfer="mean"),
 }
 
 
@@ -130,7 +128,7 @@ def test_arrays_that_are_shared_out_stay_where_they_are():
     vectors = {"w": jax.device_put(np.ones((10, 64, 1024), np.float32), along)}
     slots = jax.tree.map(jnp.asarray, SLOTS)
     state = jax.eval_shape(
-        lambda v, s: matu.aggregate(matu.unify(v, s), s, EXPERIMENTS).state, vectors, slots
+        lambda v, s: matu.aggregate(matu.unify(v, s), s, UNDEFENDED).state, vectors, slots
     )
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
     state = state._replace(
@@ -139,7 +137,7 @@ def test_arrays_that_are_shared_out_stay_where_they_are():
 
     def round_of(vectors, slots, state):
         uploads = fold._unify(vectors, slots, "mean", mesh)
-        return server._aggregate(uploads, slots, EXPERIMENTS, state, mesh)
+        return server._aggregate(uploads, slots, UNDEFENDED, state, mesh)
 
     compiled = jax.jit(round_of).lower(vectors, slots, state).compile()
     text = compiled.as_text() or ""

@@ -21,7 +21,7 @@ T, SLOTS, D = 6, 32, 8192
 WEIGHT_TOLERANCE = 5e-3
 
 _shrinkage = jax.jit(module.shrinkage)
-PLAIN = matu.AggregationConfig(uploads="change", agreement_threshold=0.0)
+PLAIN = matu.AggregationConfig.paper(uploads="change", agreement_threshold=0.0)
 SHRINKAGE = dataclasses.replace(PLAIN, transfer="shrinkage")
 
 

@@ -12,7 +12,6 @@ from contract import BASE, OPEN, PARAMETERS, TASK, WEIGHT, one_round, slots_with
 
 import matu_jax as matu
 from matu_jax.algorithms import ALGORITHMS, build, message_bits
-from matu_jax.algorithms.matu import aggregation_config
 from matu_jax.config import MatuConfig
 
 # The paper's equations as this project reads them; the defaults differ.
@@ -110,7 +109,7 @@ def test_individual_keeps_every_slot_its_own():
 @pytest.mark.parametrize("choices", [PAPER, MatuConfig()], ids=["paper", "default"])
 def test_matu_is_the_library(choices):
     vectors, (_, metrics, download) = run("matu", matu=choices)
-    slots, config = slots_with(), aggregation_config(choices)
+    slots, config = slots_with(), matu.AggregationConfig.of(choices)
     uploads = matu.unify(vectors, slots, magnitude=config.magnitude)
     result = matu.aggregate(uploads, slots, config)  # of the first round, in which all is zero
     chex.assert_trees_all_close(download, matu.modulate(result.downloads, slots), rtol=1e-6)

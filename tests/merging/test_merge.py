@@ -181,7 +181,7 @@ def test_rebuilt_models_equal_the_library(tmp_path, dtype):
     paths = _save(tmp_path / "in", base, models)
     summary = _unify(paths, tmp_path / "u.safetensors")
     vectors = matu.task_vectors(matu.stack(models), base)
-    rebuilt = matu.modulate(matu.unify(vectors))
+    rebuilt = matu.modulate(matu.unify(vectors, magnitude="max"))
     expected = matu.apply_vectors(base, rebuilt)
     for s, task in enumerate(NAMES):
         _rebuild(tmp_path / "u.safetensors", paths[0], task, tmp_path / "r.safetensors")
@@ -539,7 +539,7 @@ def test_only_some_prefixes(tmp_path, capsys):
 
     inside = {name: array for name, array in base.items() if name not in outside}
     tuned = [{name: model[name] for name in inside} for model in models]
-    library = matu.unify(matu.task_vectors(matu.stack(tuned), inside))
+    library = matu.unify(matu.task_vectors(matu.stack(tuned), inside), magnitude="max")
     unified = tmp_path / "unify" / "unified.safetensors"
     np.testing.assert_allclose(load_file(unified)["scales"], library.scales, rtol=1e-6)
     _rebuild(unified, paths[0], "dtd", tmp_path / "r.safetensors")
@@ -1093,8 +1093,7 @@ def test_transformers_checkpoints_from_end_to_end(tmp_path):
     rebuilt = [*base_path, "--unified", tmp_path / "u", "--task", "dtd"]
     assert _run(*rebuilt, "--out", tmp_path / "again") == 0
     found = loaded(tmp_path / "again")
-    expected = matu.apply_vectors(
-        floats[0], matu.modulate(matu.unify(matu.task_vectors(matu.stack(floats[1:]), floats[0])))
-    )
+    vectors = matu.task_vectors(matu.stack(floats[1:]), floats[0])
+    expected = matu.apply_vectors(floats[0], matu.modulate(matu.unify(vectors, magnitude="max")))
     for name in floating:
         np.testing.assert_allclose(found[name], expected[name][1], rtol=1e-5, atol=1e-6)

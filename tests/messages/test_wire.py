@@ -89,7 +89,8 @@ def test_what_goes_in_comes_out(tasks, dtypes):
 
 
 def test_the_layout_is_the_documented_one():
-    sent = matu.unify({"x": jnp.array([[1.0, -2.0, 0.5], [3.0, 1.0, 0.5]])})
+    rows = {"x": jnp.array([[1.0, -2.0, 0.5], [3.0, 1.0, 0.5]])}
+    sent = matu.unify(rows, magnitude="max")
     data = wire.encode(sent, [4, 9], client=3, round_number=2)
     tree_hash = hashlib.sha256(b"x float32 3\n").digest()[:16]
     expected = b"MATU" + bytes([2, 0, 1, 1]) + struct.pack("<III", 2, 3, 2) + tree_hash
