@@ -11,7 +11,13 @@ from jax.sharding import Mesh
 
 from matu_jax.aggregation.choices import Magnitude
 from matu_jax.aggregation.joining import joining
-from matu_jax.aggregation.sharding import Axes, Sharing, checked, largest_over, total_over
+from matu_jax.aggregation.sharding import (
+    Axes,
+    ParameterSharding,
+    check_mesh,
+    largest_over,
+    total_over,
+)
 from matu_jax.aggregation.types import Slots, Unified, check_slots, check_unified
 from matu_jax.trees import PyTree, as_floating, check_stacked
 
@@ -171,7 +177,7 @@ def fold(
       present: bool `[slots]`.
       num_groups: number of groups.
       magnitude: "max" or "mean".
-      axes: over which parameters are shared out.
+      axes: mesh axes over which parameters are sharded.
 
     Returns:
       Flat vectors `[groups, n]`, packed masks `[slots, bytes]`, scales `[slots]`.
@@ -384,15 +390,15 @@ def _unify(
     flat = [flat_leaf(leaf) for leaf in leaves]
     join = joining(flat)
     flat = join.vectors(flat)
-    sharing = Sharing(mesh, [x.shape[1] for x in flat])
+    sharding = ParameterSharding(mesh, [x.shape[1] for x in flat])
 
     def work(flat, rest):
         groups, present = rest
-        return fold(flat, None, groups, present, num_groups, magnitude, sharing.axes)
+        return fold(flat, None, groups, present, num_groups, magnitude, sharding.axes)
 
-    columns, out = sharing.vectors(flat), (True, True, False)
-    vector, masks, scales = sharing.run(work, columns, (groups, present), out)
-    vector, masks = sharing.cut_vectors(vector), sharing.cut_masks(masks)
+    columns, out = sharding.pad_vectors(flat), (True, True, False)
+    vector, masks, scales = sharding.run(work, columns, (groups, present), out)
+    vector, masks = sharding.unpad_vectors(vector), sharding.unpad_masks(masks)
     shaped = [
         vector.reshape(leaf.shape[1:] if slots is None else (num_groups, *leaf.shape[1:]))
         for vector, leaf in zip(join.leaves(vector), leaves, strict=True)
@@ -413,9 +419,9 @@ def unify(
       vectors: task vectors, leaves `[slots, ...]` of float32, bfloat16 or float16.
       slots: which client each row belongs to; None folds all rows into one group.
       magnitude: eq. 2 takes the "max" of the agreeing magnitudes (EMR-Merging) or their "mean".
-      mesh: devices that share the parameters out, of axes of type Auto; None = all on one. Of a
-        leaf of more than 65,536 parameters nothing crosses between them but sums, if it lies on
-        them already, shared out along its first axis of parameters, and is of a multiple of 8
+      mesh: devices over which the parameters are sharded, of axes of type Auto; None = all on one.
+        Of a leaf of more than 65,536 parameters nothing crosses between them but sums, if it is
+        sharded over them already, along its first axis of parameters, and has a multiple of 8
         parameters per device; smaller leaves are put together first.
 
     Returns:
@@ -440,7 +446,7 @@ def unify(
         slots = check_slots(slots, "unify")
         rows = slots.client.shape[0]
     check_stacked(vectors, "unify: vectors", rows=rows)
-    return _unify(vectors, slots, magnitude, checked(mesh, "unify"))
+    return _unify(vectors, slots, magnitude, check_mesh(mesh, "unify"))
 
 
 @jax.jit

@@ -61,8 +61,8 @@ def vector_lengths(vector: list[jax.Array], axes: Axes = ()) -> tuple[jax.Array,
     is a power of 2, by which nothing is rounded.
 
     Args:
-      vector: flat leaves `[rows, n]`, n shared out over `axes`.
-      axes: see `Sharing`.
+      vector: flat leaves `[rows, n]`, n sharded over `axes`.
+      axes: see `ParameterSharding`.
 
     Returns:
       Unit and length in units, float32 `[rows]` each; the length is their product, which may

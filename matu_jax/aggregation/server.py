@@ -33,7 +33,14 @@ from matu_jax.aggregation.robust import (
     vector_lengths,
     within_trim,
 )
-from matu_jax.aggregation.sharding import Axes, Sharing, all_over, any_over, checked, total_over
+from matu_jax.aggregation.sharding import (
+    Axes,
+    ParameterSharding,
+    all_over,
+    any_over,
+    check_mesh,
+    total_over,
+)
 from matu_jax.aggregation.shrinkage import shrinkage
 from matu_jax.aggregation.types import (
     Aggregated,
@@ -64,7 +71,7 @@ def _same_task(
     mask: jax.Array,
     old: jax.Array,
     scales: jax.Array,
-    share: jax.Array,
+    fraction: jax.Array,
     accepted: jax.Array,
     holders: jax.Array,
     slots: Slots,
@@ -77,7 +84,7 @@ def _same_task(
     """
     tasks, (_, size), dtype = slots.num_tasks, leaf.shape, leaf.dtype
     old = as_bits(clip_to(old.astype(jnp.float32), dtype))
-    inputs = (leaf, mask, scales, share, accepted, slots.client, slots.task)
+    inputs = (leaf, mask, scales, fraction, accepted, slots.client, slots.task)
     source = as_bits(leaf)
 
     def block(start, length, carry):
@@ -99,7 +106,7 @@ def _same_task(
             held = holders[task]
             agreement = jnp.abs(sign) / jnp.maximum(held, 1).astype(jnp.float32)
             gate = jnp.where(agreement >= config.agreement_threshold, 1.0, agreement)
-            part, energy = share[slot], 1.0
+            part, energy = fraction[slot], 1.0
             if config.trim:
                 absent = jnp.where(first, -jnp.inf, extremes)
                 grown, passed = within_trim(absent, x[0], held)
@@ -171,7 +178,7 @@ class _Whole(NamedTuple):
 def _server(
     flat: _Flat, whole: _Whole, config: AggregationConfig, size: int, axes: Axes
 ) -> tuple[Any, Any, Any]:
-    """Eqs. 5 to 9 on flat arrays; `size` counts all parameters, `axes` see `Sharing`.
+    """Eqs. 5 to 9 on flat arrays; `size` counts all parameters, `axes` see `ParameterSharding`.
 
     Returns:
       With parameters: task vectors, the server's own vector and the downloads'; masks of both; and
@@ -202,7 +209,7 @@ def _server(
         weight = agreement_weights(common, nonzero, weight, slots.task, tasks)
     weight_sum = jnp.zeros(tasks, jnp.float32).at[slots.task].add(weight)
     holders = jnp.zeros(tasks, jnp.int32).at[slots.task].add(accepted.astype(jnp.int32))
-    share = weight / jnp.where(weight_sum > 0, weight_sum, 1.0)[slots.task]
+    fraction = weight / jnp.where(weight_sum > 0, weight_sum, 1.0)[slots.task]
     reported = holders > 0
     kept = start
     if config.uploads == "change":
@@ -214,7 +221,7 @@ def _server(
     energies = jnp.zeros(tasks, jnp.float32)
     for leaf, mask, old in zip(vector, masks, kept, strict=True):
         new, signs, squares = _same_task(
-            leaf, mask, old, scales, share, accepted, holders, slots, config
+            leaf, mask, old, scales, fraction, accepted, holders, slots, config
         )
         own.append(new)
         products, energies = products + signs, energies + squares
@@ -249,7 +256,7 @@ def _server(
             length = jnp.sqrt(energies / jnp.maximum(holders, 1).astype(jnp.float32))
             pair = jnp.where(compared, length[:, None] * length[None, :], 0.0)
             agreement, energy = agreement + mean_product * pair, energy + pair
-            spread = jnp.zeros(tasks, jnp.float32).at[slots.task].add(jnp.square(share))
+            spread = jnp.zeros(tasks, jnp.float32).at[slots.task].add(jnp.square(fraction))
             worth = 1 / jnp.where(spread > 0, spread, 1.0)
             mixing = shrinkage(agreement, energy, worth, allowed)
         else:
@@ -318,15 +325,15 @@ def _aggregate(
     join = joining(vector, start)
     vector, start = join.vectors(vector), join.vectors(start)
     masks = join.masks(jax.tree.leaves(uploads.masks))
-    sharing = Sharing(mesh, [x.shape[1] for x in vector])
-    vectors, masks, whole = sharing.run(
-        lambda flat, whole: _server(flat, whole, config, join.size, sharing.axes),
-        _Flat(sharing.vectors(vector), sharing.masks(masks), sharing.vectors(start)),
+    sharding = ParameterSharding(mesh, [x.shape[1] for x in vector])
+    vectors, masks, whole = sharding.run(
+        lambda flat, whole: _server(flat, whole, config, join.size, sharding.axes),
+        _Flat(sharding.pad_vectors(vector), sharding.pad_masks(masks), sharding.pad_vectors(start)),
         _Whole(uploads.scales, slots, agreement, energy),
         (True, True, False),
     )
-    mixed, one_vector, down_vector = map(sharing.cut_vectors, vectors)
-    all_masks, down_masks = map(sharing.cut_masks, masks)
+    mixed, one_vector, down_vector = map(sharding.unpad_vectors, vectors)
+    all_masks, down_masks = map(sharding.unpad_masks, masks)
     all_scales, down_scales, similarity, accepted, agreement, energy = whole
 
     def shaped(flat, lead):
@@ -376,7 +383,7 @@ def aggregate(
       previous: what a task keeps that nobody reported: `.unified` of the round before, or, where
         `config.uploads` is "change", its `.state`, to which the changes are added. None: the first
         round; zeros.
-      mesh: devices that share the parameters out, see `unify`; None = all on one.
+      mesh: devices over which the parameters are sharded, see `unify`; None = all on one.
 
     Returns:
       `Aggregated`: task vectors `[tasks, ...]`, similarity `[tasks, tasks]`, the unified vector of
@@ -414,7 +421,7 @@ def aggregate(
             "aggregate: uploads.vector [clients, ...] against previous.vector [...]",
             leading=1,
         )
-    return _aggregate(uploads, slots, config, previous, checked(mesh, "aggregate"))
+    return _aggregate(uploads, slots, config, previous, check_mesh(mesh, "aggregate"))
 
 
 def nonfinite(uploads: Unified, slots: Slots) -> list[str]:

@@ -1,9 +1,9 @@
-"""Parameters shared out over devices: each works on its own, and sums go over all.
+"""Parameters sharded over devices: each computes its own shard, and sums go over all.
 
 What the aggregator computes is made parameter by parameter, but for sums over parameters (lengths,
-scales, products of signs) of a few numbers per slot or pair of tasks. So devices that share the
-parameters out exchange next to nothing, and each needs memory for its part alone. On CPU this is
-how XLA comes to use more than one core for one fold: with a virtual device for each.
+scales, products of signs) of a few numbers per slot or pair of tasks. So devices over which the
+parameters are sharded exchange next to nothing, and each needs memory for its shard alone. On CPU
+this is how XLA comes to use more than one core for one fold: with a virtual device for each.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 Axes = tuple[str, ...]
-"""Names of the mesh axes over which parameters are shared out; () = they are all here."""
+"""Names of the mesh axes over which parameters are sharded; () = they are all here."""
 
 
 def total_over(x: jax.Array, axes: Axes) -> jax.Array:
@@ -37,8 +37,8 @@ def any_over(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.pmax(x.astype(jnp.int32), axes) > 0 if axes else x
 
 
-def checked(mesh: Mesh | None, name: str) -> Mesh | None:
-    """The mesh, if its axes are such that `Sharing` can use it.
+def check_mesh(mesh: Mesh | None, name: str) -> Mesh | None:
+    """The mesh, if its axes are such that `ParameterSharding` can use it.
 
     Raises:
       ValueError: for axes of a type other than Auto, naming them.
@@ -55,36 +55,36 @@ def checked(mesh: Mesh | None, name: str) -> Mesh | None:
     return mesh
 
 
-class Sharing:
-    """Shares the parameters of flat arrays out over the devices of a mesh, or leaves them whole.
+class ParameterSharding:
+    """Shards the parameters of flat arrays over the devices of a mesh, or leaves them whole.
 
     Args:
       mesh: the devices, all of its axes; None leaves everything where it is.
-      sizes: parameters of each flat array, before they are filled up with zeros.
+      sizes: parameters of each flat array, before they are padded with zeros.
     """
 
     def __init__(self, mesh: Mesh | None, sizes: Sequence[int]):
         self._mesh, self._sizes = mesh, tuple(sizes)
         self.axes: Axes = tuple(mesh.axis_names) if mesh else ()
 
-    def vectors(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
-        """Fills `[rows, n]` up so that each device has whole bytes of the masks."""
-        return [_filled(x, n) for x, n in zip(flat, self._filled, strict=True)]
+    def pad_vectors(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+        """Pads `[rows, n]` with zeros, so that each device has whole bytes of the masks."""
+        return [_padded(x, n) for x, n in zip(flat, self._padded_sizes, strict=True)]
 
-    def masks(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+    def pad_masks(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
         """The same for packed masks `[rows, ceil(n / 8)]`."""
-        return [_filled(x, -(-n // 8)) for x, n in zip(flat, self._filled, strict=True)]
+        return [_padded(x, -(-n // 8)) for x, n in zip(flat, self._padded_sizes, strict=True)]
 
-    def cut_vectors(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
-        """The inverse of `vectors`."""
-        return [_cut(x, n) for x, n in zip(flat, self._sizes, strict=True)]
+    def unpad_vectors(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+        """The inverse of `pad_vectors`."""
+        return [_unpadded(x, n) for x, n in zip(flat, self._sizes, strict=True)]
 
-    def cut_masks(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
-        """The inverse of `masks`."""
-        return [_cut(x, -(-n // 8)) for x, n in zip(flat, self._sizes, strict=True)]
+    def unpad_masks(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+        """The inverse of `pad_masks`."""
+        return [_unpadded(x, -(-n // 8)) for x, n in zip(flat, self._sizes, strict=True)]
 
     def run(self, work: Callable[..., Any], columns: Any, rest: Any, out: Any) -> Any:
-        """Calls `work(columns, rest)` on every device, with its part of the columns.
+        """Calls `work(columns, rest)` on every device, with its shard of the columns.
 
         Args:
           work: uses `axes` for what goes over all parameters.
@@ -99,21 +99,21 @@ class Sharing:
             work,
             mesh=self._mesh,
             in_specs=(spec, whole),
-            out_specs=jax.tree.map(lambda shared: spec if shared else whole, out),
+            out_specs=jax.tree.map(lambda columns: spec if columns else whole, out),
             check_vma=False,
         )(columns, rest)
 
     @property
-    def _filled(self) -> list[int]:
+    def _padded_sizes(self) -> list[int]:
         if self._mesh is None:
             return list(self._sizes)
-        part = 8 * self._mesh.size
-        return [-(-n // part) * part for n in self._sizes]
+        multiple = 8 * self._mesh.size
+        return [-(-n // multiple) * multiple for n in self._sizes]
 
 
-def _filled(x: jax.Array, size: int) -> jax.Array:
+def _padded(x: jax.Array, size: int) -> jax.Array:
     return x if x.shape[1] == size else jnp.pad(x, ((0, 0), (0, size - x.shape[1])))
 
 
-def _cut(x: jax.Array, size: int) -> jax.Array:
+def _unpadded(x: jax.Array, size: int) -> jax.Array:
     return x if x.shape[1] == size else jax.lax.slice_in_dim(x, 0, size, axis=1)

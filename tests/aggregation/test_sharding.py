@@ -1,4 +1,4 @@
-"""Parameters shared out over devices: what comes out is what one device computes."""
+"""Parameters sharded over devices: what comes out is what one device computes."""
 
 import dataclasses
 
@@ -92,7 +92,7 @@ def test_sums_that_overflow_on_all_devices_together(size):
 )
 def test_rounds_of_the_server(name, devices):
     config, mesh = CONFIGS[name], mesh_of(devices)
-    alone = shared = None
+    alone = sharded = None
     for seed in range(3):
         slots = dataclasses.replace(SLOTS, weight=WEIGHT * (np.arange(10) != 3 * seed))
         uploads = matu.unify(tree(seed, 10), slots, magnitude=config.magnitude)
@@ -100,12 +100,12 @@ def test_rounds_of_the_server(name, devices):
             broken = jax.tree.map(lambda x: x.at[4].set(jnp.nan), uploads.vector)
             uploads = uploads._replace(vector=broken)
         results = []
-        for previous, on in ((alone, None), (shared, mesh)):
+        for previous, on in ((alone, None), (sharded, mesh)):
             results.append(matu.aggregate(uploads, slots, config, previous, mesh=on))
         expected, found = results
         assert np.asarray(expected.accepted).sum() == 9 - (seed == 1)
         assert_close(found, expected, rtol=3e-6)
-        alone, shared = (
+        alone, sharded = (
             x.state if config.uploads == "change" else x.unified for x in (expected, found)
         )
 
@@ -121,7 +121,7 @@ def test_a_mesh_that_cannot_serve_is_refused():
             call()
 
 
-def test_arrays_that_are_shared_out_stay_where_they_are():
+def test_arrays_that_are_sharded_stay_where_they_are():
     """No device ever holds all parameters: what goes between them is as small as the sums."""
     mesh = mesh_of(8)
     along = NamedSharding(mesh, PartitionSpec(None, "parameters"))
