@@ -17,7 +17,7 @@ import tiny
 
 import matu_jax
 from matu_jax import algorithms, compare
-from matu_jax.aggregation import fold
+from matu_jax.aggregation import client
 from matu_jax.algorithms import ALGORITHMS, build
 
 ROOT = Path(matu_jax.__file__).parents[1]
@@ -137,5 +137,5 @@ def test_what_the_readme_names_exists():
 
 
 def test_docstring_examples_run():
-    assert doctest.testmod(fold).failed == 0
-    assert doctest.testmod(fold).attempted > 0
+    assert doctest.testmod(client).failed == 0
+    assert doctest.testmod(client).attempted > 0

@@ -24,13 +24,17 @@ With `uploads = "change"`, this project's own too, clients fold what the round h
 vector less download), eqs. 5 to 8 are of changes, and the server adds the outcome to the task
 vectors that it keeps.
 
+Where they are: 1 to 4 in `fold` (and `modulation`), 5 and 6 in `same_task`, 7 in `directions`, 8 in
+`transfer` and `shrinkage`. `client` and `server` apply them to pytrees; `reports` says who takes
+part in a round, with the defences of `robust`.
+
 Every function is pure and may be called under `jit`, `vmap` and `shard_map`; slots are visited by
 loops, so that no second array of slots x parameters is ever made.
 """
 
 from matu_jax.aggregation.choices import AggregationConfig
+from matu_jax.aggregation.client import modulate, unify
 from matu_jax.aggregation.directions import direction_similarity
-from matu_jax.aggregation.fold import modulate, unify
 from matu_jax.aggregation.server import aggregate, nonfinite
 from matu_jax.aggregation.types import Aggregated, ServerState, Slots, Unified
 

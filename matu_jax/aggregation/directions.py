@@ -1,11 +1,15 @@
 """Direction similarity, eq. 7."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from matu_jax.aggregation.fold import flat_leaf, loop_zeros, pack, total
+from matu_jax.aggregation.blocks import loop_zeros, total
 from matu_jax.aggregation.joining import joining
-from matu_jax.aggregation.types import Slots
+from matu_jax.aggregation.reports import Reports
+from matu_jax.aggregation.sharding import Axes, total_over
+from matu_jax.aggregation.storage import flat_leaf, pack
 from matu_jax.trees import PyTree, as_floating, check_stacked
 
 _BLOCK = 1 << 16  # parameters per matmul when correlating directions
@@ -43,8 +47,7 @@ def gram(flat: list[jax.Array], size: int, *, signs: bool) -> jax.Array:
 def _direction_similarity(vectors: PyTree) -> jax.Array:
     flat = [flat_leaf(leaf) for leaf in jax.tree.leaves(vectors)]
     join = joining(flat)
-    products = gram(join.vectors(flat), join.size, signs=True)
-    return jnp.clip((1 + products) / 2, 0.0, 1.0)
+    return _similarity(gram(join.vectors(flat), join.size, signs=True))
 
 
 def direction_similarity(vectors: PyTree) -> jax.Array:
@@ -65,23 +68,90 @@ def direction_similarity(vectors: PyTree) -> jax.Array:
     return _direction_similarity(vectors)
 
 
-def same_client_gram(
+class TaskSimilarity(NamedTuple):
+    """Eq. 7 for all pairs of tasks.
+
+    Attributes:
+      matrix: A, float32 `[tasks, tasks]`, in [0, 1].
+      product: the mean product of signs that A is made of, float32 `[tasks, tasks]`.
+      compared: bool `[tasks, tasks]`, for which pairs there was something to compare; A is 1/2 for
+        others.
+    """
+
+    matrix: jax.Array
+    product: jax.Array
+    compared: jax.Array
+
+
+def aggregated_similarity(own: list[jax.Array], size: int, axes: Axes) -> TaskSimilarity:
+    """Eq. 7 of the tasks' aggregated vectors: A_tt' = (1 + (1/d) sum sgn(tau_t) sgn(tau_t')) / 2.
+
+    Args:
+      own: tau_t of eq. 6, flat leaves `[tasks, n]`.
+      size: d, number of all parameters.
+      axes: mesh axes over which parameters are sharded.
+    """
+    product = total_over(gram(own, size, signs=True), axes)
+    return TaskSimilarity(_similarity(product), product, jnp.ones(product.shape, jnp.bool_))
+
+
+def cross_client_similarity(
+    products: jax.Array,
     vector: list[jax.Array],
     masks: list[jax.Array],
+    reports: Reports,
     size: int,
-    scales: jax.Array,
-    slots: Slots,
-    ok: jax.Array,
-) -> jax.Array:
-    """`sum sgn(tau_s) sgn(tau_s') / size` over slot pairs of one client, added up per task pair.
+    axes: Axes,
+) -> TaskSimilarity:
+    """Eq. 7 of slots of different clients, averaged over their pairs; A_tt is 1.
 
-    Two slots of one client share the signs of u wherever both masks are set, so the product of
-    their signs is a count of common mask bits. Work is linear in the pairs that share a client.
+    All pairs' products of signs are those of the tasks' sums of signs; pairs of one client are
+    taken off.
+
+    Args:
+      products: sums over parameters of products of the tasks' sums of signs, float32 `[tasks,
+        tasks]`.
+      vector: u of every client, flat leaves `[clients, n]`.
+      masks: m_s, packed, `[slots, bytes]`.
+      reports: who takes part.
+      size: d, number of all parameters.
+      axes: mesh axes over which parameters are sharded.
     """
+    slots, accepted = reports.slots, reports.accepted
+    tasks = slots.num_tasks
+    present = jnp.zeros((slots.num_clients, tasks), jnp.float32)
+    present = present.at[slots.client, slots.task].add(accepted.astype(jnp.float32))
+    held = reports.holders.astype(jnp.float32)
+    pairs = held[:, None] * held[None, :] - present.T @ present
+    same = _same_client_gram(vector, masks, size, reports)
+    products = total_over(products / size - same, axes)
+    compared = pairs > 0
+    product = jnp.where(compared, products / jnp.maximum(pairs, 1.0), 0.0)
+    matrix = jnp.where(jnp.eye(tasks, dtype=jnp.bool_), 1.0, _similarity(product))
+    return TaskSimilarity(matrix, product, compared)
+
+
+def _similarity(product: jax.Array) -> jax.Array:
+    """Mean products of signs, in [-1, 1] but for rounding, to similarities in [0, 1]."""
+    return jnp.clip((1 + product) / 2, 0.0, 1.0)
+
+
+def _same_client_gram(
+    vector: list[jax.Array], masks: list[jax.Array], size: int, reports: Reports
+) -> jax.Array:
+    """`sum sgn(tau_s) sgn(tau_s') / size` over slot pairs of one client, per pair of tasks.
+
+    Two slots of one client have the signs of u wherever both masks are set, so the product of
+    their signs is a count of common mask bits. Work is linear in the pairs of slots of one client.
+
+    Returns:
+      float32 `[tasks, tasks]`.
+    """
+    slots, accepted, scales = reports.slots, reports.accepted, reports.scales
     order = jnp.argsort(slots.client)
     client, task = slots.client[order], slots.task[order]
     first = jnp.searchsorted(client, client).astype(jnp.int32)
-    live = ((scales > 0) & ok)[order].astype(jnp.float32)
+    live = ((scales > 0) & accepted)[order].astype(jnp.float32)
 
     def add_slot(sums, position):
         slot = order[position]
@@ -103,7 +173,7 @@ def same_client_gram(
 
         return jax.lax.fori_loop(first[position], position + 1, add_pair, sums), None
 
-    inputs = (*vector, *masks, scales, slots.client, slots.task, ok)
+    inputs = (*vector, *masks, scales, slots.client, slots.task, accepted)
     zero = loop_zeros((slots.num_tasks, slots.num_tasks), jnp.float32, *inputs)
     positions = jnp.arange(order.shape[0], dtype=jnp.int32)
     return jax.lax.scan(add_slot, zero, positions)[0]

@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matu_jax.aggregation.fold import (
-    joined_eighths,
-    loop_zeros,
-    modulated,
-    over_blocks,
-)
+from matu_jax.aggregation.blocks import loop_zeros, over_blocks, put_row, take_row
+from matu_jax.aggregation.modulation import UploadedLeaf
 from matu_jax.aggregation.sharding import Axes, largest_over, total_over
+from matu_jax.aggregation.storage import joined_eighths
 from matu_jax.aggregation.types import Slots
 
 
@@ -70,8 +67,8 @@ def vector_lengths(vector: list[jax.Array], axes: Axes = ()) -> tuple[jax.Array,
     """
 
     def over(leaf, of_block, combine):
-        def add(start, length, carry):
-            x = jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=1)
+        def add(block, carry):
+            x = jax.lax.dynamic_slice_in_dim(leaf, block.start, block.length, axis=1)
             return combine(carry, of_block(x.astype(jnp.float32)))
 
         return over_blocks(leaf.shape[1], add, loop_zeros(leaf.shape[:1], jnp.float32, leaf))
@@ -168,26 +165,21 @@ def sign_sums(
     inputs = (*vector, *masks, scales, accepted, slots.client, slots.task)
     sums = loop_zeros((2, count), jnp.float32, *inputs)
     for leaf, mask in zip(vector, masks, strict=True):
+        uploads = UploadedLeaf(leaf, leaf.dtype, mask, scales, accepted, slots.client)
 
-        def visit(start, length, sums, leaf=leaf, mask=mask):
+        def visit(block, sums, uploads=uploads):
             def signs(slot):
-                packed = jax.lax.dynamic_slice(mask, (slot, start // 8), (1, -(-length // 8)))
-                x = jax.lax.dynamic_slice(leaf, (slots.client[slot], start), (1, length))
-                scale = jnp.where(accepted[slot], scales[slot], 0.0)[None]
-                x = jnp.where(accepted[slot], modulated(x, packed, scale), 0.0)
-                return jnp.sign(joined_eighths(x, length))
+                return jnp.sign(joined_eighths(uploads.task_vector(slot, block), block.length))
 
             def add(slot, total):
-                place = slots.task[slot], 0
-                before = jax.lax.dynamic_slice(total, place, (1, length))
-                return jax.lax.dynamic_update_slice(total, before + signs(slot), place)
+                task = slots.task[slot]
+                return put_row(total, task, take_row(total, task) + signs(slot))
 
-            total = loop_zeros((tasks, length), jnp.float32, *inputs)
+            total = loop_zeros((tasks, block.length), jnp.float32, *inputs)
             total = jax.lax.fori_loop(0, count, add, total)
 
             def compare(slot, sums):
-                x = signs(slot)
-                met = jax.lax.dynamic_slice(total, (slots.task[slot], 0), (1, length))
+                x, met = signs(slot), take_row(total, slots.task[slot])
                 return sums.at[:, slot].add(jnp.stack([(x * met).sum(), jnp.abs(x).sum()]))
 
             return jax.lax.fori_loop(0, count, compare, sums)

@@ -8,10 +8,10 @@ of a change's own energy, that mean over pairs is a correlation C_tt', and
 
     C_tt      is the part of a task's change that is signal (it takes two holders to tell),
     1 - C_tt  the part that is noise, of which averaging over h_t holders leaves (1 - C_tt) / h_t,
-    C_tt'     what two tasks share.
+    C_tt'     what two tasks have in common.
 
 The correlation is taken of directions (signs), as in eq. 7, so that nobody's scale counts, and
-summed over rounds, weighted by energy: O(tasks^2) numbers. All tasks share a common direction,
+summed over rounds, weighted by energy: O(tasks^2) numbers. All tasks have a common direction,
 since they start from one model; it says nothing about relatedness, so the median over pairs of
 different tasks is removed: K = max(C - median, 0). The weights of the best linear estimate of g_t
 from all tasks' changes, none of them negative (Wiener's filter, Henderson's BLUP), solve
@@ -25,10 +25,63 @@ the mean of those known; where no task has two holders, the largest C_tt' of its
 more.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
+from matu_jax.aggregation.directions import TaskSimilarity
+from matu_jax.aggregation.reports import Reports
+from matu_jax.aggregation.sharding import Axes, total_over
+
 _ITERATIONS = 100
+
+
+class Evidence(NamedTuple):
+    """What all rounds so far say of the tasks, as `ServerState` keeps it.
+
+    Attributes:
+      agreement: float32 `[tasks, tasks]`, sums over rounds of the correlation of directions between
+        slots of different clients, times the energy of that round.
+      energy: float32 `[tasks, tasks]`, sums over rounds of the energies; 0 where never compared.
+    """
+
+    agreement: jax.Array
+    energy: jax.Array
+
+
+def gathered(
+    evidence: Evidence,
+    energies: jax.Array,
+    similarity: TaskSimilarity,
+    holders: jax.Array,
+    axes: Axes,
+) -> Evidence:
+    """The evidence with this round's.
+
+    Args:
+      evidence: of all rounds before.
+      energies: each task's sum of squares over its slots' changes, float32 `[tasks]`; on each
+        device that of its own parameters.
+      similarity: eq. 7, of slots of different clients.
+      holders: int32 `[tasks]`, of how many slots.
+      axes: mesh axes over which parameters are sharded.
+    """
+    # Bounded, so that no upload makes the sum over rounds infinite.
+    energies = jnp.minimum(total_over(energies, axes), 1e30)
+    length = jnp.sqrt(energies / jnp.maximum(holders, 1).astype(jnp.float32))
+    pair = jnp.where(similarity.compared, length[:, None] * length[None, :], 0.0)
+    return Evidence(evidence.agreement + similarity.product * pair, evidence.energy + pair)
+
+
+def independent_holders(reports: Reports) -> jax.Array:
+    """How many equal holders a task's weighted mean is worth: float32 `[tasks]`; 1 for none.
+
+    The variance of a mean with weights p_s that sum to 1 is that of one slot times sum p_s^2.
+    """
+    task, tasks = reports.slots.task, reports.holders.shape[0]
+    spread = jnp.zeros(tasks, jnp.float32).at[task].add(jnp.square(reports.fraction))
+    return 1 / jnp.where(spread > 0, spread, 1.0)
 
 
 def shrinkage(
@@ -37,9 +90,8 @@ def shrinkage(
     """Weights with which the tasks' changes are mixed.
 
     Args:
-      agreement: float32 `[tasks, tasks]`, sums over rounds of the correlation of directions between
-        slots of different clients, times the energy of that round.
-      energy: float32 `[tasks, tasks]`, sums over rounds of the energies; 0 where never compared.
+      agreement: float32 `[tasks, tasks]`, see `Evidence`.
+      energy: float32 `[tasks, tasks]`, see `Evidence`.
       holders: float32 `[tasks]`, how many equal holders a task's mean is worth this round.
       allowed: bool `[tasks, tasks]`, who may lend (second axis) to whom (first axis).
 
@@ -61,11 +113,11 @@ def shrinkage(
     signal = jnp.clip(jnp.maximum(signal, nearest), 1e-3, 1.0)
 
     related = jnp.where(others, jnp.maximum(correlation - common, 0.0), 0.0)
-    shared = jnp.where(same, jnp.maximum(signal - common, 1e-3)[:, None], related)
+    covariance = jnp.where(same, jnp.maximum(signal - common, 1e-3)[:, None], related)
     noise = (1 - signal) / jnp.maximum(holders, 1.0)
-    total = shared + jnp.where(same, noise[:, None], 0.0)
-    # Who may not lend starts at 0 and stays there; what the others share among them still counts.
-    lent = jnp.where(same | allowed, shared, 0.0)
+    total = covariance + jnp.where(same, noise[:, None], 0.0)
+    # Who may not lend starts at 0 and stays there; what the others have in common still counts.
+    lent = jnp.where(same | allowed, covariance, 0.0)
 
     def update(_, weights):
         met = jnp.matmul(weights, total, precision=jax.lax.Precision.HIGHEST)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from matu_jax.aggregation.directions import gram
-from matu_jax.aggregation.fold import clip_to
+from matu_jax.aggregation.storage import clip_to
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import headroom, keep_where_absent, zeros
 from matu_jax.config import Config

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from matu_jax.aggregation import Slots
 from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
-from matu_jax.aggregation.fold import clip_to
 from matu_jax.aggregation.robust import (
     agreement_weights,
     clip_factors,
@@ -15,6 +14,7 @@ from matu_jax.aggregation.robust import (
     vector_lengths,
     within_trim,
 )
+from matu_jax.aggregation.storage import clip_to
 from matu_jax.trees import PyTree
 
 

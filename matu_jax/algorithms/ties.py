@@ -19,7 +19,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from matu_jax.aggregation.fold import clip_to
+from matu_jax.aggregation.storage import clip_to
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.fedavg import fedavg
 from matu_jax.algorithms.means import headroom

@@ -12,7 +12,7 @@ import numpy as np
 
 from matu_jax.aggregation import unify
 from matu_jax.aggregation.choices import Magnitude
-from matu_jax.aggregation.fold import unpack
+from matu_jax.aggregation.storage import unpack
 from matu_jax.merging.alignment import Alignment
 from matu_jax.merging.blocks import BUDGET, Block, block_size, check_finite, read_blocks
 from matu_jax.merging.sums import Summary, Totals, lanes, measure, relative

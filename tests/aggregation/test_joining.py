@@ -7,8 +7,8 @@ import pytest
 from programs import equations
 
 import matu_jax as matu
-from matu_jax.aggregation.fold import pack
 from matu_jax.aggregation.joining import joining
+from matu_jax.aggregation.storage import pack
 
 
 def leaves(sizes, rows=3, dtypes=("float32",)):

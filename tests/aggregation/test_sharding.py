@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import matu_jax as matu
-from matu_jax.aggregation import fold, server
+from matu_jax.aggregation import client, server
 
 CLIENT = np.array([0, 0, 1, 1, 2, 2, 3, 4, 5, 5])
 TASK = np.array([0, 1, 0, 2, 1, 2, 0, 0, 0, 3])
@@ -136,7 +136,7 @@ def test_arrays_that_are_sharded_stay_where_they_are():
     )
 
     def round_of(vectors, slots, state):
-        uploads = fold._unify(vectors, slots, "mean", mesh)
+        uploads = client._unify(vectors, slots, "mean", mesh)
         return server._aggregate(uploads, slots, UNDEFENDED, state, mesh)
 
     compiled = jax.jit(round_of).lower(vectors, slots, state).compile()
