@@ -65,8 +65,7 @@ def train(
         with hosts.together():
             return _finished(workdir, console) if first else {}
 
-    federation, model, algorithm, mesh = _built(config)
-    target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
+    federation, model, algorithm, mesh, target = _built(config)
     meta = _identity(config, federation)
     that_fits = fitted(config, model, algorithm, federation, mesh)
     print_plan(that_fits, algorithm, model, federation, mesh, workdir, console)
@@ -111,13 +110,15 @@ def train(
         return summary
 
 
-def _built(config: Config) -> tuple[Federation, models.Model, algorithms.Algorithm, Mesh]:
-    """What runs: who holds what, the model, the algorithm, and the devices."""
+def _built(config: Config) -> tuple[Federation, models.Model, algorithms.Algorithm, Mesh, Any]:
+    """What runs: who holds what, the model, the algorithm, the devices, and the state's shapes."""
     with hosts.together():
         try:
             federation = federate(config)
             model = models.build(config.model, federation.tasks, seed=config.seed)
-            return federation, model, algorithms.build(config), slot_mesh()
+            algorithm, mesh = algorithms.build(config), slot_mesh()
+            target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
+            return federation, model, algorithm, mesh, target
         except ValueError as error:
             raise UserError(str(error)) from None
 
