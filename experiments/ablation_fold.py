@@ -20,7 +20,6 @@ import jax.numpy as jnp
 
 from matu_jax.aggregation import direction_similarity
 from matu_jax.algorithms import ALGORITHMS, Algorithm, LocalRule, Message
-from matu_jax.algorithms.fed_lora_b import fed_lora_b
 from matu_jax.algorithms.means import keep_where_absent, weighted_mean, zeros
 from matu_jax.messages.traffic import Traffic
 from matu_jax.runs.commandline import run_file
@@ -206,7 +205,7 @@ def dense(
         upload=upload,
         aggregate=aggregate,
         traffic=Traffic(lambda state, uploads: uploads[1], kept=lambda state: state.exact),
-        local=fed_lora_b(config).local if b_only else LocalRule(),
+        local=ALGORITHMS["fed_lora_b"](config).local if b_only else LocalRule(),
         sends_change=True,
     )
 

@@ -30,7 +30,7 @@ SETTINGS = {
 
 def get_config():
     shipped = run_file(Path(__file__).with_name("compare8.py"))
-    fedrep = shipped.arms["fedrep"] | {"fedrep_personal_fraction": 0.5}  # the default of then
+    fedrep = shipped.arms["fedrep"] | {"fedrep.personal_fraction": 0.5}  # the default of then
     return dataclasses.replace(
         shipped,
         title="MaTU and its rivals on thirty tasks",

@@ -63,11 +63,11 @@ ARMS = {
 OWN_SEARCH = {
     "matu": {"matu.agreement_threshold": (0.0, 0.4)},
     "matu (paper's server)": {"matu.transfer": ("mean", "none")},
-    "fedprox": {"fedprox_mu": (0.01, 0.1)},
-    "fedper": {"personal_blocks": (1, 2)},
-    "fedrep": {"personal_blocks": (1, 2)},
-    "matfl": {"matfl_threshold": (0.0, -0.2)},
-    "ties": {"ties_keep": (0.2, 0.5)},
+    "fedprox": {"fedprox.mu": (0.01, 0.1)},
+    "fedper": {"fedper.personal_blocks": (1, 2)},
+    "fedrep": {"fedrep.personal_blocks": (1, 2)},
+    "matfl": {"matfl.threshold": (0.0, -0.2)},
+    "ties": {"ties.keep": (0.2, 0.5)},
 }
 
 

@@ -5,15 +5,24 @@ defaults: `Config(rounds=10, data=DataConfig(clients=12), local=LocalConfig(step
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from matu_jax import fields
-from matu_jax.aggregation.choices import NO_DEFENCE, AggregationRules, DefenceConfig
+from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
+from matu_jax.algorithms import AlgorithmConfig
+from matu_jax.algorithms.fed_lora_b import FedLoraBConfig
+from matu_jax.algorithms.fedper import FedPerConfig
+from matu_jax.algorithms.fedprox import FedProxConfig
+from matu_jax.algorithms.fedrep import FedRepConfig
+from matu_jax.algorithms.matfl import MatFLConfig
+from matu_jax.algorithms.matu import MatuConfig
+from matu_jax.algorithms.ties import TiesConfig
 from matu_jax.fields import field
 
 __all__ = [
     "NO_DEFENCE",
+    "RENAMED",
     "AttackConfig",
     "CheckpointConfig",
     "Config",
@@ -21,11 +30,31 @@ __all__ = [
     "DefenceConfig",
     "EvaluationConfig",
     "FailureConfig",
+    "FedLoraBConfig",
+    "FedPerConfig",
+    "FedProxConfig",
+    "FedRepConfig",
     "LocalConfig",
+    "MatFLConfig",
     "MatuConfig",
     "ModelConfig",
     "PrivacyConfig",
+    "TiesConfig",
+    "renamed",
+    "renaming",
+    "upgraded",
 ]
+
+# Fields of earlier versions, and what they are now.
+RENAMED = {
+    "fedprox_mu": ("fedprox.mu",),
+    "personal_blocks": ("fedper.personal_blocks", "fedrep.personal_blocks"),
+    "fedrep_personal_fraction": ("fedrep.personal_fraction",),
+    "matfl_grouping": ("matfl.grouping",),
+    "matfl_threshold": ("matfl.threshold",),
+    "ties_keep": ("ties.keep",),
+    "lora_b_trains_a": ("fed_lora_b.trains_a",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,34 +178,6 @@ class LocalConfig:
     momentum: float = field(0.9, at_least=0, at_most=1)
     weight_decay: float = field(0.0, at_least=0)
     parallel_slots: int = field(0, at_least=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class MatuConfig(AggregationRules):
-    """MaTU's choices: those of `AggregationRules`, which clients fold by too, and these.
-
-    (Its defences are in DefenceConfig.)
-
-    Attributes:
-      downloads: what a client receives: "unified", one vector with a mask and a scale per task, or
-        "task_vectors", those of its tasks as they are, each a unified of its own: nothing is lost
-        by folding, and k tasks take k vectors. In int8 those are less traffic than one unified
-        vector in float32 up to four tasks. Needs uploads = "change".
-      precision: how vectors cross the network, up and down: "float32", "bfloat16", or "int8" with a
-        float32 scale for 256 parameters (`matu_jax.messages.quantisation`).
-    """
-
-    downloads: Literal["unified", "task_vectors"] = "unified"
-    precision: Literal["float32", "bfloat16", "int8"] = "float32"
-
-    def conflicts(self, where: str) -> Iterator[str]:
-        """Yields what is wrong where one rule needs another."""
-        yield from super().conflicts(where)
-        if self.downloads == "task_vectors" and self.uploads != "change":
-            yield (
-                f"{where}.downloads: 'task_vectors' needs {where}.uploads = 'change', where the "
-                f"server keeps task vectors; found {self.uploads!r}."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,29 +322,17 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """One experiment.
+class Config(AlgorithmConfig):
+    """One experiment; what it may choose of algorithms is in `AlgorithmConfig`.
 
     Attributes:
       algorithm: a name in `matu_jax.algorithms.ALGORITHMS`.
       seed: everything random in training is drawn from it.
       rounds: communication rounds.
       clients_per_round: clients that take part in a round, drawn anew each time; 0 = all.
-      fedprox_mu: weight of FedProx's proximal term; the other algorithms have none.
-      personal_blocks: how many of the last transformer blocks' parameters FedPer and FedRep keep at
-        their slot.
-      fedrep_personal_fraction: part of a round's steps in which FedRep trains what is personal;
-        in the others, at least one, it trains what is shared. Its authors' scripts
-        give the head 10 of 15 epochs on most of their datasets.
-      matfl_grouping: MaT-FL's weights: "soft" (by similarity) or "hard" (by groups).
-      matfl_threshold: added to the cosine of two deviations; a sum above 0 makes them share.
-      ties_keep: part of a vector's entries, the largest, that TIES keeps.
-      lora_b_trains_a: whether Fed-LoRA-B trains A too, as a personal part, or freezes it.
       data: see DataConfig.
       model: see ModelConfig.
       local: see LocalConfig.
-      matu: see MatuConfig.
-      defence: see DefenceConfig.
       failures: see FailureConfig.
       attack: see AttackConfig.
       privacy: see PrivacyConfig.
@@ -355,18 +344,9 @@ class Config:
     seed: int = field(0, at_least=0, at_most=2**31 - 1)
     rounds: int = field(10, at_least=1)
     clients_per_round: int = field(0, at_least=0)
-    fedprox_mu: float = field(0.01, at_least=0)
-    personal_blocks: int = field(1, at_least=1)
-    fedrep_personal_fraction: float = field(2 / 3, above=0, at_most=1)
-    matfl_grouping: Literal["soft", "hard"] = "soft"
-    matfl_threshold: float = field(0.0, at_least=-1, at_most=1)
-    ties_keep: float = field(0.2, above=0, at_most=1)
-    lora_b_trains_a: bool = False
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
-    matu: MatuConfig = dataclasses.field(default_factory=MatuConfig)
-    defence: DefenceConfig = dataclasses.field(default_factory=DefenceConfig)
     failures: FailureConfig = dataclasses.field(default_factory=FailureConfig)
     attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)
     privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
@@ -393,11 +373,13 @@ class Config:
     def from_json(cls, found: Any) -> "Config":
         """The checked config that JSON has kept, as `dataclasses.asdict` made it.
 
+        What an earlier version kept is taken by the names of now, see `upgraded`.
+
         Raises:
           ValueError: one message that lists every unknown field (with "did you mean"), missing
             field, wrong type and value out of range.
         """
-        return fields.from_json(cls, found, "config")
+        return fields.from_json(cls, upgraded(found), "config")
 
     def with_fields(self, values: Mapping[str, Any]) -> "Config":
         """The config with other values in some fields; `check` says whether they are in range.
@@ -408,6 +390,7 @@ class Config:
         Raises:
           ValueError: for unknown fields (with "did you mean") and values of the wrong type.
         """
+        _refuse_renamed(values)
         return fields.with_fields(self, values, "config")
 
     def override(self, path: str, text: str) -> "Config":
@@ -420,5 +403,33 @@ class Config:
         Raises:
           ValueError: for an unknown field (with "did you mean"), or a value of the wrong type.
         """
+        _refuse_renamed([path])
         path = "data.source" if path == "data" else path
         return fields.with_text(self, path, text, "config")
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by path whose paths of earlier versions are replaced by those of now."""
+    return {now: value for path, value in values.items() for now in RENAMED.get(path, (path,))}
+
+
+def upgraded(found: Any) -> Any:
+    """What JSON has kept of a config, with the fields of earlier versions where they are now."""
+    if not isinstance(found, dict) or not found.keys() & RENAMED.keys():
+        return found
+    upgraded = {name: value for name, value in found.items() if name not in RENAMED}
+    for path, value in renamed({name: found[name] for name in found if name in RENAMED}).items():
+        block, name = path.split(".")
+        upgraded[block] = {**upgraded.get(block, {}), name: value}
+    return upgraded
+
+
+def renaming(path: str) -> str:
+    """What to say of a field of an earlier version, such as "config.a: is config.b.c now."."""
+    return f"config.{path}: is {' and '.join(f'config.{now}' for now in RENAMED[path])} now."
+
+
+def _refuse_renamed(paths: Iterable[str]) -> None:
+    problems = [renaming(path) for path in paths if path in RENAMED]
+    if problems:
+        raise ValueError("\n".join(problems))

@@ -455,6 +455,18 @@ def test_a_damaged_search_is_said(write, tmp_path, capsys, text, words):
     assert text is None or tuned.read_text() == text
 
 
+def test_a_search_of_before_is_read_by_the_names_of_now(tmp_path):
+    trial = {"fields": {"personal_blocks": 2}, "validation": 0.5}
+    arm = {"chosen": {"personal_blocks": 2, "local.learning_rate": 0.1}, "trials": [trial]}
+    (tmp_path / "tuned.json").write_text(json.dumps({"arms": {"fedper": arm}}))
+    made = dataclasses.replace(
+        comparison(), tuned="tuned.json", arms={"fedper": {"algorithm": "fedper"}}
+    )
+    made, _ = plan.with_tuned(made, Source(tmp_path / "mine.py"))
+    config = plan.run_config(made, plan.Run("a", "fedper", 0))
+    assert (config.fedper.personal_blocks, config.local.learning_rate) == (2, 0.1)
+
+
 @pytest.mark.parametrize("arms", [None, ("matu",), ("matu", "per_task", "a", "b")])
 def test_what_makes_a_search_repeats_the_changes_and_searches_what_is_missing(tmp_path, arms):
     made = dataclasses.replace(

@@ -1,9 +1,11 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
 from matu_jax.config import Config, DataConfig, LocalConfig
+from matu_jax.runs.workdir import differences
 
 
 def message(config):
@@ -115,3 +117,49 @@ def test_wrong_overrides_are_named(path, text, words):
     with pytest.raises(ValueError, match="config") as error:
         Config().override(path, text)
     assert words in str(error.value)
+
+
+OLD = {
+    "fedprox_mu": 0.5,
+    "personal_blocks": 2,
+    "fedrep_personal_fraction": 0.25,
+    "matfl_grouping": "hard",
+    "matfl_threshold": -0.5,
+    "ties_keep": 0.5,
+    "lora_b_trains_a": True,
+}
+
+
+def of_before(config):
+    """A config as JSON kept it when algorithms' choices were no blocks."""
+    kept = json.loads(json.dumps(dataclasses.asdict(config)))
+    for block in ("fed_lora_b", "fedper", "fedprox", "fedrep", "matfl", "ties"):
+        del kept[block]
+    return kept | OLD
+
+
+def test_configs_of_before_are_read_by_the_names_of_now():
+    found = Config.from_json(of_before(Config(rounds=3)))
+    assert (found.rounds, found.fedprox.mu, found.ties.keep) == (3, 0.5, 0.5)
+    assert (found.fedper.personal_blocks, found.fedrep.personal_blocks) == (2, 2)
+    assert (found.fedrep.personal_fraction, found.fed_lora_b.trains_a) == (0.25, True)
+    assert (found.matfl.grouping, found.matfl.threshold) == ("hard", -0.5)
+    assert differences(of_before(found), found) == []
+    assert differences(of_before(found), found.with_fields({"fedprox.mu": 1})) == [
+        "config.fedprox.mu: there 0.5, here 1.0"
+    ]
+    lacking = of_before(found)
+    del lacking["ties_keep"]
+    with pytest.raises(ValueError, match=r"^config\.ties: missing\.$"):
+        Config.from_json(lacking)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_fields_of_before_are_refused_with_the_name_of_now(name):
+    for change in (lambda: Config().override(name, "1"), lambda: Config().with_fields({name: 1})):
+        with pytest.raises(
+            ValueError, match=rf"config\.{name}: is config\.\w+\.\w+ .*now\."
+        ) as error:
+            change()
+        told = re.findall(r"config\.(\w+\.\w+)", str(error.value))
+        assert Config().with_fields(dict.fromkeys(told, OLD[name])) != Config()

@@ -50,7 +50,7 @@ def half_step(tmp_path, monkeypatch):
     folder = package / "algorithms"
     (folder / "half_step.py").write_text(PYTHON[1])
     imported = "from matu_jax.algorithms.half_step import half_step"
-    entry = '"half_step": half_step,'
+    entry = '"half_step": lambda config: half_step(config.defence),'
     assert imported in README
     assert entry in README
     table = Path(algorithms.__file__).read_text()

@@ -121,7 +121,10 @@ def mistake(capsys, *arguments):
         ("--config.algorithm=mattu", 'Did you mean "matu"'),
         ("--config.matu.transfer=lots", "config.matu.transfer: found 'lots'"),
         ("--config.matu.uploads=vector", "'shrinkage' needs uploads = 'change'"),
-        ("--config.algorithm=fedper", "config.personal_blocks: found 1, but the model has 1 block"),
+        (
+            "--config.algorithm=fedper",
+            "config.fedper.personal_blocks: found 1, but the model has 1",
+        ),
         ("--config.data.tasks=hue/gratng", "hue/grating"),
         ("--config.data.clients=1", "config.data (clients"),
         ("--config.data.assignment=(0,)", "config.data.assignment: client 0: found 0"),

@@ -22,13 +22,11 @@ import jax.numpy as jnp
 from matu_jax.aggregation import modulate, unify
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import keep_where_absent, weighted_mean, zeros
-from matu_jax.config import Config
 from matu_jax.messages.traffic import Message, Traffic
 
 
-def emr_one_shot(config: Config) -> Algorithm:
+def emr_one_shot() -> Algorithm:
     """EMR-Merging; the state is every slot's vector and weight, `[slots, ...]`, at the clients."""
-    del config
 
     def aggregate(state, uploads, slots):
         present = slots.weight > 0

@@ -5,31 +5,49 @@ so that the mean of products is the product of the mean, at half the traffic:
 
     mean_s (A B_s) = A mean_s B_s,    B = sum_s w_s B_s / sum_s w_s
 
-With `lora_b_trains_a` (a variant that is not in the paper), A trains too and stays with its slot.
+With `trains_a` (a variant that is not in the paper), A trains too and stays with its slot.
 
 Unlike the paper, where clients hold data of one task: tasks differ, a client with several sends the
 mean of what its slots have trained, and without a personal A a task shows in its head alone, which
 is frozen (zero-shot), or trained and averaged among the task's holders.
 """
 
+import dataclasses
+
 import jax
 
+from matu_jax.aggregation.choices import DefenceConfig
 from matu_jax.algorithms.contract import Algorithm, LocalRule
 from matu_jax.algorithms.parts import partly_shared
-from matu_jax.config import Config
 from matu_jax.trees import leaf_items
 
 
-def fed_lora_b(config: Config) -> Algorithm:
-    """FedAvg of B; see `base.partly_shared` for the state.
+@dataclasses.dataclass(frozen=True)
+class FedLoraBConfig:
+    """Fed-LoRA-B's choices.
+
+    Attributes:
+      trains_a: whether A trains too, as a personal part, or is frozen.
+    """
+
+    trains_a: bool = False
+
+
+def fed_lora_b(choices: FedLoraBConfig, defence: DefenceConfig, trainable: str) -> Algorithm:
+    """FedAvg of B; see `parts.partly_shared` for the state.
+
+    Args:
+      choices: its own.
+      defence: of the mean of B.
+      trainable: what of the model trains; "lora" is what it needs.
 
     Raises:
       ValueError: where there are no adapters.
     """
-    if config.model.trainable != "lora":
+    if trainable != "lora":
         raise ValueError(
             f"config.algorithm: 'fed_lora_b' shares the B of LoRA adapters, but "
-            f"config.model.trainable is {config.model.trainable!r}. Set it to 'lora', or choose "
+            f"config.model.trainable is {trainable!r}. Set it to 'lora', or choose "
             "another algorithm."
         )
 
@@ -44,5 +62,5 @@ def fed_lora_b(config: Config) -> Algorithm:
         del progress
         return jax.tree.map(lambda a: 0.0 if a else 1.0, is_a(vector))
 
-    rule = LocalRule() if config.lora_b_trains_a else LocalRule(trains=trains)
-    return partly_shared(cut, config.defence)._replace(local=rule, shares_heads=True)
+    rule = LocalRule() if choices.trains_a else LocalRule(trains=trains)
+    return partly_shared(cut, defence)._replace(local=rule, shares_heads=True)

@@ -7,13 +7,13 @@ the server's mean over clients is weighted by examples too: v = sum_s w_s tau_s 
 import jax
 import jax.numpy as jnp
 
+from matu_jax.aggregation.choices import DefenceConfig
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import mean_of_clients, mean_over_clients, zeros
-from matu_jax.config import Config
 from matu_jax.messages.traffic import Message, Traffic
 
 
-def fedavg(config: Config) -> Algorithm:
+def fedavg(defence: DefenceConfig) -> Algorithm:
     """FedAvg; the state is one vector, leaves `[...]`."""
 
     def download(state, slots):
@@ -25,9 +25,9 @@ def fedavg(config: Config) -> Algorithm:
         download=download,
         upload=mean_of_clients,
         aggregate=lambda state, uploads, slots: (
-            mean_over_clients(uploads, slots, state, config.defence),
+            mean_over_clients(uploads, slots, state, defence),
             {},
         ),
         traffic=Traffic(lambda state, uploads: (Message(uploads), Message(uploads))),
-        defence=config.defence,
+        defence=defence,
     )

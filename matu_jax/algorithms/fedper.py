@@ -10,11 +10,26 @@ learn, are the same for all, so that the last blocks (with LoRA: their adapters)
 slot that never took part has the base's.
 """
 
+import dataclasses
+
+from matu_jax.aggregation.choices import DefenceConfig
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.parts import last_blocks, partly_shared
-from matu_jax.config import Config
+from matu_jax.fields import field
 
 
-def fedper(config: Config) -> Algorithm:
-    """FedPer with `config.personal_blocks`; see `base.partly_shared` for the state."""
-    return partly_shared(last_blocks(config.personal_blocks), config.defence)
+@dataclasses.dataclass(frozen=True)
+class FedPerConfig:
+    """FedPer's choices.
+
+    Attributes:
+      personal_blocks: how many of the last transformer blocks' parameters stay at their slot.
+    """
+
+    personal_blocks: int = field(1, at_least=1)
+
+
+def fedper(choices: FedPerConfig, defence: DefenceConfig) -> Algorithm:
+    """FedPer; see `parts.partly_shared` for the state."""
+    cut = last_blocks(choices.personal_blocks, "config.fedper.personal_blocks")
+    return partly_shared(cut, defence)

@@ -1,6 +1,6 @@
 """FedRep (Collins et al. 2021, arXiv 2102.07078): FedPer, with personal and shared parts in turn.
 
-In the first `fedrep_personal_fraction` of a round's steps a slot trains its personal part (the last
+In the first `personal_fraction` of a round's steps a slot trains its personal part (the last
 `personal_blocks` blocks and a trained head) on top of the downloaded representation, which stands
 still; in the others it trains the representation below a personal part that stands still (rounded
 to whole steps, at least one of each). The representation alone is sent, and averaged as in FedAvg:
@@ -14,31 +14,52 @@ the head's place. One optimiser runs through both parts of a round; where nothin
 zeros, which Adam's averages remember.
 """
 
+import dataclasses
 import math
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 
+from matu_jax.aggregation.choices import DefenceConfig
 from matu_jax.algorithms.contract import Algorithm, LocalRule
 from matu_jax.algorithms.parts import last_blocks, partly_shared
-from matu_jax.config import Config
+from matu_jax.fields import field
 
 
-def fedrep(config: Config) -> Algorithm:
-    """FedRep with `config.personal_blocks` and `config.fedrep_personal_fraction`.
+@dataclasses.dataclass(frozen=True)
+class FedRepConfig:
+    """FedRep's choices.
+
+    Attributes:
+      personal_blocks: how many of the last transformer blocks' parameters stay at their slot.
+      personal_fraction: part of a round's steps in which what is personal trains; in the others, at
+        least one, what is shared does. Its authors' scripts give the head 10 of 15 epochs on most
+        of their datasets.
+    """
+
+    personal_blocks: int = field(1, at_least=1)
+    personal_fraction: float = field(2 / 3, above=0, at_most=1)
+
+
+def fedrep(choices: FedRepConfig, defence: DefenceConfig, steps: int) -> Algorithm:
+    """FedRep; see `parts.partly_shared` for the state.
+
+    Args:
+      choices: its own.
+      defence: of the mean of what is shared.
+      steps: of a slot in a round.
 
     Raises:
       ValueError: if a round has fewer than two steps.
     """
-    cut = last_blocks(config.personal_blocks)
-    steps, fraction = config.local.steps, config.fedrep_personal_fraction
+    cut = last_blocks(choices.personal_blocks, "config.fedrep.personal_blocks")
     if steps < 2:
         raise ValueError(
             f"config.local.steps: found {steps}, but FedRep trains what is personal in some steps "
             "and what is shared in others. Set at least 2."
         )
-    personal_steps = math.floor(Fraction(str(fraction)) * steps + Fraction(1, 2))
+    personal_steps = math.floor(Fraction(str(choices.personal_fraction)) * steps + Fraction(1, 2))
     personal_steps = min(max(personal_steps, 1), steps - 1)
     limit = (personal_steps - 0.5) / steps  # between two steps: progress is rounded
 
@@ -55,6 +76,6 @@ def fedrep(config: Config) -> Algorithm:
 
         return jax.tree.map(factor, vector, cut(vector, 0))
 
-    return partly_shared(cut, config.defence)._replace(
+    return partly_shared(cut, defence)._replace(
         local=LocalRule(trains=trains, head_trains=personal_phase)
     )

@@ -2,13 +2,11 @@
 
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import keep_where_absent, zeros
-from matu_jax.config import Config
 from matu_jax.messages.traffic import Message, Traffic
 
 
-def individual(config: Config) -> Algorithm:
+def individual() -> Algorithm:
     """Local fine-tuning per slot; the state is every slot's own vector, leaves `[slots, ...]`."""
-    del config
     return Algorithm(
         init=lambda base, slots: zeros(base, slots.client.shape[0]),
         download=lambda state, slots: state,

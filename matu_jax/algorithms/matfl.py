@@ -16,6 +16,9 @@ such as one alone, keeps its vector. As in that code decoders, here trained head
 slot.
 """
 
+import dataclasses
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +26,7 @@ from matu_jax.aggregation.directions import gram
 from matu_jax.aggregation.storage import clip_to
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import headroom, keep_where_absent, zeros
-from matu_jax.config import Config
+from matu_jax.fields import field
 from matu_jax.messages.traffic import Message, Traffic
 
 
@@ -49,8 +52,21 @@ def linked(cosine: jax.Array, present: jax.Array, threshold: float) -> jax.Array
     return members.T @ members
 
 
-def matfl(config: Config) -> Algorithm:
-    """MaT-FL with `config.matfl_grouping` and `config.matfl_threshold`; state `[slots, ...]`."""
+@dataclasses.dataclass(frozen=True)
+class MatFLConfig:
+    """MaT-FL's choices.
+
+    Attributes:
+      grouping: its weights: "soft" (by similarity) or "hard" (by groups).
+      threshold: added to the cosine of two deviations; a sum above 0 makes them share.
+    """
+
+    grouping: Literal["soft", "hard"] = "soft"
+    threshold: float = field(0.0, at_least=-1, at_most=1)
+
+
+def matfl(choices: MatFLConfig) -> Algorithm:
+    """MaT-FL; the state is every slot's vector, leaves `[slots, ...]`."""
 
     def aggregate(state, uploads, slots):
         present, count = slots.weight > 0, slots.weight.shape[0]
@@ -69,10 +85,10 @@ def matfl(config: Config) -> Algorithm:
         norm = jnp.sqrt(jnp.diagonal(products))
         lengths = norm[:, None] * norm[None, :]
         cosine = jnp.where(lengths > 0, products / jnp.where(lengths > 0, lengths, 1.0), 0.0)
-        if config.matfl_grouping == "hard":
-            weights = linked(cosine, present, config.matfl_threshold)
+        if choices.grouping == "hard":
+            weights = linked(cosine, present, choices.threshold)
         else:
-            weights = jnp.maximum(cosine + config.matfl_threshold, 0.0)
+            weights = jnp.maximum(cosine + choices.threshold, 0.0)
             weights = jnp.where(present[:, None] & present[None, :], weights, 0.0)
         total = weights.sum(axis=1, keepdims=True)
         alone = jnp.eye(count, dtype=jnp.float32)  # where no weight is left

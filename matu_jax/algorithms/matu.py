@@ -1,7 +1,9 @@
 """MaTU (Tsouvalas et al., arXiv 2502.06376): a thin wrapper over the public aggregator."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +18,41 @@ from matu_jax.aggregation import (
     modulate,
     unify,
 )
+from matu_jax.aggregation.choices import AggregationRules, DefenceConfig
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import zeros
-from matu_jax.config import Config
 from matu_jax.messages.layout import overhead_bytes
 from matu_jax.messages.quantisation import restored, rounded
 from matu_jax.messages.traffic import Message, Traffic
 from matu_jax.trees import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class MatuConfig(AggregationRules):
+    """MaTU's choices: those of `AggregationRules`, which clients fold by too, and these.
+
+    (Its defences are in DefenceConfig.)
+
+    Attributes:
+      downloads: what a client receives: "unified", one vector with a mask and a scale per task, or
+        "task_vectors", those of its tasks as they are, each a unified of its own: nothing is lost
+        by folding, and k tasks take k vectors. In int8 those are less traffic than one unified
+        vector in float32 up to four tasks. Needs uploads = "change".
+      precision: how vectors cross the network, up and down: "float32", "bfloat16", or "int8" with a
+        float32 scale for 256 parameters (`matu_jax.messages.quantisation`).
+    """
+
+    downloads: Literal["unified", "task_vectors"] = "unified"
+    precision: Literal["float32", "bfloat16", "int8"] = "float32"
+
+    def conflicts(self, where: str) -> Iterator[str]:
+        """Yields what is wrong where one rule needs another."""
+        yield from super().conflicts(where)
+        if self.downloads == "task_vectors" and self.uploads != "change":
+            yield (
+                f"{where}.downloads: 'task_vectors' needs {where}.uploads = 'change', where the "
+                f"server keeps task vectors; found {self.uploads!r}."
+            )
 
 
 class MatuState(NamedTuple):
@@ -39,12 +69,16 @@ class MatuState(NamedTuple):
     server: Unified | ServerState
 
 
-def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
-    """MaTU with the choices of `config.matu`, on one device or with sharded parameters."""
-    precision, changes = config.matu.precision, config.matu.uploads == "change"
-    folds_down = config.matu.downloads == "unified"
-    fields.checked(config.matu, "config.matu")
-    choices = AggregationConfig.of(config.matu, config.defence)
+def matu(choices: MatuConfig, defence: DefenceConfig, mesh: Mesh | None = None) -> Algorithm:
+    """MaTU on one device or with sharded parameters.
+
+    Raises:
+      ValueError: for choices that do not fit each other.
+    """
+    fields.checked(choices, "config.matu")
+    precision, changes = choices.precision, choices.uploads == "change"
+    folds_down = choices.downloads == "unified"
+    rules = AggregationConfig.of(choices, defence)
 
     def arrived(vector):
         return restored(rounded(vector, precision), vector)
@@ -73,7 +107,7 @@ def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
         return MatuState(downloads, nothing(base, slots.num_tasks))
 
     def server(state, uploads, slots):
-        result = aggregate(uploads, slots, choices, state.server, mesh=mesh)
+        result = aggregate(uploads, slots, rules, state.server, mesh=mesh)
         keeps = result.state if changes else result.unified
         return MatuState(handed_out(result.downloads, result.task_vectors), keeps), {
             "similarity": result.similarity,
@@ -112,6 +146,6 @@ def matu(config: Config, mesh: Mesh | None = None) -> Algorithm:
         aggregate=server,
         traffic=Traffic(sent, frame_bytes, kept=lambda state: state.server),
         sends_change=changes,
-        defence=config.defence,
-        sharded_over=functools.partial(matu, config),
+        defence=defence,
+        sharded_over=functools.partial(matu, choices, defence),
     )

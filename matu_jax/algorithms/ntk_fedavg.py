@@ -15,11 +15,11 @@ heads are expanded with the rest, the normalisation of features included. A trai
 the base, where the backbone's derivative vanishes with it: the head alone learns then.
 """
 
+from matu_jax.aggregation.choices import DefenceConfig
 from matu_jax.algorithms.contract import Algorithm, LocalRule
 from matu_jax.algorithms.fedavg import fedavg
-from matu_jax.config import Config
 
 
-def ntk_fedavg(config: Config) -> Algorithm:
+def ntk_fedavg(defence: DefenceConfig) -> Algorithm:
     """FedAvg with `LocalRule.linearised`."""
-    return fedavg(config)._replace(local=LocalRule(linearised=True))
+    return fedavg(defence)._replace(local=LocalRule(linearised=True))

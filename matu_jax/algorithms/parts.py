@@ -22,11 +22,15 @@ Cut = Callable[[PyTree, int], PyTree]
 axis after `lead` stacked ones; an int per leaf."""
 
 
-def last_blocks(count: int) -> Cut:
+def last_blocks(count: int, where: str) -> Cut:
     """Shares everything but the last `count` transformer blocks and what comes after them.
 
     Blocks are found by their path: "blocks/<number>/..." or, stacked over depth on their first
     axis, "blocks/...". After them come a final norm and a projection.
+
+    Args:
+      count: how many blocks.
+      where: the name of the field that says so.
 
     Raises:
       ValueError: from the cut, if no block would be shared.
@@ -40,7 +44,7 @@ def last_blocks(count: int) -> Cut:
                 depth = max(depth, int(words[1]) + 1 if words[1].isdecimal() else shape[0])
         if count >= depth:
             raise ValueError(
-                f"config.personal_blocks: found {count}, but the model has {depth} "
+                f"{where}: found {count}, but the model has {depth} "
                 f"block{'' if depth == 1 else 's'} and at least one has to be shared."
             )
         rows = []

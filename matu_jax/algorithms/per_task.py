@@ -6,13 +6,13 @@ receives k full task vectors.
 
 import jax
 
+from matu_jax.aggregation.choices import DefenceConfig
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import defended_mean, zeros
-from matu_jax.config import Config
 from matu_jax.messages.traffic import Message, Traffic
 
 
-def per_task(config: Config) -> Algorithm:
+def per_task(defence: DefenceConfig) -> Algorithm:
     """FedAvg per task; the state is one vector per task, leaves `[tasks, ...]`."""
 
     def download(state, slots):
@@ -20,7 +20,7 @@ def per_task(config: Config) -> Algorithm:
 
     def aggregate(state, uploads, slots):
         groups = slots.weight, slots.task, slots.num_tasks
-        return defended_mean(uploads, state, *groups, config.defence, slots)[0], {}
+        return defended_mean(uploads, state, *groups, defence, slots)[0], {}
 
     return Algorithm(
         init=lambda base, slots: zeros(base, slots.num_tasks),
@@ -30,5 +30,5 @@ def per_task(config: Config) -> Algorithm:
         traffic=Traffic(
             lambda state, uploads: (Message(per_slot=uploads), Message(per_slot=uploads)),
         ),
-        defence=config.defence,
+        defence=defence,
     )

@@ -2,7 +2,7 @@
 
 Every slot sends its task vector, and one merged vector comes back to all:
 
-    trim      x_s = v_s where |v_s| is among its ceil(`ties_keep` d) largest, over all its leaves
+    trim      x_s = v_s where |v_s| is among its ceil(`keep` d) largest, over all its leaves
               together (as many as are equal to the smallest of them), else 0
     elect     gamma = sgn( sum_s x_s )
     merge     v = mean of the x_s whose sign is gamma, entry by entry; 0 where gamma is 0
@@ -13,29 +13,42 @@ constant is 1. What is merged are adapters, factor by factor. A client with k ta
 and receives one; trained heads are averaged among a task's holders.
 """
 
+import dataclasses
 import math
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 
+from matu_jax.aggregation.choices import NO_DEFENCE
 from matu_jax.aggregation.storage import clip_to
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.fedavg import fedavg
 from matu_jax.algorithms.means import headroom
-from matu_jax.config import Config
+from matu_jax.fields import field
 from matu_jax.messages.traffic import Message, Traffic
 
 
-def ties(config: Config) -> Algorithm:
-    """TIES with `config.ties_keep`; the state is one vector, leaves `[...]`."""
+@dataclasses.dataclass(frozen=True)
+class TiesConfig:
+    """TIES's choices.
+
+    Attributes:
+      keep: part of a vector's entries, the largest, that is kept.
+    """
+
+    keep: float = field(0.2, above=0, at_most=1)
+
+
+def ties(choices: TiesConfig) -> Algorithm:
+    """TIES; the state is one vector, leaves `[...]`."""
 
     def aggregate(state, uploads, slots):
         present = slots.weight > 0
         leaves = jax.tree.leaves(uploads)
         size = sum(leaf[0].size for leaf in leaves)
         room = headroom(present.shape[0])
-        kept = math.ceil(Fraction(str(config.ties_keep)) * size)
+        kept = math.ceil(Fraction(str(choices.keep)) * size)
 
         def threshold(row):
             magnitudes = jnp.concatenate([jnp.abs(x).astype(jnp.float32).ravel() for x in row])
@@ -57,7 +70,7 @@ def ties(config: Config) -> Algorithm:
 
         return jax.tree.map(merge, uploads, state), {}
 
-    return fedavg(config)._replace(
+    return fedavg(NO_DEFENCE)._replace(
         defence=None,
         upload=lambda vectors, slots: vectors,
         aggregate=aggregate,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from matu_jax.config import Config
+from matu_jax.config import Config, renamed
 from matu_jax.errors import did_you_mean
 from matu_jax.json_files import checked, read_json
 from matu_jax.runs import commandline
@@ -275,6 +275,8 @@ class _Tuned(BaseModel):
 def read_tuned(path: Path) -> dict[str, Any]:
     """Reads what a search has written: "arms" with "chosen" by label, and how it was made.
 
+    Fields that an earlier version wrote have the names of now.
+
     Raises:
       FileNotFoundError: if it is not there.
       ValueError: names the file, and what is damaged or missing in it, or why it cannot be read.
@@ -286,6 +288,10 @@ def read_tuned(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     checked(_Tuned, found, f"{path}: damaged")
+    for arm in found["arms"].values():
+        arm["chosen"] = renamed(arm["chosen"])
+        for trial in arm.get("trials", []):
+            trial["fields"] = renamed(trial["fields"])
     return found
 
 

@@ -6,7 +6,7 @@ import operator
 import re
 import types
 
-from matu_jax.config import Config
+from matu_jax.config import RENAMED, Config, renaming
 from matu_jax.errors import did_you_mean
 from matu_jax.fields import kinds
 
@@ -34,6 +34,8 @@ def advice(error: Exception, line: str) -> str:
         return did_you_mean(error.name or "", [each.name for each in dataclasses.fields(error.obj)])
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if isinstance(error, TypeError) and found and found[1] in _schemas():
+        if found[1] == Config.__name__ and found[2] in RENAMED:
+            return f". {renaming(found[2])}"
         return f".{did_you_mean(found[2], kinds(_schemas()[found[1]]))}"
     return ""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from matu_jax.config import Config
+from matu_jax.config import Config, upgraded
 from matu_jax.errors import UserError
 from matu_jax.json_files import checked, is_unfinished, read_json, write_json
 from matu_jax.runs.checkpoints import Checkpoints, unreadable
@@ -381,7 +381,7 @@ def _check_base(directory: Path, meta: dict[str, Any], fingerprint: str | None) 
 def differences(found: Any, config: Config) -> list[str]:
     """Where a config that was written as JSON differs from the one here, a line for each field."""
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    return _differences(found if isinstance(found, dict) else {}, wanted, "config")
+    return _differences(upgraded(found) if isinstance(found, dict) else {}, wanted, "config")
 
 
 def _differences(found: dict, wanted: dict, path: str) -> list[str]:

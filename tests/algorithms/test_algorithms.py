@@ -1,6 +1,7 @@
 """The contract that every algorithm keeps, over the whole table; and each one's own arithmetic."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import chex
 import contract
@@ -11,8 +12,9 @@ import pytest
 from contract import BASE, OPEN, PARAMETERS, TASK, WEIGHT, one_round, slots_with, vectors_from
 
 import matu_jax as matu
-from matu_jax.algorithms import ALGORITHMS, build, message_bits
-from matu_jax.config import MatuConfig
+from matu_jax.algorithms import ALGORITHMS, AlgorithmConfig, build, message_bits
+from matu_jax.config import FedProxConfig, MatuConfig
+from matu_jax.fields import kinds
 
 # The paper's equations as this project reads them; the defaults differ.
 PAPER = MatuConfig(magnitude="max", agreement_threshold=0.4, uploads="vector", transfer="none")
@@ -41,6 +43,14 @@ def test_keeps_the_contract(algorithm, check):
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_trained_heads_belong_to_tasks(name):
     contract.trained_heads_belong_to_tasks(name)
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_an_algorithm_reads_no_choices_but_its_own(name):
+    given = {each: getattr(OPEN, each) for each in ("defence", "model", "local")}
+    own = {name: getattr(OPEN, name)} if name in kinds(AlgorithmConfig) else {}
+    assert ALGORITHMS[name](SimpleNamespace(**given, **own)).init
+    assert kinds(AlgorithmConfig).keys() <= {"defence", *ALGORITHMS}
 
 
 def test_what_a_server_keeps():
@@ -117,7 +127,7 @@ def test_matu_is_the_library(choices):
 
 
 def test_fedprox_penalises_the_distance_from_the_download():
-    algorithm = build(dataclasses.replace(OPEN, algorithm="fedprox", fedprox_mu=0.5))
+    algorithm = build(dataclasses.replace(OPEN, algorithm="fedprox", fedprox=FedProxConfig(mu=0.5)))
     assert algorithm.local.penalty is not None
     a, b = (jax.tree.map(lambda x, r=r: x[r], vectors_from(0)) for r in (0, 1))
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)

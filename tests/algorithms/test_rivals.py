@@ -23,7 +23,6 @@ from matu_jax.config import (
     NO_DEFENCE,
     Config,
     LocalConfig,
-    ModelConfig,
 )
 from matu_jax.simulation import rounds
 from matu_jax.simulation.local import local_training
@@ -201,8 +200,9 @@ SPLITS = [
 ]
 
 
-def configured(name, **changes):
-    return build(dataclasses.replace(OPEN, algorithm=name, **changes))
+def configured(name, local=OPEN.local, **own):
+    fields = {"algorithm": name} | {f"{name}.{field}": value for field, value in own.items()}
+    return build(dataclasses.replace(OPEN, local=local).with_fields(fields))
 
 
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])
@@ -228,10 +228,12 @@ def test_the_last_blocks_and_what_follows_them_stay_with_their_slot(name, case):
 def test_a_block_has_to_be_shared(name, shapes):
     base = nested({path: jnp.ones(shape) for path, shape in shapes.items()})
     for blocks in (3, 4):
-        with pytest.raises(ValueError, match=rf"config\.personal_blocks: found {blocks}.* 3 "):
+        with pytest.raises(
+            ValueError, match=rf"config\.{name}\.personal_blocks: found {blocks}.* 3 "
+        ):
             configured(name, personal_blocks=blocks).init(base, slots_with(WEIGHT))
     configured(name, personal_blocks=2).init(base, slots_with(WEIGHT))
-    with pytest.raises(ValueError, match=r"config\.personal_blocks"):
+    with pytest.raises(ValueError, match=rf"config\.{name}\.personal_blocks"):
         configured(name).init({"norm": jnp.ones(3)}, slots_with(WEIGHT))
 
 
@@ -244,7 +246,7 @@ def test_a_block_has_to_be_shared(name, shapes):
 )  # fmt: skip
 def test_fedrep_trains_one_part_after_the_other(steps, fraction, expected):
     local = LocalConfig(steps=steps)
-    rule = configured("fedrep", local=local, fedrep_personal_fraction=fraction).local
+    rule = configured("fedrep", local=local, personal_fraction=fraction).local
     assert rule.trains is not None
     assert rule.head_trains is not None
     vector = nested({path: jnp.ones(shape) for path, shape in STACKED.items()})
@@ -267,7 +269,7 @@ def test_fedrep_needs_steps_for_both_parts():
 @pytest.mark.parametrize("shapes", [UNSTACKED, STACKED], ids=["unstacked", "stacked"])
 @pytest.mark.parametrize("trains_a", [False, True])
 def test_fed_lora_b_shares_b_alone(shapes, trains_a):
-    algorithm = configured("fed_lora_b", lora_b_trains_a=trains_a)
+    algorithm = configured("fed_lora_b", trains_a=trains_a)
     changes = changes_for(shapes, still="" if trains_a else "lora_a")
     shared = {path: np.full(shape, path.endswith("lora_b")) for path, shape in shapes.items()}
     for (download, _), wanted in zip(
@@ -285,7 +287,7 @@ def test_fed_lora_b_shares_b_alone(shapes, trains_a):
 
 def test_fed_lora_b_needs_adapters():
     with pytest.raises(ValueError, match=r"adapters.*config\.model\.trainable is 'full'"):
-        configured("fed_lora_b", model=ModelConfig(trainable="full"))
+        build(OPEN.with_fields({"algorithm": "fed_lora_b", "model.trainable": "full"}))
 
 
 def flat(vector):
@@ -313,7 +315,7 @@ def matfl_weights(vectors, rows, grouping, threshold):
 @pytest.mark.parametrize("grouping", ["soft", "hard"])
 @pytest.mark.parametrize("threshold", [-0.5, 0.0, 0.3, 0.9])
 def test_matfl_is_the_mean_of_those_that_moved_alike(shapes, grouping, threshold):
-    algorithm = configured("matfl", matfl_grouping=grouping, matfl_threshold=threshold)
+    algorithm = configured("matfl", grouping=grouping, threshold=threshold)
     changes = changes_for(shapes, seed=4)
     own = [zero(shapes) for _ in range(SLOTS)]
     for number, (download, _) in enumerate(played(algorithm, shapes, changes)):
@@ -334,7 +336,7 @@ def test_matfl_is_the_mean_of_those_that_moved_alike(shapes, grouping, threshold
 @pytest.mark.parametrize("threshold", [-1.0, -0.5, 0.0, 1.0])
 def test_matfl_where_there_is_nothing_to_compare(grouping, threshold):
     """The same vector everywhere, or a slot alone: everybody's vector stays what it is."""
-    algorithm = configured("matfl", matfl_grouping=grouping, matfl_threshold=threshold)
+    algorithm = configured("matfl", grouping=grouping, threshold=threshold)
     vector = {"w": np.random.default_rng(0).normal(size=5).astype(np.float32)}
     everywhere = {"w": jnp.tile(vector["w"][None], (SLOTS, 1))}
     for present in (WEIGHT, WEIGHT * (np.arange(SLOTS) == 2)):
@@ -346,7 +348,7 @@ def test_matfl_where_there_is_nothing_to_compare(grouping, threshold):
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_matfl_compares_directions_whatever_their_length(size):
-    algorithm = configured("matfl", matfl_grouping="hard")
+    algorithm = configured("matfl", grouping="hard")
     signs = np.array([1, 1, 1, -1, -1, -1, -1], np.float32)[:, None]
     lengths = np.array([1, 2, 3, 1, 2, 3, 4], np.float32)[:, None]
     vectors = {"w": jnp.asarray(size * signs * lengths * np.ones((1, 4), np.float32))}
@@ -375,9 +377,7 @@ def ties_of(vectors, keep):
 def test_ties_trims_elects_and_averages_what_agrees(shapes, keep):
     changes = changes_for(shapes, seed=2)
     merged = np.zeros(sum(math.prod(shape) for shape in shapes.values()))
-    for number, (download, _) in enumerate(
-        played(configured("ties", ties_keep=keep), shapes, changes)
-    ):
+    for number, (download, _) in enumerate(played(configured("ties", keep=keep), shapes, changes)):
         rows = np.flatnonzero(ROUNDS[number])
         learnt = [flat({p: changes[number][p][s] for p in shapes}) for s in rows]
         if rows.size:
@@ -388,7 +388,7 @@ def test_ties_trims_elects_and_averages_what_agrees(shapes, keep):
 
 
 def ties_once(vectors, keep):
-    algorithm = configured("ties", ties_keep=keep)
+    algorithm = configured("ties", keep=keep)
     rows = len(vectors)
     slots = matu.Slots(
         np.arange(rows), np.zeros(rows, np.int32), np.ones(rows, np.float32), rows, 1
@@ -516,7 +516,7 @@ def test_fedrep_moves_one_part_at_a_time(tower, optimizer):
         steps=STEPS, batch_examples=3, optimizer=optimizer, learning_rate=0.01, weight_decay=0.1
     )
     config = dataclasses.replace(OPEN, algorithm="fedrep", model=model_config, local=local)
-    config = dataclasses.replace(config, fedrep_personal_fraction=1 / PARTS)
+    config = config.with_fields({"fedrep.personal_fraction": 1 / PARTS})
     start, middle, end = trained_in_parts(model, local, build(config).local)
     for path in start:
         head, stacked = path.startswith("head"), np.s_[:, :2]

@@ -83,6 +83,10 @@ def test_what_cannot_be_put_in_place_is_told_as_an_expression(tmp_path):
     [
         ("config = Config(roudns=3)", "unexpected keyword argument 'roudns'. Did you mean"),
         ("config = Config(local=LocalConfig(stpes=3))", 'Did you mean "steps"?'),
+        (
+            "config = Config(ties_keep=0.5)",
+            "'ties_keep'. config.ties_keep: is config.ties.keep now.",
+        ),
         ("config = Config(rounds=config.roudns)", 'Did you mean "rounds"?'),
         ("config = config.with_fields({'roudns': 3})", 'Did you mean "rounds"?'),
     ],

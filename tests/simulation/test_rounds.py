@@ -12,7 +12,7 @@ from federations import RUN, TINY, federation_of, one_device, run
 from jax.sharding import AxisType
 
 from matu_jax import algorithms, models
-from matu_jax.config import EvaluationConfig, LocalConfig, ModelConfig
+from matu_jax.config import EvaluationConfig, FedProxConfig, LocalConfig, ModelConfig
 from matu_jax.data import Split
 from matu_jax.runs.checkpoints import Checkpoints
 from matu_jax.simulation import batches, evaluate, programs, rounds
@@ -397,7 +397,9 @@ def test_config_mistakes_in_the_data_are_named():
 def test_slots_at_once_and_one_by_one_give_the_same_run(federation, model):
     """At once as on accelerators: downloads, carries and what is donated must not get mixed up."""
     local = dataclasses.replace(TINY.local, optimizer="sgd", learning_rate=0.01)
-    config = dataclasses.replace(TINY, algorithm="fedprox", rounds=2, fedprox_mu=1.0, local=local)
+    config = dataclasses.replace(
+        TINY, algorithm="fedprox", rounds=2, fedprox=FedProxConfig(mu=1.0), local=local
+    )
     at_once = dataclasses.replace(
         config, local=dataclasses.replace(local, parallel_slots=len(federation.slots.task))
     )
