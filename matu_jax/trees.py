@@ -5,12 +5,19 @@ The sign convention lives here and nowhere else: a task vector is *tuned minus b
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
 
-PyTree = Any
+if TYPE_CHECKING:  # jaxtyping's is unknown to type checkers; here it is Any, whatever its leaves
+    from typing_extensions import TypeAliasType, TypeVar
+
+    _Leaf = TypeVar("_Leaf", default=Any)
+    PyTree = TypeAliasType("PyTree", Any, type_params=(_Leaf,))
+else:
+    from jaxtyping import PyTree
 
 
 def leaf_items(tree: PyTree) -> list[tuple[str, Any]]:
@@ -22,7 +29,7 @@ def leaf_items(tree: PyTree) -> list[tuple[str, Any]]:
     ]
 
 
-def as_floating(tree: PyTree, name: str) -> PyTree:
+def as_floating(tree: PyTree[Float[ArrayLike, "..."]], name: str) -> PyTree[Float[Array, "..."]]:
     """Converts every leaf to a JAX array and refuses leaves that are not floating point.
 
     Args:
@@ -133,7 +140,7 @@ def check_dtypes(tree: PyTree, reference: PyTree, name: str) -> None:
         raise ValueError(f"{name}: dtypes differ\n" + "\n".join(wrong) + "\nCast one to the other.")
 
 
-def stack(trees: Sequence[PyTree]) -> PyTree:
+def stack(trees: Sequence[PyTree[Float[ArrayLike, "..."]]]) -> PyTree[Float[Array, "slots ..."]]:
     """Stacks trees of the same structure along a new leading axis.
 
     Args:
@@ -156,7 +163,9 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def task_vectors(tuned: PyTree, base: PyTree) -> PyTree:
+def task_vectors(
+    tuned: PyTree[Float[ArrayLike, "slots ..."]], base: PyTree[Float[ArrayLike, "..."]]
+) -> PyTree[Float[Array, "slots ..."]]:
     """Task vectors: tuned minus base parameters (Ilharco et al. 2023, arXiv 2212.04089).
 
     Args:
@@ -180,7 +189,9 @@ def task_vectors(tuned: PyTree, base: PyTree) -> PyTree:
     )
 
 
-def apply_vectors(base: PyTree, vectors: PyTree) -> PyTree:
+def apply_vectors(
+    base: PyTree[Float[ArrayLike, "..."]], vectors: PyTree[Float[ArrayLike, "slots ..."]]
+) -> PyTree[Float[Array, "slots ..."]]:
     """Adds task vectors to the base parameters: the inverse of `task_vectors`.
 
     Args:

@@ -52,6 +52,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as it is in workers
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+from axes import ROOMS  # noqa: E402
+
+jaxtyping.install_import_hook(ROOMS, "axes.once_it_returned")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -21,6 +21,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32
 
 from matu_jax.aggregation.directions import gram
 from matu_jax.aggregation.storage import clip_to
@@ -30,7 +32,11 @@ from matu_jax.fields import field
 from matu_jax.messages.traffic import Message, Traffic
 
 
-def linked(cosine: jax.Array, present: jax.Array, threshold: float) -> jax.Array:
+def linked(
+    cosine: Float32[Array, "slots slots"],
+    present: Bool[Array | np.ndarray, "slots"],
+    threshold: float,
+) -> Float32[Array, "slots slots"]:
     """Average-linkage clusters: float32 `[slots, slots]`, 1 where two present slots share one."""
     same = jnp.eye(len(present), dtype=jnp.bool_)
 

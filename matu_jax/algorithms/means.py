@@ -4,6 +4,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Shaped
 
 from matu_jax.aggregation import Slots
 from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
@@ -19,8 +21,11 @@ from matu_jax.trees import PyTree
 
 
 def weighted_mean(
-    vectors: PyTree, weight: jax.Array, group: jax.Array, num_groups: int
-) -> tuple[PyTree, jax.Array]:
+    vectors: PyTree[Float[Array, "rows ..."]],
+    weight: Float[Array | np.ndarray, "rows"],
+    group: Int[Array | np.ndarray, "rows"],
+    num_groups: int,
+) -> tuple[PyTree[Float[Array, "{num_groups} ..."]], Float32[Array, "{num_groups}"]]:
     """Weighted mean of rows per group, in float32.
 
     Args:
@@ -48,14 +53,14 @@ def weighted_mean(
 
 
 def defended_mean(
-    vectors: PyTree,
-    before: PyTree,
-    weight: jax.Array,
-    group: jax.Array,
+    vectors: PyTree[Float[Array, "rows ..."]],
+    before: PyTree[Float[Array, "groups ..."]],
+    weight: Float[Array | np.ndarray, "rows"],
+    group: Int[Array | np.ndarray, "rows"],
     num_groups: int,
     defence: DefenceConfig,
     slots: Slots | None = None,
-) -> tuple[PyTree, jax.Array]:
+) -> tuple[PyTree[Float[Array, "groups ..."]], Float32[Array, "groups"]]:
     """`before` plus the mean of changes per group, by the rules of a defence; in float32.
 
     Args:
@@ -72,6 +77,7 @@ def defended_mean(
       Leaves `[groups, ...]` in the storage dtype, `before` for a group without weight; and the
       total weight `[groups]`. Without defences, that is the weighted mean itself.
     """
+    weight, group = jnp.asarray(weight), jnp.asarray(group)
     total = jax.ops.segment_sum(weight, group, num_groups)
     if defence == NO_DEFENCE:
         mean, _ = weighted_mean(vectors, weight, group, num_groups)
@@ -129,7 +135,7 @@ def defended_mean(
     return keep_where_absent(jax.tree.map(add, before, moved), before, total > 0), total
 
 
-def row_lengths(vectors: PyTree) -> jax.Array:
+def row_lengths(vectors: PyTree[Float[Array, "rows ..."]]) -> Float32[Array, "rows"]:
     """Euclidean lengths of the rows of a stacked tree, over all its leaves: float32 `[rows]`."""
     unit, length = vector_lengths([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(vectors)])
     return unit * length
@@ -140,12 +146,18 @@ def headroom(rows: int) -> float:
     return 2.0 ** -math.ceil(math.log2(max(rows, 2)))
 
 
-def per_row(values: jax.Array, like: jax.Array) -> jax.Array:
+def per_row(
+    values: Shaped[Array | np.ndarray, "rows"], like: Shaped[Array, "rows ..."]
+) -> Shaped[Array | np.ndarray, "rows ..."]:
     """Gives values `[rows]` as many axes as an array `[rows, ...]` has, to broadcast against it."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def keep_where_absent(new: PyTree, old: PyTree, present: jax.Array) -> PyTree:
+def keep_where_absent(
+    new: PyTree[Shaped[Array, "rows ..."]],
+    old: PyTree[Shaped[Array, "rows ..."]],
+    present: Bool[Array | np.ndarray, "rows"],
+) -> PyTree[Shaped[Array, "rows ..."]]:
     """Takes rows of `new` where present and of `old` elsewhere; leaves `[rows, ...]`."""
 
     def choose(n, o):
@@ -154,14 +166,19 @@ def keep_where_absent(new: PyTree, old: PyTree, present: jax.Array) -> PyTree:
     return jax.tree.map(choose, new, old)
 
 
-def mean_of_clients(vectors: PyTree, slots: Slots) -> PyTree:
+def mean_of_clients(
+    vectors: PyTree[Float[Array, "slots ..."]], slots: Slots
+) -> PyTree[Float[Array, "clients ..."]]:
     """Each client's mean over its slots, weighted by examples: leaves `[clients, ...]`."""
     return weighted_mean(vectors, slots.weight, slots.client, slots.num_clients)[0]
 
 
 def mean_over_clients(
-    uploads: PyTree, slots: Slots, before: PyTree, defence: DefenceConfig
-) -> PyTree:
+    uploads: PyTree[Float[Array, "clients ..."]],
+    slots: Slots,
+    before: PyTree[Float[Array, "..."]],
+    defence: DefenceConfig,
+) -> PyTree[Float[Array, "..."]]:
     """Mean over clients, weighted by examples: leaves `[...]`; `before` where nobody is there."""
     weight = jax.ops.segment_sum(slots.weight, slots.client, slots.num_clients)
     one_group = jnp.zeros(slots.num_clients, jnp.int32)
@@ -170,6 +187,8 @@ def mean_over_clients(
     return jax.tree.map(lambda leaf: leaf[0], mean)
 
 
-def zeros(base: PyTree, *rows: int) -> PyTree:
+def zeros(
+    base: PyTree[Float[ArrayLike | jax.ShapeDtypeStruct, "..."]], *rows: int
+) -> PyTree[Float[Array, "..."]]:
     """Zero task vectors, leaves `[*rows, ...]` in the base's dtypes."""
     return jax.tree.map(lambda leaf: jnp.zeros((*rows, *leaf.shape), leaf.dtype), base)

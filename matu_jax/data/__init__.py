@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 __all__ = ["Split", "Task", "Transform"]
 
@@ -25,8 +26,8 @@ class Split(NamedTuple):
         labels: int32 `[examples]`, each from 0 to `num_classes - 1` of its task.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: UInt8[np.ndarray, "examples height width channels"]
+    labels: Int32[np.ndarray, "examples"]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int, Int32, Int64, UInt8
 
 from matu_jax.data import Task
 
@@ -10,15 +11,15 @@ __all__ = ["gather", "round_indices"]
 
 
 def round_indices(
-    indices_per_slot: Sequence[np.ndarray],
-    client: np.ndarray,
-    task: np.ndarray,
+    indices_per_slot: Sequence[Int[np.ndarray, "_"]],
+    client: Int[np.ndarray, "slots"],
+    task: Int[np.ndarray, "slots"],
     *,
     seed: int,
     round_index: int,
     steps: int,
     batch_size: int,
-) -> np.ndarray:
+) -> Int64[np.ndarray, "slots {steps} {batch_size}"]:
     """Draws the training examples of one round.
 
     Each slot goes through its examples in random order, and in a new random order when it has seen
@@ -69,8 +70,13 @@ def round_indices(
 
 
 def gather(
-    tasks: Sequence[Task], task_of_slot: np.ndarray, indices: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    tasks: Sequence[Task],
+    task_of_slot: Int[np.ndarray, "slots"],
+    indices: Int[np.ndarray, "slots steps batch"],
+) -> tuple[
+    UInt8[np.ndarray, "slots steps batch height width channels"],
+    Int32[np.ndarray, "slots steps batch"],
+]:
     """Gathers training examples, stacked over slots.
 
     Args:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int, Int64
 
 __all__ = ["assign", "partition"]
 
@@ -18,7 +19,7 @@ def assign(
     num_tasks: int,
     seed: int,
     given: Sequence[Sequence[int]] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int[np.ndarray, "slots"], Int[np.ndarray, "slots"]]:
     """Assigns tasks to clients.
 
     Every client holds `tasks_per_client` distinct tasks; the numbers of holders of any two tasks
@@ -115,14 +116,14 @@ def _check_given(
 
 
 def partition(
-    labels_per_task: Sequence[np.ndarray],
-    client: np.ndarray,
-    task: np.ndarray,
+    labels_per_task: Sequence[Int[np.ndarray, "_"]],
+    client: Int[np.ndarray, "slots"],
+    task: Int[np.ndarray, "slots"],
     *,
     examples_per_slot: int | None,
     alpha: float | None,
     seed: int,
-) -> list[np.ndarray]:
+) -> list[Int64[np.ndarray, "_"]]:
     """Deals the training examples of each task out to its holders, none to two of them.
 
     With `alpha`, each slot draws its own mixture of classes from Dirichlet(alpha), as in Hsu et

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float32, Shaped, UInt8
 
 from matu_jax.messages.layout import LENGTH, WireError
 
@@ -41,17 +42,21 @@ def decompressed(packed: memoryview, size: int) -> bytes:
     return masks
 
 
-def implied(leaves: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+def implied(
+    leaves: Sequence[Shaped[np.ndarray, "..."]],
+) -> tuple[list[UInt8[np.ndarray, "1 _"]], Float32[np.ndarray, "1"]]:
     """The masks and the scale of a unified of one task, which follow from its vector."""
     masks = [np.packbits((leaf != 0).reshape(1, -1), axis=1, bitorder="little") for leaf in leaves]
     return masks, np.array([float(any(mask.any() for mask in masks))], np.float32)
 
 
 def are_implied(
-    scales: np.ndarray, masks: Sequence[np.ndarray], leaves: Sequence[np.ndarray]
+    scales: Float32[np.ndarray, "1"],
+    masks: Sequence[UInt8[np.ndarray, "1 _"]],
+    leaves: Sequence[Shaped[np.ndarray, "..."]],
 ) -> bool:
     """Whether masks and scale of one task follow from its vector."""
     expected, scale = implied(leaves)
-    return scales[0] == scale[0] and all(
+    return bool(scales[0] == scale[0]) and all(
         ((mask & ones) == ones).all() for mask, ones in zip(masks, expected, strict=True)
     )

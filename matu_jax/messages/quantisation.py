@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int8
 
 from matu_jax.trees import PyTree
 
@@ -19,11 +20,11 @@ class Blocks(NamedTuple):
       scales: float32 `[rows, ceil(parameters / 256)]`, what a value of 1 stands for in a block.
     """
 
-    values: jax.Array
-    scales: jax.Array
+    values: Int8[Array, "rows parameters"]
+    scales: Float32[Array, "rows blocks"]
 
 
-def rounded(vectors: PyTree, precision: str) -> PyTree:
+def rounded(vectors: PyTree[Float[Array, "rows ..."]], precision: str) -> PyTree:
     """Rounds floats for the network.
 
     Args:
@@ -42,7 +43,9 @@ def rounded(vectors: PyTree, precision: str) -> PyTree:
     return jax.tree.map(_blocks, vectors)
 
 
-def restored(sent: PyTree, like: PyTree) -> PyTree:
+def restored(
+    sent: PyTree, like: PyTree[Float[Array, "rows ..."]]
+) -> PyTree[Float[Array, "rows ..."]]:
     """What the other side makes of `rounded(like, ...)`: leaves in `like`'s shapes and dtypes.
 
     A block with a number that is not finite comes back without any finite number.
@@ -58,13 +61,13 @@ def restored(sent: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(leaf, like, sent)
 
 
-def _padded(flat: jax.Array) -> jax.Array:
+def _padded(flat: Float32[Array, "rows n"]) -> Float32[Array, "rows blocks block"]:
     """Cuts `[rows, n]` into blocks, the last one filled up with zeros: `[rows, blocks, 256]`."""
     flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % BLOCK)))
     return flat.reshape(flat.shape[0], -1, BLOCK)
 
 
-def _blocks(x: jax.Array) -> Blocks:
+def _blocks(x: Float[Array, "rows ..."]) -> Blocks:
     flat = x.reshape(x.shape[0], -1).astype(jnp.float32)
     blocks = _padded(flat)
     scales = jnp.abs(blocks).max(axis=-1, initial=0.0) / 127

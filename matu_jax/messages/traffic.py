@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int64, Shaped
 
 from matu_jax.aggregation import Slots
 from matu_jax.trees import PyTree
@@ -20,9 +21,9 @@ class Message(NamedTuple):
         nothing (a unified of one slot has a trivial mask and the scale 1).
     """
 
-    per_client: PyTree = None
-    per_slot: PyTree = None
-    per_shared_slot: PyTree = None
+    per_client: PyTree[Shaped[Array, "clients ..."]] = None
+    per_slot: PyTree[Shaped[Array, "slots ..."]] = None
+    per_shared_slot: PyTree[Shaped[Array, "slots ..."]] = None
 
 
 class Traffic(NamedTuple):
@@ -47,7 +48,7 @@ class Traffic(NamedTuple):
     kept_per_client: bool = False
 
 
-def message_bits(message: Message, slots: Slots) -> np.ndarray:
+def message_bits(message: Message, slots: Slots) -> Int64[np.ndarray, "clients"]:
     """Bits that each client sends or receives: int64 `[clients]`; 0 for those absent.
 
     Counted from the shapes and dtypes of the message's arrays; `frame_bits` counts what is around
@@ -66,7 +67,7 @@ def message_bits(message: Message, slots: Slots) -> np.ndarray:
     ).astype(np.int64)
 
 
-def frame_bits(traffic: Traffic, slots: Slots) -> np.ndarray:
+def frame_bits(traffic: Traffic, slots: Slots) -> Int64[np.ndarray, "2 clients"]:
     """Bits of headers, task ids and checksums, up and down: int64 `[2, clients]`.
 
     0 for clients that are absent, and where there is no format.
@@ -76,7 +77,7 @@ def frame_bits(traffic: Traffic, slots: Slots) -> np.ndarray:
     return np.array([[8 * size for size in (count(k) if k else (0, 0))] for k in held], np.int64).T
 
 
-def _slots_held(slots: Slots) -> np.ndarray:
+def _slots_held(slots: Slots) -> Int64[np.ndarray, "clients"]:
     """How many slots of each client are present: int64 `[clients]`."""
     present = np.asarray(slots.weight) > 0
     return np.bincount(np.asarray(slots.client)[present], minlength=slots.num_clients)

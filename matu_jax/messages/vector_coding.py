@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32, Int8, Shaped, UInt
 
 from matu_jax.messages.layout import Precision, WireError, parameters
 from matu_jax.messages.quantisation import BLOCK, Blocks, rounded
@@ -38,7 +39,9 @@ def written(
     return arrays, leaves
 
 
-def _product(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _product(
+    values: Int8[np.ndarray, "parameters"], scales: Float32[np.ndarray, "blocks"]
+) -> Float32[np.ndarray, "parameters"]:
     """Numbers from int8 `[parameters]` and float32 `[ceil(parameters / 256)]`, in float32."""
     numbers = values.astype(np.float32)
     whole = numbers.size - numbers.size % BLOCK
@@ -52,7 +55,7 @@ def _cast(flat: np.ndarray, like: Any) -> np.ndarray:
     return flat.astype(like.dtype, copy=False).reshape(like.shape)
 
 
-def words(leaf: np.ndarray) -> np.ndarray:
+def words(leaf: Shaped[np.ndarray, "..."]) -> UInt[np.ndarray, "{leaf.size}"]:
     """A leaf's numbers as unsigned integers in little-endian order."""
     bits = np.dtype(f"u{leaf.dtype.itemsize}")
     return np.ascontiguousarray(leaf).reshape(-1).view(bits).astype(bits.newbyteorder("<"))

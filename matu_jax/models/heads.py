@@ -7,8 +7,8 @@ import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
+from jaxtyping import Array, Float32, Int32
 
 from matu_jax.data import Task
 
@@ -17,13 +17,13 @@ _TOKEN_STEP = 8
 
 
 def zero_shot_heads(
-    embed: Callable[[np.ndarray], jax.Array],
+    embed: Callable[[Int32[np.ndarray, "prompts tokens"]], Float32[Array, "prompts features"]],
     tokenizer: Any,
     tasks: Sequence[Task],
     *,
     context: int,
     end_token: int,
-) -> list[np.ndarray]:
+) -> list[Float32[np.ndarray, "_ features"]]:
     """Text features of every class: those of its prompts, normalised, averaged, normalised.
 
     Args:

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +121,7 @@ class TensorFiles:
             self.tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), stop - start)
             self._places[name] = (file, 8 + length + start)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TensorFiles":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -323,7 +323,7 @@ class Writer:
         self._left = {name: tensor.nbytes for name, tensor in tensors.items()}
         self._temporary = self.path.with_name(f".{self.path.name}.partial")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Writer":
         header: dict[str, Any] = {"__metadata__": self._metadata} if self._metadata else {}
         self._starts, end = {}, 0
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float32, Int32, Key, Real
 
 from matu_jax.models.architectures import Architecture
 from matu_jax.models.transformer import (
@@ -72,7 +74,11 @@ class VisionTower(nnx.Module):
                 shape.width, architecture.projection, bias=False, rngs=rngs
             )
 
-    def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        images: Real[Array | np.ndarray, "batch height width 3"],
+        key: Key[Array, ""] | None = None,
+    ) -> Float32[Array, "batch features"]:
         """Computes features.
 
         Args:
@@ -89,7 +95,7 @@ class VisionTower(nnx.Module):
         check_images(images, how.image_size, 3)
         batch, size, side = images.shape[0], how.patch_size, how.image_size // how.patch_size
         mean, std = jnp.asarray(how.image_mean), jnp.asarray(how.image_std)
-        pixels = images.astype(jnp.float32) / 255.0
+        pixels = jnp.asarray(images, jnp.float32) / 255.0
         pixels = (pixels - mean[None, None, None]) / std[None, None, None]
         pixels = pixels[:, : side * size, : side * size]  # as a convolution with that stride does
         pixels = pixels.reshape(batch, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -126,7 +132,9 @@ class TextTower(nnx.Module):
             shape.width, architecture.projection, bias=False, rngs=rngs
         )
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(
+        self, tokens: Int32[Array | np.ndarray, "batch tokens"]
+    ) -> Float32[Array, "batch features"]:
         """Computes the feature of each text at its end token.
 
         Args:

@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Key, Shaped
 
 from matu_jax.models.architectures import TowerShape
 
@@ -102,7 +104,9 @@ class Linear(nnx.Module):
             )
             self.lora_b: LoRAParam = LoRAParam(jnp.zeros((lora.rank, outputs)))
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "*batch inputs"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "*batch outputs"]:
         """Applies the layer; the adapter's product is kept apart from the frozen one.
 
         Args:
@@ -174,7 +178,9 @@ class Block(nnx.Module):
         self.mlp_in: Linear = linear("mlp_in", width, shape.mlp_width)
         self.mlp_out: Linear = linear("mlp_out", shape.mlp_width, width)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "batch tokens width"]:
         """Applies attention, then the MLP, each with its residual.
 
         Args:
@@ -202,7 +208,13 @@ class Block(nnx.Module):
         return x + self.mlp_out(ACTIVATIONS[self.activation](hidden), keys[5])
 
 
-def apply_block(block: Block, x: jax.Array, key: jax.Array | None, *, remat: bool) -> jax.Array:
+def apply_block(
+    block: Block,
+    x: Float[Array, "batch tokens width"],
+    key: Key[Array, ""] | None,
+    *,
+    remat: bool,
+) -> Float[Array, "batch tokens width"]:
     """Applies one block, its activations kept for the backward pass or, with remat, not."""
     if not remat:
         return block(x, key)
@@ -231,8 +243,12 @@ def stacked_blocks(
 
 
 def apply_blocks(
-    blocks: Block, x: jax.Array, key: jax.Array | None = None, *, remat: bool = False
-) -> jax.Array:
+    blocks: Block,
+    x: Float[Array, "batch tokens width"],
+    key: Key[Array, ""] | None = None,
+    *,
+    remat: bool = False,
+) -> Float[Array, "batch tokens width"]:
     """Applies stacked blocks, one after the other, in a loop whose body is compiled once.
 
     Args:
@@ -257,7 +273,9 @@ def apply_blocks(
     return jax.lax.scan(step, x, (state, keys))[0]
 
 
-def check_images(images: jax.Array, size: int, channels: int) -> None:
+def check_images(
+    images: Shaped[Array | np.ndarray, "batch height width channels"], size: int, channels: int
+) -> None:
     """Refuses images that a model was not made for; while tracing, so at no cost.
 
     Raises:

@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Key, Real
 
 from matu_jax.models.architectures import TowerShape
 from matu_jax.models.transformer import (
@@ -54,7 +56,9 @@ class StridedConvolution(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.project: Linear = Linear(9 * inputs, outputs, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "batch height width inputs"]
+    ) -> Float[Array, "batch {x.shape[1]//2} {x.shape[2]//2} outputs"]:
         """Gathers each output's 3x3 neighbourhood and projects it."""
         batch, height, width, channels = x.shape
         pairs = x.reshape(batch, height // 2, 2, width // 2, 2 * channels)
@@ -82,7 +86,9 @@ class ConvolutionalStem(nnx.Module):
             ]
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch tokens features"]:
         """Convolves, with a GELU between the layers."""
         for i, convolution in enumerate(self.convolutions):
             x = convolution(jax.nn.gelu(x) if i else x)
@@ -98,7 +104,9 @@ class Patches(nnx.Module):
             self.size**2 * shape.channels, shape.width, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch tokens features"]:
         """Cuts the images into patches and projects them."""
         batch, height, width, channels = x.shape
         rows, columns = height // self.size, width // self.size
@@ -151,7 +159,11 @@ class VisionTransformer(nnx.Module):
         )
         self.norm: Norm = Norm(shape.width, tower.epsilon, rngs=rngs)
 
-    def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        images: Real[Array | np.ndarray, "batch height width channels"],
+        key: Key[Array, ""] | None = None,
+    ) -> Float32[Array, "batch features"]:
         """Computes features; pixels are scaled from 0..255 to -1..1.
 
         Args:
@@ -166,7 +178,7 @@ class VisionTransformer(nnx.Module):
         """
         check_images(images, self.shape.image_size, self.shape.channels)
         dtype = self.computing.dtype
-        x = self.stem(images.astype(jnp.float32) / 127.5 - 1.0)
+        x = self.stem(jnp.asarray(images, jnp.float32) / 127.5 - 1.0)
         token = self.class_token[...].astype(dtype)
         token = jnp.broadcast_to(token, (x.shape[0], 1, self.shape.width))
         x = jnp.concatenate([token, x], axis=1) + self.positions[...].astype(dtype)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from matu_jax.aggregation import Slots
 from matu_jax.config import Config
@@ -42,7 +43,7 @@ class Attendance:
         self.rows: np.ndarray = trained_slots(config, slots, self.chosen)
         self.takes_part: np.ndarray = self.chosen[slots.client[self.rows]]
 
-    def after_training(self, finite: np.ndarray) -> Slots:
+    def after_training(self, finite: Bool[np.ndarray, "trained"]) -> Slots:
         """The slots whose clients send what they have trained; the others have weight 0.
 
         Args:
@@ -68,7 +69,7 @@ class Attendance:
         there = np.isin(range(len(gone)), rows[self.takes_part & finite])
         return weighted(slots, there & ~gone)
 
-    def after_upload(self, present: Slots, taken: np.ndarray) -> Slots:
+    def after_upload(self, present: Slots, taken: Float[np.ndarray, "slots"]) -> Slots:
         """The slots whose uploads the server is given: finite, and as many of a task as the quorum.
 
         Args:

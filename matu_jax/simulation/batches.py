@@ -2,10 +2,10 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int32, Int64, UInt8
 
 from matu_jax.config import Config
 from matu_jax.data.batching import gather, round_indices
@@ -32,8 +32,13 @@ def round_grid(config: Config, federation: Federation, mesh: Mesh) -> Grid:
 
 
 def training_batches(
-    config: Config, federation: Federation, cut: Grid, own: np.ndarray, done: int
-) -> Iterator[Any]:
+    config: Config, federation: Federation, cut: Grid, own: Int64[np.ndarray, "own"], done: int
+) -> Iterator[
+    tuple[
+        UInt8[np.ndarray, "own steps batch height width channels"],
+        Int32[np.ndarray, "own steps batch"],
+    ]
+]:
     """Images and labels of every piece of every round from `done` on, made ahead by threads.
 
     Of the rows that are this process's `own`; nothing else is read.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Float64, Int, Int32, Int64, UInt8
 
 from matu_jax.config import Config
 from matu_jax.data import Split
@@ -43,10 +44,10 @@ class Piece(NamedTuple):
       first: position of the first example.
     """
 
-    slots: np.ndarray
+    slots: Int64[np.ndarray, "rows"]
     rows: int
-    tasks: np.ndarray
-    local: np.ndarray
+    tasks: Int64[np.ndarray, "held"]
+    local: Int32[np.ndarray, "own"]
     first: int
 
 
@@ -75,7 +76,7 @@ class EvaluationSet:
     def __init__(
         self,
         splits: Sequence[Split],
-        slot_tasks: np.ndarray,
+        slot_tasks: Int[np.ndarray, "slots"],
         mesh: Mesh,
         *,
         batch_examples: int,
@@ -138,7 +139,12 @@ class EvaluationSet:
         pixels = int(np.prod(self._splits[0].images.shape[1:]))
         return tasks * self._batches * self._batch * pixels
 
-    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def load(
+        self, index: int
+    ) -> tuple[
+        UInt8[np.ndarray, "tasks batches batch height width channels"],
+        Int32[np.ndarray, "tasks batches batch"],
+    ]:
         """Gathers a piece's examples, padded; of the tasks of this process's slots.
 
         Returns:
@@ -198,8 +204,11 @@ def evaluation(
 
 
 def near_ties(
-    logits: jax.Array, targets: jax.Array, num_classes: jax.Array, rounding: float
-) -> jax.Array:
+    logits: Float[Array, "examples width"],
+    targets: Int32[Array, "examples"],
+    num_classes: Int32[Array, ""],
+    rounding: float,
+) -> Bool[Array, "examples"]:
     """Examples that another order of the same sums may put on the other side: bool `[examples]`.
 
     Those whose own class's logit is less than `rounding` times the example's largest magnitude away
@@ -333,7 +342,9 @@ def _counts(
     return counts
 
 
-def per_task(per_slot: np.ndarray, task: np.ndarray, num_tasks: int) -> np.ndarray:
+def per_task(
+    per_slot: Float[np.ndarray, "slots"], task: Int[np.ndarray, "slots"], num_tasks: int
+) -> Float64[np.ndarray, "{num_tasks}"]:
     """Mean over the slots of each task: float64 `[tasks]`; NaN for a task without a slot."""
     total = np.bincount(task, weights=per_slot, minlength=num_tasks)
     count = np.bincount(task, minlength=num_tasks)

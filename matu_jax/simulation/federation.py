@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 from matu_jax.aggregation import Slots
 from matu_jax.config import Config
@@ -30,7 +31,7 @@ class Federation(NamedTuple):
 
     tasks: tuple[Task, ...]
     slots: Slots
-    indices: list[np.ndarray]
+    indices: list[Int64[np.ndarray, "_"]]
     trace: Mapping[int, Mapping[int, str]] = MappingProxyType({})
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from matu_jax.algorithms.contract import LocalRule
 from matu_jax.config import LocalConfig
@@ -24,9 +25,9 @@ class Trained(NamedTuple):
       finite: bool `[slots]`, False where the loss or a parameter is no longer a finite number.
     """
 
-    vectors: PyTree
-    loss: jax.Array
-    finite: jax.Array
+    vectors: PyTree[Float[Array, "slots ..."]]
+    loss: Float32[Array, "slots"]
+    finite: Bool[Array, "slots"]
 
 
 def optimizer(config: LocalConfig) -> optax.GradientTransformation:
@@ -38,7 +39,7 @@ def optimizer(config: LocalConfig) -> optax.GradientTransformation:
     return optax.sgd(config.learning_rate, momentum=config.momentum or None)
 
 
-def class_mask(num_classes: jax.Array, width: int) -> jax.Array:
+def class_mask(num_classes: Int32[Array, ""], width: int) -> Float32[Array, "{width}"]:
     """0 for a task's classes, a large negative number for those it lacks: float32 `[width]`."""
     return jnp.where(jnp.arange(width) < num_classes, 0.0, -1e9)
 
@@ -53,10 +54,10 @@ class Carry(NamedTuple):
       steps: how many there were.
     """
 
-    vector: PyTree
+    vector: PyTree[Float[Array, "slots ..."]]
     optimizer: Any
-    loss: jax.Array
-    steps: jax.Array
+    loss: Float32[Array, "slots"]
+    steps: Int32[Array, "slots"]
 
 
 class LocalTraining(NamedTuple):

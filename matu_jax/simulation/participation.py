@@ -1,12 +1,13 @@
 """Who takes part in a round, and which slots are trained."""
 
 import numpy as np
+from jaxtyping import Bool, Int64
 
 from matu_jax.aggregation import Slots
 from matu_jax.config import Config
 
 
-def participants(config: Config, slots: Slots, round_index: int) -> np.ndarray:
+def participants(config: Config, slots: Slots, round_index: int) -> Bool[np.ndarray, "clients"]:
     """Draws the clients of a round from (seed, round): bool `[clients]`."""
     count = config.clients_per_round or slots.num_clients
     chosen = np.zeros(slots.num_clients, bool)
@@ -15,7 +16,9 @@ def participants(config: Config, slots: Slots, round_index: int) -> np.ndarray:
     return chosen
 
 
-def trained_slots(config: Config, slots: Slots, chosen: np.ndarray) -> np.ndarray:
+def trained_slots(
+    config: Config, slots: Slots, chosen: Bool[np.ndarray, "clients"]
+) -> Int64[np.ndarray, "trained"]:
     """Which slots are trained in a round: as many every round, so that nothing recompiles.
 
     The chosen clients' slots come first; where clients differ in their number of tasks, slots of
@@ -27,7 +30,7 @@ def trained_slots(config: Config, slots: Slots, chosen: np.ndarray) -> np.ndarra
     return np.sort(order[:size])
 
 
-def weighted(slots: Slots, there: np.ndarray) -> Slots:
+def weighted(slots: Slots, there: Bool[np.ndarray, "slots"]) -> Slots:
     """The slots, with weight 0 for those that are not there, bool `[slots]`."""
     weight = np.where(there, slots.weight, 0).astype(np.float32)
     return Slots(slots.client, slots.task, weight, slots.num_clients, slots.num_tasks)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, Int64
 
 from matu_jax.trees import PyTree
 
@@ -37,7 +38,7 @@ def own_devices(mesh: Mesh) -> list[Any]:
     return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
 
 
-def rows_by_process(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
+def rows_by_process(mesh: Mesh, rows: int) -> dict[int, Int64[np.ndarray, "_"]]:
     """Which of so many rows each process has: `{process: int64 [own rows]}`.
 
     Args:
@@ -49,7 +50,7 @@ def rows_by_process(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
     return {int(p): by_device[process == p].reshape(-1) for p in np.unique(process)}
 
 
-def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
+def own_rows(mesh: Mesh, rows: int) -> Int64[np.ndarray, "own"]:
     """Which of so many rows this process has, see `rows_by_process`: int64 `[own rows]`."""
     return rows_by_process(mesh, rows)[jax.process_index()]
 
@@ -214,6 +215,6 @@ def map_slots(
     return over_slots
 
 
-def padded_rows(rows: np.ndarray, multiple: int) -> np.ndarray:
+def padded_rows(rows: Int[np.ndarray, "rows"], multiple: int) -> Int[np.ndarray, "padded"]:
     """Repeats the last row up to a multiple of a number: `[rows]` to `[rows or more]`."""
     return np.pad(rows, (0, -len(rows) % multiple), mode="edge")

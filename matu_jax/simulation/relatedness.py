@@ -1,13 +1,15 @@
 """Which tasks are related, and how well a similarity tells."""
 
-from typing import Any
-
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from matu_jax.data import Task
 
 
-def relatedness_auc(similarity: Any, related: Any) -> float | None:
+def relatedness_auc(
+    similarity: Float[Array | np.ndarray, "tasks tasks"],
+    related: Bool[Array | np.ndarray, "tasks tasks"],
+) -> float | None:
     """How well similarity tells related from unrelated pairs of tasks: 1 fully, 1/2 by chance.
 
     The probability that a related pair, drawn at random, has a higher similarity than an unrelated
@@ -55,7 +57,7 @@ def relatedness_auc(similarity: Any, related: Any) -> float | None:
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
-def related(tasks: tuple[Task, ...]) -> np.ndarray:
+def related(tasks: tuple[Task, ...]) -> Bool[np.ndarray, "tasks tasks"]:
     """Ground truth of relatedness: two tasks with one label space; bool `[tasks, tasks]`."""
     spaces = np.array([task.label_space for task in tasks])
     return spaces[:, None] == spaces[None, :]

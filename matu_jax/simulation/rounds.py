@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float32
 
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm, Message, Traffic, frame_bits, message_bits
@@ -50,7 +51,7 @@ class RoundResult:
     round: int
     make_state: Callable[[], Any]
     record: dict[str, Any]
-    similarity: np.ndarray | None
+    similarity: Float32[np.ndarray, "tasks tasks"] | None
 
     @property
     def state(self) -> Any:
