@@ -7,7 +7,7 @@ All three compute eqs. 5 to 9 with similarity of aggregated vectors (a matrix pr
 transfer="mean"; the results are compared before anything is timed. "paper" is
 `matu.aggregate` with `AggregationConfig.paper()`, similarity over slots of different clients.
 "outer jit" is "library" called inside a caller's own `jax.jit`. "shared" is "library" with the
-parameters shared out over all devices, one per core on CPU, on which they lie already. In bfloat16,
+parameters sharded over all devices, one per core on CPU, on which they lie already. In bfloat16,
 uploads of all are; PyTorch's loop and dense JAX compute and return float32, ours rounds task
 vectors, as clients have them.
 """

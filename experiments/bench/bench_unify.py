@@ -6,7 +6,7 @@
 The floor of eqs. 1 to 4 is reading T x d numbers once and writing d numbers and T x d bits, at the
 speed at which this machine copies memory. "library" is `matu.unify(x, magnitude="max")`, which
 jits inside; "outer jit" is the same under `jax.jit`, with checks done once; "shared" is
-`matu.unify(x, mesh=mesh)` with the parameters shared out over all devices, one per core on CPU, on
+`matu.unify(x, mesh=mesh)` with the parameters sharded over all devices, one per core on CPU, on
 which they lie already. "numba", on CPU in float32, is what a compiler reaches that reads every
 number from memory once, on all cores: pip install numba, or its columns stay empty.
 """

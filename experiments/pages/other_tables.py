@@ -102,7 +102,7 @@ def costs() -> str:
     vectors = {"T": 8, "d": 10_000_000}
     server = {"tasks": 30, "held": 4, "d": 3_000_000, "dtype": "float32"}
     torch, peft = "a loop in PyTorch", "a loop over PyTorch + PEFT"
-    shared = "the same, parameters shared out over two CPU devices"
+    shared = "the same, parameters sharded over two CPU devices"
     two_threads = times("unify", "x torch loop", **vectors)
     one_thread = times("unify_one_thread", "x torch loop", **vectors)
     rows = [

@@ -1,4 +1,4 @@
-"""What is kept of compiled programs; devices and slots stand in test_local and test_hosts."""
+"""What is kept of compiled programs."""
 
 import os
 import subprocess
@@ -6,10 +6,10 @@ import sys
 
 COMPILE = """
 import jax
-from matu_jax import parallel
+from matu_jax.runs import processes
 
-parallel._PROGRAMS_BYTES = 30_000
-parallel.keep_programs()
+processes._PROGRAMS_BYTES = 30_000
+processes.keep_programs()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 for size in range(1, 7):
     jax.jit(lambda x: jax.numpy.sin(x) @ x.T)(jax.numpy.ones((size, size)))
