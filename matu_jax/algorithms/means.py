@@ -98,34 +98,9 @@ def defended_mean(
         factors = clip_factors(row_lengths(changes), present, defence.clip, client, clients)
         changes = jax.tree.map(lambda x: factors[:, None] * x, changes)
     if defence.weighting == "agreement":
-
-        def signs(x):
-            own = jnp.sign(x)
-            return (own * jax.ops.segment_sum(own, group, num_groups)[group]).sum(axis=1)
-
-        leaves = jax.tree.leaves(changes)
-        common = jnp.stack([signs(x) for x in leaves]).sum(axis=0)
-        nonzero = jnp.stack([(x != 0).sum(axis=1) for x in leaves]).sum(axis=0)
-        nonzero = nonzero.astype(jnp.float32)
-        weight = agreement_weights(common, nonzero, weight, group, num_groups)
+        weight = _weights_by_agreement(changes, weight, group, num_groups)
     if defence.trim:
-        members = jnp.zeros(num_groups, jnp.int32).at[group].add(present.astype(jnp.int32))
-        share = 1 / counted(defence.trim, members)
-
-        def trimmed(x):
-            def add(carry, row):
-                extremes, mean = carry
-                values, where, there = row
-                grown, passed = within_trim(extremes[where], values, members[where])
-                extremes = extremes.at[where].set(jnp.where(there, grown, extremes[where]))
-                mean = mean.at[where].add(jnp.where(there, share[where] * passed, 0.0))
-                return (extremes, mean), None
-
-            extremes = jnp.full((num_groups, 2, defence.trim, x.shape[1]), -jnp.inf)
-            mean = jnp.zeros((num_groups, x.shape[1]), jnp.float32)
-            return jax.lax.scan(add, (extremes, mean), (x, group, present))[0][1]
-
-        moved = jax.tree.map(trimmed, changes)
+        moved = _trimmed_mean(changes, present, group, num_groups, defence.trim)
     else:
         moved, _ = weighted_mean(changes, weight, group, num_groups)
 
@@ -133,6 +108,52 @@ def defended_mean(
         return clip_to(b.astype(jnp.float32) + x.reshape(b.shape), b.dtype)
 
     return keep_where_absent(jax.tree.map(add, before, moved), before, total > 0), total
+
+
+def _weights_by_agreement(
+    changes: PyTree, weight: jax.Array, group: jax.Array, num_groups: int
+) -> jax.Array:
+    """Less weight for rows whose signs agree little with those of their group: float32 `[rows]`."""
+
+    def signs(x):
+        own = jnp.sign(x)
+        return (own * jax.ops.segment_sum(own, group, num_groups)[group]).sum(axis=1)
+
+    leaves = jax.tree.leaves(changes)
+    common = jnp.stack([signs(x) for x in leaves]).sum(axis=0)
+    nonzero = jnp.stack([(x != 0).sum(axis=1) for x in leaves]).sum(axis=0)
+    return agreement_weights(common, nonzero.astype(jnp.float32), weight, group, num_groups)
+
+
+def _trimmed_mean(
+    changes: PyTree, present: jax.Array, group: jax.Array, num_groups: int, trim: int
+) -> PyTree:
+    """Mean of each number over a group's rows, less its `trim` largest and smallest: `[groups, n]`.
+
+    Args:
+      changes: leaves `[rows, n]`, float32.
+      present: bool `[rows]`; others do not count.
+      group: int32 `[rows]`.
+      num_groups: number of groups.
+      trim: how many are left out at each end, of groups that have enough rows.
+    """
+    members = jnp.zeros(num_groups, jnp.int32).at[group].add(present.astype(jnp.int32))
+    share = 1 / counted(trim, members)
+
+    def trimmed(x):
+        def add(carry, row):
+            extremes, mean = carry
+            values, where, there = row
+            grown, passed = within_trim(extremes[where], values, members[where])
+            extremes = extremes.at[where].set(jnp.where(there, grown, extremes[where]))
+            mean = mean.at[where].add(jnp.where(there, share[where] * passed, 0.0))
+            return (extremes, mean), None
+
+        extremes = jnp.full((num_groups, 2, trim, x.shape[1]), -jnp.inf)
+        mean = jnp.zeros((num_groups, x.shape[1]), jnp.float32)
+        return jax.lax.scan(add, (extremes, mean), (x, group, present))[0][1]
+
+    return jax.tree.map(trimmed, changes)
 
 
 def row_lengths(vectors: PyTree[Float[Array, "rows ..."]]) -> Float32[Array, "rows"]:
