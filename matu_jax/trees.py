@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 if TYPE_CHECKING:  # jaxtyping's is unknown to type checkers; here it is Any, whatever its leaves
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # jaxtyping's is unknown to type checkers; here it is Any, wh
     PyTree = TypeAliasType("PyTree", Any, type_params=(_Leaf,))
 else:
     from jaxtyping import PyTree
+
+Leaf = ArrayLike | np.generic  # numpy's scalars of bfloat16 are no numbers to it
 
 
 def leaf_items(tree: PyTree) -> list[tuple[str, Any]]:
@@ -29,7 +32,7 @@ def leaf_items(tree: PyTree) -> list[tuple[str, Any]]:
     ]
 
 
-def as_floating(tree: PyTree[Float[ArrayLike, "..."]], name: str) -> PyTree[Float[Array, "..."]]:
+def as_floating(tree: PyTree, name: str) -> PyTree[Float[Array, "..."]]:
     """Converts every leaf to a JAX array and refuses leaves that are not floating point.
 
     Args:
@@ -140,7 +143,7 @@ def check_dtypes(tree: PyTree, reference: PyTree, name: str) -> None:
         raise ValueError(f"{name}: dtypes differ\n" + "\n".join(wrong) + "\nCast one to the other.")
 
 
-def stack(trees: Sequence[PyTree[Float[ArrayLike, "..."]]]) -> PyTree[Float[Array, "slots ..."]]:
+def stack(trees: Sequence[PyTree[Float[Leaf, "..."]]]) -> PyTree[Float[Array, "slots ..."]]:
     """Stacks trees of the same structure along a new leading axis.
 
     Args:
@@ -164,7 +167,7 @@ def stack(trees: Sequence[PyTree[Float[ArrayLike, "..."]]]) -> PyTree[Float[Arra
 
 
 def task_vectors(
-    tuned: PyTree[Float[ArrayLike, "slots ..."]], base: PyTree[Float[ArrayLike, "..."]]
+    tuned: PyTree[Float[Leaf, "slots ..."]], base: PyTree[Float[Leaf, "..."]]
 ) -> PyTree[Float[Array, "slots ..."]]:
     """Task vectors: tuned minus base parameters (Ilharco et al. 2023, arXiv 2212.04089).
 
@@ -190,7 +193,7 @@ def task_vectors(
 
 
 def apply_vectors(
-    base: PyTree[Float[ArrayLike, "..."]], vectors: PyTree[Float[ArrayLike, "slots ..."]]
+    base: PyTree[Float[Leaf, "..."]], vectors: PyTree[Float[Leaf, "slots ..."]]
 ) -> PyTree[Float[Array, "slots ..."]]:
     """Adds task vectors to the base parameters: the inverse of `task_vectors`.
 

@@ -49,7 +49,10 @@ def peft_loop(monkeypatch):
         ("bench_unify", ["--rows", "3", "--parameters", "5e3", "--dtypes", "float32"]),
         (
             "bench_aggregate",
-            ["--clients", "3", "--tasks", "4", "--held", "2", "--parameters", "5e3"],
+            [
+                *("--clients", "3", "--tasks", "4", "--held", "2"),
+                *("--parameters", "5e3", "--dtypes", "float32"),
+            ],
         ),
     ],
 )

@@ -108,7 +108,7 @@ def _defences_cost(setting: str) -> str:
 
 
 def _hosts(file: str, *, checkpoint: bool) -> str:
-    """Seconds of a round with a sharded server, in place of those of one in which each process does all."""
+    """Seconds of a round with a sharded server, in place of one in which each process does all."""
     rows = {row["server"]: row for row in timings(file)}
     seconds = [
         rows[server]["round s"] - (0 if checkpoint else rows[server]["checkpoint s"])
