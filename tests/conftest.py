@@ -70,4 +70,4 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("repeatable")
 
-pytest_plugins = ("federations",)  # fixtures that several files share
+pytest_plugins = ("federations", "programs")  # fixtures that several files share

@@ -65,8 +65,7 @@ def train(
         with hosts.together():
             return _finished(workdir, console) if first else {}
 
-    federation, model, algorithm, mesh, target = _built(config)
-    meta = _identity(config, federation)
+    federation, model, algorithm, mesh, target, meta = _built(config)
     that_fits = fitted(config, model, algorithm, federation, mesh)
     print_plan(that_fits, algorithm, model, federation, mesh, workdir, console)
 
@@ -110,24 +109,21 @@ def train(
         return summary
 
 
-def _built(config: Config) -> tuple[Federation, models.Model, algorithms.Algorithm, Mesh, Any]:
-    """What runs: who holds what, the model, the algorithm, the devices, and the state's shapes."""
+def _built(
+    config: Config,
+) -> tuple[Federation, models.Model, algorithms.Algorithm, Mesh, Any, dict[str, Any]]:
+    """What runs: who holds what, the model, the algorithm, the devices, and the state's shapes.
+
+    And what the run is of, as process 0 notes it in checkpoints; nothing at the others.
+    """
     with hosts.together():
         try:
             federation = federate(config)
             model = models.build(config.model, federation.tasks, seed=config.seed)
             algorithm, mesh = algorithms.build(config), slot_mesh()
             target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
-            return federation, model, algorithm, mesh, target
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-
-def _identity(config: Config, federation: Federation) -> dict[str, Any]:
-    """What the run is of, as process 0 notes it in checkpoints; nothing at the others."""
-    with hosts.together():
-        try:
-            return identity(config, federation) if hosts.is_first() else {}
+            meta = identity(config, federation) if hosts.is_first() else {}
+            return federation, model, algorithm, mesh, target, meta
         except ValueError as error:
             raise UserError(str(error)) from None
 

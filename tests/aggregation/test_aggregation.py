@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from programs import CONFIGS
 
 import matu_jax as matu
 from matu_jax.config import NO_DEFENCE, DefenceConfig, MatuConfig
@@ -17,28 +17,6 @@ from matu_jax.config import NO_DEFENCE, DefenceConfig, MatuConfig
 CLIENT, TASK, WEIGHT = oracle.CLIENT, oracle.TASK, oracle.WEIGHT
 OTHERS = ~np.eye(oracle.TASKS, dtype=bool)
 _tree, _values = oracle.tree, oracle.values
-
-# Every rule of every equation; the other fields have one value each, to compile less. The least
-# similarity is one that float32 holds exactly.
-
-
-def _config(magnitude: Any, similarity: Any, transfer: Any) -> matu.AggregationConfig:
-    return matu.AggregationConfig.paper(
-        magnitude=magnitude,
-        agreement_threshold=0.4,
-        top_k=2,
-        min_similarity=15 / 32,
-        transfer=transfer,
-        similarity=similarity,
-    )
-
-
-CONFIGS = [
-    _config("max", "aggregated", "none"),
-    _config("max", "cross_client", "none"),
-    _config("mean", "aggregated", "mean"),
-    _config("max", "cross_client", "additive"),
-]
 
 
 def _name(config):

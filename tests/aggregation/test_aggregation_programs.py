@@ -148,21 +148,6 @@ def test_sharded_inputs_give_the_same_round(axis):
 # ------------------------------------------------------------------ one compilation
 
 
-@pytest.fixture
-def compilations():
-    """Counts programs that XLA compiles while the test runs."""
-    seen = []
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        del duration_secs
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def _play(rounds, step):
     """Rounds with other clients, tasks and weights each, the state going from one to the next."""
     state = _state()

@@ -5,7 +5,6 @@ never change, so that everything compiles once.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -14,31 +13,12 @@ import oracle
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from programs import CONFIGS
 
 import matu_jax as matu
 
 S, N, T, D = oracle.SLOTS, oracle.CLIENTS, oracle.TASKS, oracle.PARAMETERS
 
-# The same as in `test_aggregation.py`, so that nothing compiles twice.
-
-
-def _config(magnitude: Any, similarity: Any, transfer: Any) -> matu.AggregationConfig:
-    return matu.AggregationConfig.paper(
-        magnitude=magnitude,
-        agreement_threshold=0.4,
-        top_k=2,
-        min_similarity=15 / 32,
-        transfer=transfer,
-        similarity=similarity,
-    )
-
-
-CONFIGS = [
-    _config("max", "aggregated", "none"),
-    _config("max", "cross_client", "none"),
-    _config("mean", "aggregated", "mean"),
-    _config("max", "cross_client", "additive"),
-]
 HALVES = (ml_dtypes.bfloat16, np.float16)
 PLAIN, ADDITIVE = CONFIGS[0], CONFIGS[3]
 

@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from programs import equations
 
 import matu_jax as matu
 from matu_jax.algorithms import build, with_heads
@@ -403,20 +404,6 @@ def test_sharded_inputs_give_the_same_round(axis):
     _close(found, _round(changes, slots, state), 1e-4)
 
 
-@pytest.fixture
-def compilations():
-    seen = []
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        del duration_secs
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_rounds_compile_once(compilations):
     def play(rounds):
         state = _start()
@@ -429,16 +416,6 @@ def test_rounds_compile_once(compilations):
     before = len(compilations)
     play(6)
     assert len(compilations) == before
-
-
-def _equations(jaxpr):
-    inner = [
-        part
-        for equation in jaxpr.eqns
-        for part in jax.tree.leaves(list(equation.params.values()))
-        if hasattr(part, "eqns")
-    ]
-    return len(jaxpr.eqns) + sum(map(_equations, inner))
 
 
 def _specification(slots, clients, tasks, size):
@@ -459,7 +436,7 @@ def _with_state(uploads, slots, state):
 def test_programs_do_not_grow():
     # The sums of up to eight tasks are written out.
     sizes = [
-        _equations(jax.make_jaxpr(_with_state)(*_specification(*shape)).jaxpr)
+        equations(jax.make_jaxpr(_with_state)(*_specification(*shape)).jaxpr)
         for shape in ((6, 3, 8, 1_500), (96, 24, 12, 4_100))
     ]
     assert sizes[0] == sizes[1]

@@ -399,21 +399,6 @@ def test_blocks_hold_every_entry_once(tmp_path):
     assert len(planned) <= sum(array.size for array in base.values()) / 64 + 2
 
 
-@pytest.fixture
-def compilations():
-    """Counts programs that XLA compiles while the test runs."""
-    seen = []
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        del duration_secs
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_more_blocks_compile_nothing_more(tmp_path, compilations):
     def play(shape):
         generator = np.random.default_rng(0)
