@@ -16,9 +16,19 @@ ROOMS = (
     "matu_jax.models.towers",
     "matu_jax.models.transformer",
     "matu_jax.models.vit",
-    "matu_jax.simulation",
+    "matu_jax.simulation.attendance",
+    "matu_jax.simulation.batches",
+    "matu_jax.simulation.evaluate",
+    "matu_jax.simulation.federation",
+    "matu_jax.simulation.local",
+    "matu_jax.simulation.participation",
+    "matu_jax.simulation.placement",
+    "matu_jax.simulation.relatedness",
+    "matu_jax.simulation.rounds",
 )
-"""Where functions take or return arrays."""
+"""Where functions take or return arrays. Not among them are modules of choices alone, whose
+constructors' errors are read by `matu_jax.runs.advice`: the hook would take the class's name away.
+"""
 
 
 def once_it_returned(function: Callable[..., Any]) -> Callable[..., Any]:

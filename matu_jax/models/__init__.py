@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matu_jax.config import ModelConfig
 from matu_jax.data import Task
 from matu_jax.errors import did_you_mean
 from matu_jax.models.architectures import check_architecture
+from matu_jax.models.choices import ModelConfig
 from matu_jax.trees import PyTree
 
 

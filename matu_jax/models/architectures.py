@@ -7,9 +7,9 @@ it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matu_jax.config import ModelConfig
 from matu_jax.data import Transform
 from matu_jax.errors import did_you_mean
+from matu_jax.models.choices import ModelConfig
 
 FAMILIES = {"clip": "openai/clip-vit-base-patch32", "vit": "google/vit-base-patch16-224"}
 """The families whose checkpoints are read whatever their sizes, and an example of each on the hub:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from matu_jax.config import ModelConfig
 from matu_jax.errors import did_you_mean
 from matu_jax.models.checkpoint_config import architecture_of
+from matu_jax.models.choices import ModelConfig
 from matu_jax.models.transformer import PROJECTIONS, Block, Computing, LoRAParam, LoRASpec
 from matu_jax.trees import PyTree, leaf_items
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
 
-from matu_jax.config import ModelConfig
 from matu_jax.data import Transform
 from matu_jax.json_files import checked
 from matu_jax.models.architectures import (
@@ -24,6 +23,7 @@ from matu_jax.models.architectures import (
     TowerShape,
     check_architecture,
 )
+from matu_jax.models.choices import ModelConfig
 from matu_jax.models.huggingface import IMAGE_FILES, folder_of, read_json
 
 _USUAL_END = 49407  # the end token of OpenAI's vocabulary, and transformers' default

@@ -12,7 +12,6 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from matu_jax.config import ModelConfig
 from matu_jax.data import Task
 from matu_jax.json_files import check_readable, checked, parse_json
 from matu_jax.models.architectures import without_text_tower
@@ -23,6 +22,7 @@ from matu_jax.models.backbone import (
     computing,
     parameter_shapes,
 )
+from matu_jax.models.choices import ModelConfig
 from matu_jax.models.vit import VisionTransformer, ViTShape
 from matu_jax.trees import PyTree, leaf_items
 

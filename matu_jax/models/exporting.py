@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from matu_jax.config import ModelConfig
 from matu_jax.json_files import is_own
 from matu_jax.models import huggingface
 from matu_jax.models.architectures import Architecture
+from matu_jax.models.choices import ModelConfig
 from matu_jax.models.tensor_names import (
     CLIP_PROJECTIONS,
     from_huggingface,

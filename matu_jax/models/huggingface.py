@@ -15,9 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from matu_jax import json_files
-from matu_jax.config import ModelConfig
 from matu_jax.models import tensors
 from matu_jax.models.architectures import ARCHITECTURES, FAMILIES
+from matu_jax.models.choices import ModelConfig
 from matu_jax.models.tensor_names import full_names
 from matu_jax.models.tensors import INDEX, WHOLE, shard_names, system_reason
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from matu_jax.config import ModelConfig
 from matu_jax.data import Task
 from matu_jax.models import huggingface
 from matu_jax.models.architectures import Architecture, without_text_tower
@@ -24,6 +23,7 @@ from matu_jax.models.backbone import (
     parameter_shapes,
 )
 from matu_jax.models.checkpoint_config import architecture_of
+from matu_jax.models.choices import ModelConfig
 from matu_jax.models.heads import zero_shot_heads
 from matu_jax.models.tensor_names import from_huggingface, tensor_names
 from matu_jax.models.towers import TextTower, VisionTower

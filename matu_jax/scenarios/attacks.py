@@ -21,7 +21,9 @@ The last three need an algorithm whose uploads have masks and scales. A liar lie
 tasks, in every round. What liars hold is evaluated like what all others hold.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +31,53 @@ import numpy as np
 
 from matu_jax.aggregation import Slots, Unified
 from matu_jax.algorithms.means import per_row, row_lengths, weighted_mean
-from matu_jax.config import AttackConfig
+from matu_jax.fields import field
 from matu_jax.scenarios.privacy import gaussian, slot_keys
 from matu_jax.trees import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackConfig:
+    """Clients that lie, to find out what they can do; the module says what each kind does.
+
+    Attributes:
+      kind: "none", "sign_flip", "scaling", "noise", "constant", "label_flip", "masks", "scales",
+        "hidden" or "garbage".
+      share: of every task's holders at most this part lies, and as many as that allows.
+      strength: how many times longer than an honest one a lie is.
+      colludes: whether the liars of a task agree on one lie, made from the mean of what they
+        trained.
+    """
+
+    kind: Literal[
+        "none",
+        "sign_flip",
+        "scaling",
+        "noise",
+        "constant",
+        "label_flip",
+        "masks",
+        "scales",
+        "hidden",
+        "garbage",
+    ] = "none"
+    share: float = field(0.2, at_least=0, at_most=1)
+    strength: float = field(1.0, above=0)
+    colludes: bool = False
+
+    def conflicts(self, where: str) -> Iterator[str]:
+        """Yields the fields that the kind of attack has no use for."""
+        if self.colludes and self.kind in ("none", "label_flip", "masks", "scales", "hidden"):
+            yield (
+                f"{where}.colludes: found True, but of kind {self.kind!r} liars say the same "
+                "anyway, or nothing; leave it False."
+            )
+        if self.strength != 1.0 and self.kind in ("none", "label_flip", "masks", "garbage"):
+            yield (
+                f"{where}.strength: found {self.strength:g}, but kind {self.kind!r} has no "
+                "strength; leave it 1."
+            )
+
 
 OF_UPLOADS = ("masks", "scales", "hidden")
 

@@ -1,6 +1,7 @@
 """Clients that vanish: drop-out, stragglers, and tasks with too few holders left."""
 
 import csv
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,47 @@ from typing import Any
 import numpy as np
 
 from matu_jax.aggregation import Slots
-from matu_jax.config import FailureConfig
+from matu_jax.fields import field
 from matu_jax.json_files import regular_file
+
+
+@dataclasses.dataclass(frozen=True)
+class FailureConfig:
+    """Clients that vanish, and when there are too few of them.
+
+    Attributes:
+      dropout: probability that a client that takes part in a round sends nothing.
+      trace: a CSV file with the columns round (from 1), client and reason: who sends nothing when;
+        "" = none.
+      slowness: standard deviation of the logarithm of a client's time for a round, relative to the
+        typical time; drawn anew for every round.
+      deadline: who needs longer than this many typical times is too late; 0 = no deadline.
+      quorum: holders of a task whose uploads a round needs to change the task; with fewer it keeps
+        its vector.
+      max_nonfinite_share: the run stops, with a message, where training fails (the loss or a
+        parameter is not a finite number) in a larger share of a round's slots.
+    """
+
+    dropout: float = field(0.0, at_least=0, at_most=1)
+    trace: str = ""
+    slowness: float = field(0.0, at_least=0)
+    deadline: float = field(0.0, at_least=0)
+    quorum: int = field(1, at_least=1)
+    max_nonfinite_share: float = field(0.5, at_least=0, at_most=1)
+
+    def conflicts(self, where: str) -> Iterator[str]:
+        """Yields what is wrong where one field is without effect for want of another."""
+        if self.deadline and not self.slowness:
+            yield (
+                f"{where}.deadline: found {self.deadline}, but nobody is slow: set "
+                f"{where}.slowness too."
+            )
+        if self.slowness and not self.deadline:
+            yield (
+                f"{where}.slowness: found {self.slowness}, but nothing waits: set "
+                f"{where}.deadline too."
+            )
+
 
 _COLUMNS = ["round", "client", "reason"]
 

@@ -28,8 +28,10 @@ Not covered: numbers of examples, who holds which task, and who takes part when.
 run reports are of the simulation and no part of the protocol.
 """
 
+import dataclasses
 import math
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,8 +41,38 @@ import numpy as np
 
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms.means import per_row
-from matu_jax.config import PrivacyConfig
+from matu_jax.fields import field
 from matu_jax.trees import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of clients towards the server, as the module describes it.
+
+    Attributes:
+      clip_norm: what a client has changed in a round, over all its tasks, is scaled down to this
+        Euclidean length; 0 = no privacy.
+      noise_multiplier: standard deviation of the Gaussian noise on every number, in clip_norms.
+      delta: of (epsilon, delta).
+      seed: -1 = noise from the operating system's entropy, which nobody can draw again; from 0 on,
+        noise is drawn from this seed, so that a run can be repeated, and nothing is private.
+    """
+
+    clip_norm: float = field(0.0, at_least=0)
+    noise_multiplier: float = field(0.0, at_least=0)
+    delta: float = field(1e-5, above=0, at_most=0.5)
+    seed: int = field(-1, at_least=-1, at_most=2**31 - 1)
+
+    def conflicts(self, where: str) -> Iterator[str]:
+        """Yields what is wrong where half of a mechanism is given, or one beyond its numbers."""
+        if bool(self.clip_norm) != bool(self.noise_multiplier):
+            yield (
+                f"{where}: found clip_norm = {self.clip_norm} and noise_multiplier = "
+                f"{self.noise_multiplier}; privacy needs both, or neither."
+            )
+        if self.clip_norm and not 1e-30 <= self.clip_norm <= 1e30:
+            yield f"{where}.clip_norm: found {self.clip_norm:g}, expected 1e-30 to 1e30."
+
 
 PACKAGES = ("dp_accounting", "opendp")
 """What the extra `privacy` installs: the accountant, and the noise."""

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from matu_jax.aggregation import Slots
-from matu_jax.config import Config
 from matu_jax.scenarios import failures
+from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import Federation
 from matu_jax.simulation.participation import participants, trained_slots, weighted
 
@@ -35,7 +35,7 @@ class Attendance:
       takes_part: bool `[trained]`, those of them whose client takes part.
     """
 
-    def __init__(self, config: Config, federation: Federation, index: int):
+    def __init__(self, config: SimulationConfig, federation: Federation, index: int):
         self._config, self._federation, self._index = config, federation, index
         slots = federation.slots
         self._reasons: dict[int, str] = {}

@@ -7,16 +7,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32, Int64, UInt8
 
-from matu_jax.config import Config
 from matu_jax.data.batching import gather, round_indices
 from matu_jax.data.feed import Grid, grid, prefetched
 from matu_jax.scenarios import attacks
+from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import Federation
 from matu_jax.simulation.participation import participants, trained_slots
 from matu_jax.simulation.placement import padded_rows, slots_at_once
 
 
-def round_grid(config: Config, federation: Federation, mesh: Mesh) -> Grid:
+def round_grid(config: SimulationConfig, federation: Federation, mesh: Mesh) -> Grid:
     """How a round's training is cut into pieces that fit the devices."""
     local, slots = config.local, federation.slots
     trained = len(trained_slots(config, slots, participants(config, slots, 0)))
@@ -32,7 +32,11 @@ def round_grid(config: Config, federation: Federation, mesh: Mesh) -> Grid:
 
 
 def training_batches(
-    config: Config, federation: Federation, cut: Grid, own: Int64[np.ndarray, "own"], done: int
+    config: SimulationConfig,
+    federation: Federation,
+    cut: Grid,
+    own: Int64[np.ndarray, "own"],
+    done: int,
 ) -> Iterator[
     tuple[
         UInt8[np.ndarray, "own steps batch height width channels"],

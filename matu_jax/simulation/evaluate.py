@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float64, Int, Int32, Int64, UInt8
 
-from matu_jax.config import Config
 from matu_jax.data import Split
 from matu_jax.data.feed import BUDGET_BYTES, prefetched
 from matu_jax.models import Model
+from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import Federation
 from matu_jax.simulation.local import class_mask
 from matu_jax.simulation.placement import (
@@ -246,7 +246,7 @@ class Counts(NamedTuple):
 
 
 def count_slot(
-    config: Config,
+    config: SimulationConfig,
     model: Model,
     splits: Sequence[Split],
     task: int,
@@ -351,7 +351,9 @@ def per_task(
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def evaluation_sets(config: Config, federation: Federation, mesh: Mesh) -> dict[str, EvaluationSet]:
+def evaluation_sets(
+    config: SimulationConfig, federation: Federation, mesh: Mesh
+) -> dict[str, EvaluationSet]:
     """The validation and the test splits of all tasks, cut into pieces."""
     return {
         split: EvaluationSet(
@@ -368,7 +370,7 @@ def evaluation_sets(config: Config, federation: Federation, mesh: Mesh) -> dict[
 
 
 def measuring(
-    config: Config,
+    config: SimulationConfig,
     model: Model,
     federation: Federation,
     mesh: Mesh,

@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Int64
 
 from matu_jax.aggregation import Slots
-from matu_jax.config import Config
 from matu_jax.data import Task, embedded, prepared, selection, synthetic
 from matu_jax.data.partition import assign, partition
 from matu_jax.data.rendering import SIZE
 from matu_jax.models import base_fingerprint
 from matu_jax.models.architectures import check_architecture, transform_of
 from matu_jax.scenarios import attacks, failures
+from matu_jax.simulation.choices import SimulationConfig
 
 
 class Federation(NamedTuple):
@@ -35,7 +35,7 @@ class Federation(NamedTuple):
     trace: Mapping[int, Mapping[int, str]] = MappingProxyType({})
 
 
-def task_names(config: Config) -> tuple[str, ...]:
+def task_names(config: SimulationConfig) -> tuple[str, ...]:
     """Names of the tasks that `config.data.tasks` stands for.
 
     Raises:
@@ -55,7 +55,7 @@ def task_names(config: Config) -> tuple[str, ...]:
     return selection.resolve(data.tasks, data.folders)
 
 
-def load_tasks(config: Config) -> tuple[Task, ...]:
+def load_tasks(config: SimulationConfig) -> tuple[Task, ...]:
     """Loads the tasks of an experiment, with their data.
 
     Raises:
@@ -78,7 +78,7 @@ def load_tasks(config: Config) -> tuple[Task, ...]:
     )
 
 
-def _how_to_prepare(config: Config) -> str:
+def _how_to_prepare(config: SimulationConfig) -> str:
     """What prepares an experiment's datasets, whichever experiment file is given."""
     words = [f"--config.data.{name}={getattr(config.data, name)}" for name in ("tasks", "folders")]
     fields = ("architecture", "checkpoint", "head", "task_heads")
@@ -89,7 +89,7 @@ def _how_to_prepare(config: Config) -> str:
     )
 
 
-def federate(config: Config) -> Federation:
+def federate(config: SimulationConfig) -> Federation:
     """Loads the tasks and deals them out to clients.
 
     Raises:
@@ -137,7 +137,7 @@ def fingerprints(federation: Federation) -> dict[str, Any]:
     return {task.name: task.fingerprint or embedded.fingerprint(task) for task in federation.tasks}
 
 
-def identity(config: Config, federation: Federation) -> dict[str, Any]:
+def identity(config: SimulationConfig, federation: Federation) -> dict[str, Any]:
     """What a run is of, as its checkpoints keep it: "config", and what "data" and "base" hold.
 
     `workdir.check_identity` compares with it.

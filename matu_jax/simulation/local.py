@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from matu_jax.algorithms.contract import LocalRule
-from matu_jax.config import LocalConfig
 from matu_jax.models import Model
+from matu_jax.simulation.choices import LocalConfig
 from matu_jax.simulation.placement import map_slots
 from matu_jax.trees import PyTree
 

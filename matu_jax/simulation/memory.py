@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from matu_jax.algorithms import Algorithm
-from matu_jax.config import Config
 from matu_jax.models import Model
 from matu_jax.models.backbone import recomputed_bytes
 from matu_jax.simulation.batches import round_grid
+from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.evaluate import evaluation_sets
 from matu_jax.simulation.federation import Federation
 from matu_jax.simulation.hosts import highest
@@ -22,9 +22,11 @@ from matu_jax.simulation.participation import participants, trained_slots
 from matu_jax.simulation.placement import on_cpu, own_devices, rows_by_process, slots_at_once
 from matu_jax.simulation.programs import shards_server
 
+AnyConfig = TypeVar("AnyConfig", bound=SimulationConfig)
+
 
 def predicted_bytes(
-    config: Config, model: Model, algorithm: Algorithm, federation: Federation, mesh: Mesh
+    config: SimulationConfig, model: Model, algorithm: Algorithm, federation: Federation, mesh: Mesh
 ) -> dict[str, int]:
     """Predicts device memory before anything is compiled, over all devices, in bytes.
 
@@ -75,8 +77,8 @@ def predicted_bytes(
 
 
 def fitted(
-    config: Config, model: Model, algorithm: Algorithm, federation: Federation, mesh: Mesh
-) -> Config:
+    config: AnyConfig, model: Model, algorithm: Algorithm, federation: Federation, mesh: Mesh
+) -> AnyConfig:
     """Chooses `config.local.parallel_slots` where it is 0: on accelerators, by predicted memory.
 
     As many slots at once as leave a tenth of the memory free, all if they fit; one if nothing fits.
@@ -86,7 +88,7 @@ def fitted(
     if config.local.parallel_slots or on_cpu(mesh) or there is None:
         return config
 
-    def choose(count: int) -> Config:
+    def choose(count: int) -> AnyConfig:
         return dataclasses.replace(
             config, local=dataclasses.replace(config.local, parallel_slots=count)
         )

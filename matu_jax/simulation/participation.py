@@ -4,10 +4,12 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from matu_jax.aggregation import Slots
-from matu_jax.config import Config
+from matu_jax.simulation.choices import SimulationConfig
 
 
-def participants(config: Config, slots: Slots, round_index: int) -> Bool[np.ndarray, "clients"]:
+def participants(
+    config: SimulationConfig, slots: Slots, round_index: int
+) -> Bool[np.ndarray, "clients"]:
     """Draws the clients of a round from (seed, round): bool `[clients]`."""
     count = config.clients_per_round or slots.num_clients
     chosen = np.zeros(slots.num_clients, bool)
@@ -17,7 +19,7 @@ def participants(config: Config, slots: Slots, round_index: int) -> Bool[np.ndar
 
 
 def trained_slots(
-    config: Config, slots: Slots, chosen: Bool[np.ndarray, "clients"]
+    config: SimulationConfig, slots: Slots, chosen: Bool[np.ndarray, "clients"]
 ) -> Int64[np.ndarray, "trained"]:
     """Which slots are trained in a round: as many every round, so that nothing recompiles.
 

@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm
 from matu_jax.algorithms.means import zeros
-from matu_jax.config import Config
 from matu_jax.models import Model
 from matu_jax.scenarios import attacks, privacy
+from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import Federation
 from matu_jax.simulation.hosts import agreed, gathered, is_first
 from matu_jax.simulation.local import Carry, Trained, local_training
@@ -78,7 +78,7 @@ class Programs(NamedTuple):
 
 
 def programs_of(
-    config: Config, algorithm: Algorithm, model: Model, federation: Federation, mesh: Mesh
+    config: SimulationConfig, algorithm: Algorithm, model: Model, federation: Federation, mesh: Mesh
 ) -> Programs:
     """Makes the programs of a run; nothing is compiled before it is called.
 
@@ -199,7 +199,9 @@ def _finish(finish: Callable[[Carry], Trained], base: PyTree) -> Callable[[Carry
     return finished
 
 
-def _noise(config: Config, changes: PyTree, server: Mesh, present: Slots) -> PyTree | None:
+def _noise(
+    config: SimulationConfig, changes: PyTree, server: Mesh, present: Slots
+) -> PyTree | None:
     """Noise from the operating system's entropy, the same at all processes; None without it."""
     if not config.privacy.clip_norm or config.privacy.seed >= 0:
         return None
@@ -210,7 +212,7 @@ def _noise(config: Config, changes: PyTree, server: Mesh, present: Slots) -> PyT
     return on_server(agreed(noise), server)
 
 
-def _upload(config: Config, algorithm: Algorithm, slots: Slots) -> Callable:
+def _upload(config: SimulationConfig, algorithm: Algorithm, slots: Slots) -> Callable:
     """What clients send: their vectors, or changes, noised, lied about, and folded."""
     of_liars = attacks.liars(config.attack, slots, config.seed)[slots.client]
     lies_in_changes = config.attack.kind not in ("none", "label_flip", *attacks.OF_UPLOADS)

@@ -12,11 +12,11 @@ from jaxtyping import Float32
 
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm, Message, Traffic, frame_bits, message_bits
-from matu_jax.config import Config
 from matu_jax.models import Model, linearised
 from matu_jax.scenarios import attacks, privacy
 from matu_jax.simulation.attendance import Attendance
 from matu_jax.simulation.batches import round_grid, training_batches
+from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.clock import Clock
 from matu_jax.simulation.evaluate import measuring
 from matu_jax.simulation.federation import Federation
@@ -65,7 +65,7 @@ class RoundResult:
 
 
 def run(
-    config: Config,
+    config: SimulationConfig,
     algorithm: Algorithm,
     model: Model,
     federation: Federation,
@@ -108,7 +108,7 @@ def run(
 
 
 def _rounds(
-    config: Config,
+    config: SimulationConfig,
     algorithm: Algorithm,
     model: Model,
     federation: Federation,
@@ -175,7 +175,7 @@ def _rounds(
 
 
 def _training(
-    config: Config,
+    config: SimulationConfig,
     programs: Programs,
     federation: Federation,
     mesh: Mesh,
