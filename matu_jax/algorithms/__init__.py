@@ -65,9 +65,23 @@ class AlgorithmConfig:
     ties: TiesConfig = dataclasses.field(default_factory=TiesConfig)
 
 
+def undefended(make: Callable[[Any], Algorithm]) -> Callable[[Any], Algorithm]:
+    """Of an algorithm without defences: refuses a config that asks for some."""
+
+    def checked(config):
+        if config.defence not in (DefenceConfig(), NO_DEFENCE):
+            raise ValueError(
+                f"config.defence: found {config.defence}, but {config.algorithm!r} has no "
+                "defences; leave config.defence as it is, or choose another algorithm."
+            )
+        return make(config)
+
+    return checked
+
+
 # How each is made, of what it needs of a `matu_jax.config.Config`.
 ALGORITHMS: dict[str, Callable[[Any], Algorithm]] = {
-    "emr_one_shot": lambda config: emr_one_shot(),
+    "emr_one_shot": undefended(lambda config: emr_one_shot()),
     "fed_lora_b": lambda config: fed_lora_b(
         config.fed_lora_b, config.defence, config.model.trainable
     ),
@@ -75,12 +89,12 @@ ALGORITHMS: dict[str, Callable[[Any], Algorithm]] = {
     "fedper": lambda config: fedper(config.fedper, config.defence),
     "fedprox": lambda config: fedprox(config.fedprox, config.defence),
     "fedrep": lambda config: fedrep(config.fedrep, config.defence, config.local.steps),
-    "individual": lambda config: individual(),
-    "matfl": lambda config: matfl(config.matfl),
+    "individual": undefended(lambda config: individual()),
+    "matfl": undefended(lambda config: matfl(config.matfl)),
     "matu": lambda config: matu(config.matu, config.defence),
     "ntk_fedavg": lambda config: ntk_fedavg(config.defence),
     "per_task": lambda config: per_task(config.defence),
-    "ties": lambda config: ties(config.ties),
+    "ties": undefended(lambda config: ties(config.ties)),
 }
 
 
@@ -99,9 +113,4 @@ def build(config: Any) -> Algorithm:
             + did_you_mean(config.algorithm, ALGORITHMS)
         )
     algorithm = ALGORITHMS[config.algorithm](config)
-    if algorithm.defence is None and config.defence not in (DefenceConfig(), NO_DEFENCE):
-        raise ValueError(
-            f"config.defence: found {config.defence}, but {config.algorithm!r} has no defences; "
-            "leave config.defence as it is, or choose another algorithm."
-        )
     return with_heads(algorithm) if config.model.trains_heads else algorithm

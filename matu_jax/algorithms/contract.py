@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from matu_jax.aggregation import Slots
-from matu_jax.aggregation.choices import DefenceConfig
+from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
 from matu_jax.messages.traffic import Traffic
 from matu_jax.trees import PyTree
 
@@ -41,10 +41,9 @@ class _Parts(NamedTuple):
     aggregate: Callable[[Any, Any, Slots], tuple[Any, dict[str, jax.Array]]]
     traffic: Traffic
     local: LocalRule = LocalRule()
-    shares_heads: bool = True
+    heads: DefenceConfig | None = NO_DEFENCE
     evaluated: Callable[[Any, Slots], PyTree] | None = None
     sends_change: bool = False
-    defence: DefenceConfig | None = None
     sharded_over: Callable[[Mesh], "Algorithm"] | None = None
 
 
@@ -64,12 +63,11 @@ class Algorithm(_Parts):
         `[slots]` where it refuses uploads by itself.
       traffic: what of uploads and state crosses the network, and what the server keeps.
       local: how slots train.
-      shares_heads: whether trained heads are averaged among the holders of a task.
+      heads: by which defences trained heads are averaged among the holders of a task; None where
+        each slot keeps its own.
       evaluated: `(state, slots) -> vectors [slots, ...]`, what is evaluated; None = `download`.
       sends_change: whether upload is given what the round has changed, vectors less downloads,
         instead of the vectors.
-      defence: the rules by which its means are defended against clients that lie; None where it has
-        no defences.
       sharded_over: makes the same algorithm with the parameters of the server's arithmetic, and of
         folding, sharded over the devices of a mesh, whose base, vectors and state have flat
         leaves (`[n]`, `[rows, n]`); None where it runs on one device, or needs the leaves' shapes.

@@ -55,6 +55,6 @@ def emr_one_shot() -> Algorithm:
         upload=lambda vectors, slots: vectors,
         aggregate=aggregate,
         traffic=Traffic(sent, one_shot=True, kept=lambda state: ()),
-        shares_heads=False,
+        heads=None,
         evaluated=evaluated,
     )

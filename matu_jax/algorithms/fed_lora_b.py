@@ -63,4 +63,4 @@ def fed_lora_b(choices: FedLoraBConfig, defence: DefenceConfig, trainable: str) 
         return jax.tree.map(lambda a: 0.0 if a else 1.0, is_a(vector))
 
     rule = LocalRule() if choices.trains_a else LocalRule(trains=trains)
-    return partly_shared(cut, defence)._replace(local=rule, shares_heads=True)
+    return partly_shared(cut, defence)._replace(local=rule, heads=defence)

@@ -29,5 +29,5 @@ def fedavg(defence: DefenceConfig) -> Algorithm:
             {},
         ),
         traffic=Traffic(lambda state, uploads: (Message(uploads), Message(uploads))),
-        defence=defence,
+        heads=defence,
     )

@@ -16,5 +16,5 @@ def individual() -> Algorithm:
             {},
         ),
         traffic=Traffic(lambda state, uploads: (Message(), Message()), kept=lambda state: ()),
-        shares_heads=False,
+        heads=None,
     )

@@ -117,5 +117,5 @@ def matfl(choices: MatFLConfig) -> Algorithm:
             lambda state, uploads: (Message(per_slot=uploads), Message(per_slot=uploads)),
             kept_per_client=True,
         ),
-        shares_heads=False,
+        heads=None,
     )

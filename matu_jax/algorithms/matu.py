@@ -146,6 +146,6 @@ def matu(choices: MatuConfig, defence: DefenceConfig, mesh: Mesh | None = None) 
         aggregate=server,
         traffic=Traffic(sent, frame_bytes, kept=lambda state: state.server),
         sends_change=changes,
-        defence=defence,
+        heads=defence,
         sharded_over=functools.partial(matu, choices, defence),
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
+from matu_jax.aggregation.choices import DefenceConfig
 from matu_jax.algorithms.contract import Algorithm
 from matu_jax.algorithms.means import (
     defended_mean,
@@ -61,7 +61,7 @@ def last_blocks(count: int, where: str) -> Cut:
 
 
 def partly_shared(cut: Cut, defence: DefenceConfig) -> Algorithm:
-    """FedAvg, defended, of what a cut shares; the rest stays with its slot, at its client.
+    """FedAvg, defended, of what a cut shares; the rest, and a head, stay with their slot.
 
     The state is the shared vector, leaves `[...]`, and every slot's personal part, leaves `[slots,
     ...]`; both have the tree of the model, with leaves without rows where there is nothing.
@@ -105,8 +105,7 @@ def partly_shared(cut: Cut, defence: DefenceConfig) -> Algorithm:
             lambda state, uploads: (Message(uploads[0]), Message(uploads[0])),
             kept=lambda state: state[0],
         ),
-        shares_heads=False,
-        defence=defence,
+        heads=None,
     )
 
 
@@ -116,13 +115,14 @@ def with_heads(inner: Algorithm) -> Algorithm:
     The inner algorithm sees "shared" alone. Heads belong to tasks: they are averaged among a task's
     holders, or stay with their slot where the algorithm shares nothing.
     """
+    shares_heads = inner.heads is not None
 
     def init(base, slots):
-        rows = slots.num_tasks if inner.shares_heads else slots.client.shape[0]
+        rows = slots.num_tasks if shares_heads else slots.client.shape[0]
         return inner.init(base["shared"], slots), zeros(base["head"], rows)
 
     def download(state, slots):
-        head = jax.tree.map(lambda x: x[slots.task], state[1]) if inner.shares_heads else state[1]
+        head = jax.tree.map(lambda x: x[slots.task], state[1]) if shares_heads else state[1]
         return {"shared": inner.download(state[0], slots), "head": head}
 
     def upload(vectors, slots):
@@ -133,18 +133,17 @@ def with_heads(inner: Algorithm) -> Algorithm:
         head, before = uploads[1], state[1]
         if inner.sends_change:
             start = before
-            if inner.shares_heads:
+            if shares_heads:
                 start = jax.tree.map(lambda x: x[slots.task], start)
             head = jax.tree.map(jnp.add, start, head)
-        if inner.shares_heads:
-            defence = inner.defence or NO_DEFENCE
+        if inner.heads is not None:
             groups = slots.weight, slots.task, slots.num_tasks
-            return (shared, defended_mean(head, before, *groups, defence, slots)[0]), metrics
+            return (shared, defended_mean(head, before, *groups, inner.heads, slots)[0]), metrics
         return (shared, keep_where_absent(head, before, slots.weight > 0)), metrics
 
     def sent(state, uploads):
         up, down = inner.traffic.sent(state[0], uploads[0])
-        if not inner.shares_heads:
+        if not shares_heads:
             return up, down
         return (
             up._replace(per_slot=(up.per_slot, uploads[1])),
@@ -156,7 +155,7 @@ def with_heads(inner: Algorithm) -> Algorithm:
         return download(state, slots) | {"shared": shared}
 
     def kept(state):
-        return inner.traffic.kept(state[0]), state[1] if inner.shares_heads else None
+        return inner.traffic.kept(state[0]), state[1] if shares_heads else None
 
     def trains(vector, progress):
         local, factor = inner.local, 1.0

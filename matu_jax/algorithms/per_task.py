@@ -30,5 +30,5 @@ def per_task(defence: DefenceConfig) -> Algorithm:
         traffic=Traffic(
             lambda state, uploads: (Message(per_slot=uploads), Message(per_slot=uploads)),
         ),
-        defence=defence,
+        heads=defence,
     )

@@ -71,7 +71,6 @@ def ties(choices: TiesConfig) -> Algorithm:
         return jax.tree.map(merge, uploads, state), {}
 
     return fedavg(NO_DEFENCE)._replace(
-        defence=None,
         upload=lambda vectors, slots: vectors,
         aggregate=aggregate,
         traffic=Traffic(lambda state, uploads: (Message(per_slot=uploads), Message(uploads))),

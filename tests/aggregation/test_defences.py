@@ -391,9 +391,11 @@ def test_an_algorithm_defends_itself_or_says_that_it_cannot(name):
     defended = dataclasses.replace(
         plain, defence=DefenceConfig(clip=0.5, trim=1, weighting="examples")
     )
-    if build(plain).defence is None:
-        with pytest.raises(ValueError, match=f"'{name}' has no defences"):
-            build(defended)
+    try:
+        build(defended)
+    except ValueError as error:
+        if f"'{name}' has no defences" not in str(error):
+            raise
         return
     base = {"blocks": {"w": {"lora_a": jnp.zeros((2, 3, 2)), "lora_b": jnp.zeros((2, 2, 3))}}}
     rng = np.random.default_rng(0)
