@@ -8,6 +8,7 @@ from beartype import beartype
 
 ROOMS = (
     "matu_jax.trees",
+    "matu_jax.aggregation",
     "matu_jax.algorithms",
     "matu_jax.data.batching",
     "matu_jax.data.partition",

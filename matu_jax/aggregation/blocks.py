@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int, Shaped, UInt8
 
 _LANES = 1024  # partial sums kept apart, so that float32 sums stay exact enough at 1e8 parameters
 _BLOCK = 1 << 15  # parameters that are visited at a time on CPU; a multiple of 8, for the masks
@@ -32,11 +33,13 @@ class Block(NamedTuple):
         length = self.length // parts
         return Block(self.start + index * length, length)
 
-    def take(self, array: jax.Array, row: Any) -> jax.Array:
+    def take(self, array: Shaped[Array, "rows n"], row: Any) -> Shaped[Array, "1 {self.length}"]:
         """The block of one row of `[rows, n]`: `[1, length]`."""
         return jax.lax.dynamic_slice(array, (row, self.start), (1, self.length))
 
-    def put(self, array: jax.Array, row: Any, value: jax.Array) -> jax.Array:
+    def put(
+        self, array: Shaped[Array, "rows n"], row: Any, value: Shaped[Array, "1 {self.length}"]
+    ) -> Shaped[Array, "rows n"]:
         """`[rows, n]` with `value` `[1, length]` as the block of one row."""
         return jax.lax.dynamic_update_slice(array, value, (row, self.start))
 
@@ -45,21 +48,30 @@ class Block(NamedTuple):
         """How many bytes its packed masks have."""
         return -(-self.length // 8)
 
-    def take_bytes(self, masks: jax.Array, row: Any) -> jax.Array:
+    def take_bytes(
+        self, masks: UInt8[Array, "rows bytes"], row: Any
+    ) -> UInt8[Array, "1 {self.mask_bytes}"]:
         """The block's packed mask in one row of `[rows, ceil(n / 8)]`: `[1, bytes]`."""
         return jax.lax.dynamic_slice(masks, (row, self.start // 8), (1, self.mask_bytes))
 
-    def put_bytes(self, masks: jax.Array, row: Any, value: jax.Array) -> jax.Array:
+    def put_bytes(
+        self,
+        masks: UInt8[Array, "rows bytes"],
+        row: Any,
+        value: UInt8[Array, "1 {self.mask_bytes}"],
+    ) -> UInt8[Array, "rows bytes"]:
         """`[rows, ceil(n / 8)]` with `value` `[1, bytes]` as the block's packed mask in one row."""
         return jax.lax.dynamic_update_slice(masks, value, (row, self.start // 8))
 
 
-def take_row(array: jax.Array, row: Any) -> jax.Array:
+def take_row(array: Shaped[Array, "rows n"], row: Any) -> Shaped[Array, "1 n"]:
     """One row of `[rows, n]`, as `[1, n]`."""
     return jax.lax.dynamic_slice(array, (row, 0), (1, array.shape[1]))
 
 
-def put_row(array: jax.Array, row: Any, value: jax.Array) -> jax.Array:
+def put_row(
+    array: Shaped[Array, "rows n"], row: Any, value: Shaped[Array, "1 _"]
+) -> Shaped[Array, "rows n"]:
     """`[rows, n]` with `value` `[1, n]` as one row, or as its beginning where it is shorter."""
     return jax.lax.dynamic_update_slice(array, value, (row, 0))
 
@@ -87,7 +99,7 @@ def _block_size(size: int) -> int:
     return size // even[0] if even else _BLOCK
 
 
-def over_groups(groups: jax.Array, step: Callable[..., Any], carry: Any) -> Any:
+def over_groups(groups: Int[Array, "slots"], step: Callable[..., Any], carry: Any) -> Any:
     """Carries `(carry, slot, group, first) -> carry` over slots, one group after the other.
 
     First says whether a slot is the first of its group, so that one running total serves all.
@@ -106,7 +118,7 @@ def loop_zeros(shape: tuple[int, ...], dtype: Any, *inputs: jax.Array) -> jax.Ar
     return jnp.zeros(shape, dtype) + jnp.asarray(nothing, dtype)
 
 
-def total(x: jax.Array) -> jax.Array:
+def total(x: Float32[Array, "*rows n"]) -> Float32[Array, "*rows"]:
     """Sums a float32 array over its last axis in parallel lanes.
 
     One running sum would stall at 2**24 terms. Four quarters are added first, in one sweep.
@@ -132,8 +144,11 @@ def _lanes(length: int) -> int:
 
 
 def add_total(
-    sums: jax.Array, row: jax.Array, numbers: Callable[[Block], jax.Array], block: Block
-) -> jax.Array:
+    sums: Float32[Array, "rows lanes"],
+    row: Int[Array, ""],
+    numbers: Callable[[Block], jax.Array],
+    block: Block,
+) -> Float32[Array, "rows lanes"]:
     """Adds a block's numbers to one row of partial sums.
 
     Args:

@@ -6,6 +6,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from matu_jax.aggregation.choices import Magnitude
 from matu_jax.aggregation.fold import fold
@@ -14,12 +15,15 @@ from matu_jax.aggregation.modulation import modulated
 from matu_jax.aggregation.sharding import ParameterSharding, check_mesh
 from matu_jax.aggregation.storage import flat_leaf, joined_eighths
 from matu_jax.aggregation.types import Slots, Unified, check_slots, check_unified
-from matu_jax.trees import PyTree, as_floating, check_stacked
+from matu_jax.trees import Leaf, PyTree, as_floating, check_stacked
 
 
 @partial(jax.jit, static_argnames=("magnitude", "mesh"))
 def _unify(
-    vectors: PyTree, slots: Slots | None, magnitude: Magnitude, mesh: Mesh | None
+    vectors: PyTree[Float[Array, "slots ..."]],
+    slots: Slots | None,
+    magnitude: Magnitude,
+    mesh: Mesh | None,
 ) -> Unified:
     leaves, treedef = jax.tree.flatten(vectors)
     count = leaves[0].shape[0]
@@ -47,7 +51,7 @@ def _unify(
 
 
 def unify(
-    vectors: PyTree,
+    vectors: PyTree[Float[Leaf, "slots ..."]],
     slots: Slots | None = None,
     *,
     magnitude: Magnitude = "mean",
@@ -90,7 +94,7 @@ def unify(
 
 
 @jax.jit
-def modulate_jit(unified: Unified, slots: Slots | None) -> PyTree:
+def modulate_jit(unified: Unified, slots: Slots | None) -> PyTree[Float[Array, "slots ..."]]:
     """`modulate` without its checks."""
 
     def leaf(vector, mask):
@@ -105,7 +109,7 @@ def modulate_jit(unified: Unified, slots: Slots | None) -> PyTree:
     return jax.tree.map(leaf, unified.vector, unified.masks)
 
 
-def modulate(unified: Unified, slots: Slots | None = None) -> PyTree:
+def modulate(unified: Unified, slots: Slots | None = None) -> PyTree[Float[Array, "slots ..."]]:
     """Rebuilds each slot's task vector from a unified: scale * mask * vector (eq. 4).
 
     Args:

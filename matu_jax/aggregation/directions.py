@@ -4,18 +4,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from matu_jax.aggregation.blocks import loop_zeros, total
 from matu_jax.aggregation.joining import joining
 from matu_jax.aggregation.reports import Reports
 from matu_jax.aggregation.sharding import Axes, total_over
 from matu_jax.aggregation.storage import flat_leaf, pack
-from matu_jax.trees import PyTree, as_floating, check_stacked
+from matu_jax.trees import Leaf, PyTree, as_floating, check_stacked
 
 _BLOCK = 1 << 16  # parameters per matmul when correlating directions
 
 
-def gram(flat: list[jax.Array], size: int, *, signs: bool) -> jax.Array:
+def gram(
+    flat: list[Float[Array, "rows _"]], size: int, *, signs: bool
+) -> Float32[Array, "rows rows"]:
     """`sum x x^T / size` over all leaves, or of the signs of x: float32 `[rows, rows]`.
 
     Blocks of parameters are small enough for a sum of signs to be exact in float32.
@@ -44,13 +47,17 @@ def gram(flat: list[jax.Array], size: int, *, signs: bool) -> jax.Array:
 
 
 @jax.jit
-def _direction_similarity(vectors: PyTree) -> jax.Array:
+def _direction_similarity(
+    vectors: PyTree[Float[Array, "slots ..."]],
+) -> Float32[Array, "slots slots"]:
     flat = [flat_leaf(leaf) for leaf in jax.tree.leaves(vectors)]
     join = joining(flat)
     return _similarity(gram(join.vectors(flat), join.size, signs=True))
 
 
-def direction_similarity(vectors: PyTree) -> jax.Array:
+def direction_similarity(
+    vectors: PyTree[Float[Leaf, "slots ..."]],
+) -> Float32[Array, "slots slots"]:
     """How far the signs of task vectors agree (eq. 7): 1 the same, 1/2 unrelated, 0 opposite.
 
     Args:
@@ -78,12 +85,14 @@ class TaskSimilarity(NamedTuple):
         others.
     """
 
-    matrix: jax.Array
-    product: jax.Array
-    compared: jax.Array
+    matrix: Float32[Array, "tasks tasks"]
+    product: Float32[Array, "tasks tasks"]
+    compared: Bool[Array, "tasks tasks"]
 
 
-def aggregated_similarity(own: list[jax.Array], size: int, axes: Axes) -> TaskSimilarity:
+def aggregated_similarity(
+    own: list[Float[Array, "tasks _"]], size: int, axes: Axes
+) -> TaskSimilarity:
     """Eq. 7 of the tasks' aggregated vectors: A_tt' = (1 + (1/d) sum sgn(tau_t) sgn(tau_t')) / 2.
 
     Args:
@@ -96,9 +105,9 @@ def aggregated_similarity(own: list[jax.Array], size: int, axes: Axes) -> TaskSi
 
 
 def cross_client_similarity(
-    products: jax.Array,
-    vector: list[jax.Array],
-    masks: list[jax.Array],
+    products: Float32[Array, "tasks tasks"],
+    vector: list[Float[Array, "clients _"]],
+    masks: list[UInt8[Array, "slots _"]],
     reports: Reports,
     size: int,
     axes: Axes,
@@ -131,14 +140,17 @@ def cross_client_similarity(
     return TaskSimilarity(matrix, product, compared)
 
 
-def _similarity(product: jax.Array) -> jax.Array:
+def _similarity(product: Float32[Array, "rows rows"]) -> Float32[Array, "rows rows"]:
     """Mean products of signs, in [-1, 1] but for rounding, to similarities in [0, 1]."""
     return jnp.clip((1 + product) / 2, 0.0, 1.0)
 
 
 def _same_client_gram(
-    vector: list[jax.Array], masks: list[jax.Array], size: int, reports: Reports
-) -> jax.Array:
+    vector: list[Float[Array, "clients _"]],
+    masks: list[UInt8[Array, "slots _"]],
+    size: int,
+    reports: Reports,
+) -> Float32[Array, "tasks tasks"]:
     """`sum sgn(tau_s) sgn(tau_s') / size` over slot pairs of one client, per pair of tasks.
 
     Two slots of one client have the signs of u wherever both masks are set, so the product of

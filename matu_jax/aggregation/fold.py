@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt8
 
 from matu_jax.aggregation.blocks import (
     Block,
@@ -27,14 +28,18 @@ from matu_jax.aggregation.storage import as_bits, clip_to, from_bits, packed_bit
 
 
 def fold(
-    source: list[jax.Array],
-    rows: jax.Array | None,
-    groups: jax.Array,
-    present: jax.Array,
+    source: list[Float[Array, "rows _"]],
+    rows: Int[Array, "slots"] | None,
+    groups: Int[Array, "slots"],
+    present: Bool[Array, "slots"],
     num_groups: int,
     magnitude: Magnitude,
     axes: Axes = (),
-) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
+) -> tuple[
+    list[Float[Array, "{num_groups} _"]],
+    list[UInt8[Array, "slots _"]],
+    Float32[Array, "slots"],
+]:
     """Eqs. 1 to 4 for slots whose task vectors are rows of `source`.
 
     On CPU the parameters are visited in blocks, so that task vectors are read from memory about
@@ -79,11 +84,11 @@ class _Stack(NamedTuple):
       num_groups: number of groups.
     """
 
-    source: jax.Array
+    source: Shaped[Array, "rows n"]
     dtype: Any
-    rows: jax.Array | None
-    groups: jax.Array
-    present: jax.Array
+    rows: Int[Array, "slots"] | None
+    groups: Int[Array, "slots"]
+    present: Bool[Array, "slots"]
     num_groups: int
 
     @property
@@ -101,17 +106,21 @@ class _Stack(NamedTuple):
         inputs = [self.source, self.groups, self.present]
         return loop_zeros(shape, dtype, *inputs, *([] if self.rows is None else [self.rows]))
 
-    def numbers(self, array: jax.Array, row: Any, block: Block) -> jax.Array:
+    def numbers(
+        self, array: Shaped[Array, "rows n"], row: Any, block: Block
+    ) -> Float32[Array, "1 {block.length}"]:
         """A block of one row of `[rows, n]`, of the source or what is made of it, in float32."""
         return from_bits(block.take(array, row), self.dtype).astype(jnp.float32)
 
-    def task_vector(self, slot: Any, block: Block) -> jax.Array:
+    def task_vector(self, slot: Any, block: Block) -> Float32[Array, "1 {block.length}"]:
         """tau_s, zeros where the slot is absent: float32 `[1, length]`."""
         x = self.numbers(self.source, slot if self.rows is None else self.rows[slot], block)
         return jnp.where(self.present[slot], x, 0.0)
 
 
-def _fold_leaf(stack: _Stack, magnitude: Magnitude) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _fold_leaf(
+    stack: _Stack, magnitude: Magnitude
+) -> tuple[Float[Array, "groups n"], UInt8[Array, "slots bytes"], Float32[Array, "2 slots"]]:
     """Eqs. 1 to 3 for one leaf, and the sums of eq. 4.
 
     Returns:
@@ -146,7 +155,7 @@ def _fold_leaf(stack: _Stack, magnitude: Magnitude) -> tuple[jax.Array, jax.Arra
     return from_bits(vector, stack.dtype), masks, sums
 
 
-def _elected(stack: _Stack, block: Block) -> jax.Array:
+def _elected(stack: _Stack, block: Block) -> Float32[Array, "groups {block.length}"]:
     """Eq. 1's sums of tau_s, whose signs sigma are elected: float32 `[groups, length]`."""
 
     def add(slot, sums):
@@ -156,7 +165,12 @@ def _elected(stack: _Stack, block: Block) -> jax.Array:
     return jax.lax.fori_loop(0, stack.slots, add, stack.zeros((stack.num_groups, block.length)))
 
 
-def _largest(sums: jax.Array, high: jax.Array, low: jax.Array, dtype: Any) -> jax.Array:
+def _largest(
+    sums: Float32[Array, "1 length"],
+    high: Float32[Array, "1 length"],
+    low: Float32[Array, "1 length"],
+    dtype: Any,
+) -> Float[Array, "1 length"]:
     """Eq. 2, u = sigma * max |tau_s|, from the largest numbers and the smallest ones, 0 included.
 
     Of the elected sign and the largest magnitude is the largest number, or the smallest. An
@@ -171,7 +185,9 @@ def _largest(sums: jax.Array, high: jax.Array, low: jax.Array, dtype: Any) -> ja
     return jnp.where(sums > 0, high, jnp.where(sums < 0, low, 0.0 * sums)).astype(dtype)
 
 
-def _largest_in_one_group(stack: _Stack, block: Block, vector: jax.Array) -> jax.Array:
+def _largest_in_one_group(
+    stack: _Stack, block: Block, vector: Shaped[Array, "1 n"]
+) -> Shaped[Array, "1 n"]:
     """Eqs. 1 and 2 with the maximum, in one sweep over the slots: of all of them in one group.
 
     Returns:
@@ -194,8 +210,11 @@ def _largest_in_one_group(stack: _Stack, block: Block, vector: jax.Array) -> jax
 
 
 def _largest_agreeing(
-    stack: _Stack, block: Block, elected: jax.Array, vector: jax.Array
-) -> jax.Array:
+    stack: _Stack,
+    block: Block,
+    elected: Float32[Array, "groups length"],
+    vector: Shaped[Array, "groups n"],
+) -> Shaped[Array, "groups n"]:
     """Eq. 2 with the maximum: u = sigma * max |tau_s| over slots with sgn(tau_s) = sigma.
 
     Args:
@@ -219,7 +238,12 @@ def _largest_agreeing(
     return jax.lax.fori_loop(0, stack.slots, grow, vector)
 
 
-def _mean_agreeing(stack: _Stack, block: Block, elected: jax.Array, vector: jax.Array) -> jax.Array:
+def _mean_agreeing(
+    stack: _Stack,
+    block: Block,
+    elected: Float32[Array, "groups length"],
+    vector: Shaped[Array, "groups n"],
+) -> Shaped[Array, "groups n"]:
     """Eq. 2 with the mean: u = sigma * mean |tau_s| over slots with sgn(tau_s) = sigma.
 
     Args and result as for `_largest_agreeing`.
@@ -245,8 +269,8 @@ def _mean_agreeing(stack: _Stack, block: Block, elected: jax.Array, vector: jax.
 
 
 def _compared(
-    stack: _Stack, slot: Any, block: Block, vector: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    stack: _Stack, slot: Any, block: Block, vector: Shaped[Array, "groups n"]
+) -> tuple[Float32[Array, "1 length"], Bool[Array, "1 length"]]:
     """Eq. 3, m_s = [tau_s * u > 0], of signs, since the product may vanish in float32.
 
     Args:
@@ -262,7 +286,12 @@ def _compared(
     return u, ((x > 0) & (u > 0)) | ((x < 0) & (u < 0))
 
 
-def _mark(stack: _Stack, block: Block, vector: jax.Array, masks: jax.Array) -> jax.Array:
+def _mark(
+    stack: _Stack,
+    block: Block,
+    vector: Shaped[Array, "groups n"],
+    masks: UInt8[Array, "slots bytes"],
+) -> UInt8[Array, "slots bytes"]:
     """Eq. 3's masks, of eight slots at a time.
 
     Their bits are collected in a byte per parameter, and then turned around, so that both are done
@@ -297,7 +326,9 @@ def _mark(stack: _Stack, block: Block, vector: jax.Array, masks: jax.Array) -> j
     return jax.lax.fori_loop(0, -(-stack.slots // stack.together), mark, masks)
 
 
-def _add_own_magnitudes(stack: _Stack, block: Block, sums: jax.Array) -> jax.Array:
+def _add_own_magnitudes(
+    stack: _Stack, block: Block, sums: Float32[Array, "rows lanes"]
+) -> Float32[Array, "rows lanes"]:
     """Eq. 4's numerators, sum |tau_s|: adds this block's to `[rows, lanes]`, for every row."""
 
     def add(row, sums):
@@ -309,8 +340,11 @@ def _add_own_magnitudes(stack: _Stack, block: Block, sums: jax.Array) -> jax.Arr
 
 
 def _add_kept_magnitudes(
-    stack: _Stack, block: Block, vector: jax.Array, sums: jax.Array
-) -> jax.Array:
+    stack: _Stack,
+    block: Block,
+    vector: Shaped[Array, "groups n"],
+    sums: Float32[Array, "slots lanes"],
+) -> Float32[Array, "slots lanes"]:
     """Eq. 4's denominators, sum |m_s * u|: adds this block's to `[slots, lanes]`.
 
     `vector` is u, `[groups, n]` as bits.
@@ -327,8 +361,11 @@ def _add_kept_magnitudes(
 
 
 def _relative_sums(
-    stacks: list[_Stack], vectors: list[jax.Array], masks: list[jax.Array], axes: Axes
-) -> jax.Array:
+    stacks: list[_Stack],
+    vectors: list[Float[Array, "groups _"]],
+    masks: list[UInt8[Array, "slots _"]],
+    axes: Axes,
+) -> Float32[Array, "2 slots"]:
     """The sums of eq. 4 relative to each slot's largest entry: float32 `[2, slots]`.
 
     For task vectors whose sums of magnitudes are beyond float32.
@@ -361,8 +398,12 @@ def _relative_sums(
 
 
 def _scales(
-    own: jax.Array, kept: jax.Array, groups: jax.Array, present: jax.Array, num_groups: int
-) -> jax.Array:
+    own: Float32[Array, "slots"],
+    kept: Float32[Array, "slots"],
+    groups: Int[Array, "slots"],
+    present: Bool[Array, "slots"],
+    num_groups: int,
+) -> Float32[Array, "slots"]:
     """Eq. 4, lambda_s = sum |tau_s| / sum |m_s * u|, and 0 where the denominator is 0.
 
     Args:

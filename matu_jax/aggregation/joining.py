@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 _SMALL = 1 << 16  # parameters; a leaf of more is a program of its own, and is never copied
 
@@ -29,19 +30,19 @@ class Joining(NamedTuple):
         """Parameters of all leaves."""
         return sum(self.sizes)
 
-    def vectors(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    def vectors(self, leaves: Sequence[Shaped[Array, "rows _"]]) -> list[Shaped[Array, "rows _"]]:
         """Flat leaves `[rows, n]` to groups `[rows, N]`, with zeros up to multiples of 8."""
         return self._joined(leaves, _padded)
 
-    def masks(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    def masks(self, leaves: Sequence[Shaped[Array, "rows _"]]) -> list[Shaped[Array, "rows _"]]:
         """Packed masks of flat leaves, `[rows, ceil(n / 8)]`, to those of groups."""
         return self._joined(leaves, lambda mask: mask)
 
-    def leaves(self, vectors: Sequence[jax.Array]) -> list[jax.Array]:
+    def leaves(self, vectors: Sequence[Shaped[Array, "rows _"]]) -> list[Shaped[Array, "rows _"]]:
         """The inverse of `vectors`."""
         return self._parted(vectors, [8 * n for n in self._bytes], self.sizes)
 
-    def leaf_masks(self, masks: Sequence[jax.Array]) -> list[jax.Array]:
+    def leaf_masks(self, masks: Sequence[Shaped[Array, "rows _"]]) -> list[Shaped[Array, "rows _"]]:
         """The inverse of `masks`."""
         return self._parted(masks, self._bytes, self._bytes)
 
@@ -71,11 +72,11 @@ class Joining(NamedTuple):
         return leaves
 
 
-def _padded(x: jax.Array) -> jax.Array:
+def _padded(x: Shaped[Array, "rows _"]) -> Shaped[Array, "rows _"]:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8)))
 
 
-def joining(*trees: Sequence[jax.Array]) -> Joining:
+def joining(*trees: Sequence[Shaped[Array, "_ _"]]) -> Joining:
     """Puts small leaves together that have the same dtype in every one of the trees.
 
     Args:

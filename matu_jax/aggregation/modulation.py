@@ -2,14 +2,18 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt8
 
 from matu_jax.aggregation.blocks import Block
 from matu_jax.aggregation.storage import clip_to, eighths, from_bits
 
 
-def modulated(vector: jax.Array, mask: jax.Array, scale: jax.Array) -> jax.Array:
+def modulated(
+    vector: Float[Array, "*rows n"],
+    mask: UInt8[Array, "*rows bytes"],
+    scale: Float32[Array, "*rows"],
+) -> Float32[Array, "*rows bytes 8"]:
     """Eq. 4's lambda * m * u for flat parameters and packed masks; float32, kept finite.
 
     Args:
@@ -39,14 +43,14 @@ class UploadedLeaf(NamedTuple):
       client: int32 `[slots]`.
     """
 
-    vector: jax.Array
+    vector: Shaped[Array, "clients n"]
     dtype: Any
-    masks: jax.Array
-    scales: jax.Array
-    accepted: jax.Array
-    client: jax.Array
+    masks: UInt8[Array, "slots bytes"]
+    scales: Float32[Array, "slots"]
+    accepted: Bool[Array, "slots"]
+    client: Int[Array, "slots"]
 
-    def task_vector(self, slot: Any, block: Block) -> jax.Array:
+    def task_vector(self, slot: Any, block: Block) -> Float32[Array, "1 {block.mask_bytes} 8"]:
         """tau_s = lambda_s * m_s * u, zeros where the slot takes no part: as `modulated`."""
         mask = block.take_bytes(self.masks, slot)
         vector = from_bits(block.take(self.vector, self.client[slot]), self.dtype)

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 from matu_jax.aggregation.choices import AggregationConfig
 from matu_jax.aggregation.robust import (
@@ -29,16 +29,16 @@ class Reports(NamedTuple):
     """
 
     slots: Slots
-    accepted: jax.Array
-    scales: jax.Array
-    fraction: jax.Array
-    holders: jax.Array
+    accepted: Bool[Array, "slots"]
+    scales: Float32[Array, "slots"]
+    fraction: Float32[Array, "slots"]
+    holders: Int32[Array, "tasks"]
 
 
 def reports_of(
-    vector: list[jax.Array],
-    masks: list[jax.Array],
-    scales: jax.Array,
+    vector: list[Float[Array, "clients _"]],
+    masks: list[UInt8[Array, "slots _"]],
+    scales: Float32[Array, "slots"],
     slots: Slots,
     config: AggregationConfig,
     size: int,
@@ -72,7 +72,12 @@ def reports_of(
     return Reports(slots, accepted, scales, fraction, holders)
 
 
-def _accepted(vector: list[jax.Array], scales: jax.Array, slots: Slots, axes: Axes) -> jax.Array:
+def _accepted(
+    vector: list[Float[Array, "clients _"]],
+    scales: Float32[Array, "slots"],
+    slots: Slots,
+    axes: Axes,
+) -> Bool[Array, "slots"]:
     """Which slots are present and have finite uploads: bool `[slots]`."""
     finite = jnp.stack([jnp.isfinite(leaf).all(axis=1) for leaf in vector]).all(axis=0)
     finite = all_over(finite, axes)
@@ -81,14 +86,14 @@ def _accepted(vector: list[jax.Array], scales: jax.Array, slots: Slots, axes: Ax
 
 
 def _clipped(
-    vector: list[jax.Array],
-    scales: jax.Array,
-    accepted: jax.Array,
+    vector: list[Float[Array, "clients _"]],
+    scales: Float32[Array, "slots"],
+    accepted: Bool[Array, "slots"],
     slots: Slots,
     limit: float,
     size: int,
     axes: Axes,
-) -> jax.Array:
+) -> Float32[Array, "slots"]:
     """Scales, float32 `[slots]`, of which none makes its client's vector too long.
 
     `limit` counts medians over slots of scale times length of the client's unified vector, see

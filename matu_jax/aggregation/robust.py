@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from matu_jax.aggregation.blocks import loop_zeros, over_blocks, put_row, take_row
 from matu_jax.aggregation.modulation import UploadedLeaf
@@ -14,13 +15,13 @@ from matu_jax.aggregation.types import Slots
 
 
 def clip_factors(
-    lengths: jax.Array,
-    present: jax.Array,
+    lengths: Float32[Array, "rows"],
+    present: Bool[Array, "rows"],
     limit: float,
-    client: jax.Array,
+    client: Int[Array | np.ndarray, "rows"],
     num_clients: int,
-    unseen: jax.Array | float = 0.0,
-) -> jax.Array:
+    unseen: Float32[Array, "rows"] | float = 0.0,
+) -> Float32[Array, "rows"]:
     """Factors that bring lengths down to `limit` times their median, and raise none.
 
     The median over rows is the mean of the middle two where their number is even, and a client may
@@ -50,7 +51,9 @@ def clip_factors(
     return jnp.where(lengths > longest, longest / lengths, 1.0)
 
 
-def vector_lengths(vector: list[jax.Array], axes: Axes = ()) -> tuple[jax.Array, jax.Array]:
+def vector_lengths(
+    vector: list[Float[Array, "rows _"]], axes: Axes = ()
+) -> tuple[Float32[Array, "rows"], Float32[Array, "rows"]]:
     """Euclidean lengths of the rows of flat leaves `[rows, n]`, over all leaves, in two factors.
 
     Numbers are squared relative to the row's largest: squares as they are would vanish in float32
@@ -83,7 +86,7 @@ def vector_lengths(vector: list[jax.Array], axes: Axes = ()) -> tuple[jax.Array,
     return unit, jnp.sqrt(total_over(total, axes))
 
 
-def _power_of_two(x: jax.Array) -> jax.Array:
+def _power_of_two(x: Float32[Array, "rows"]) -> Float32[Array, "rows"]:
     """The largest power of 2 that is at most x, from 2^-126 to 2^120; float32 `[rows]`."""
     exponent = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
     return jnp.clip(jax.lax.bitcast_convert_type(exponent, jnp.float32), 2.0**-126, 2.0**120)
@@ -101,12 +104,12 @@ FEWEST = 5  # rows; of fewer, one liar is more than a fifth, and who differs may
 
 
 def agreement_weights(
-    common: jax.Array,
-    nonzero: jax.Array,
-    weight: jax.Array,
-    group: jax.Array,
+    common: Float32[Array, "rows"],
+    nonzero: Float32[Array, "rows"],
+    weight: Float32[Array, "rows"],
+    group: Int[Array, "rows"],
     num_groups: int,
-) -> jax.Array:
+) -> Float32[Array, "rows"]:
     """Weights by how far a row's signs agree with those of the other rows of its group.
 
     A row's agreement is the mean, over the others, of the correlation of signs where the row is not
@@ -135,7 +138,9 @@ def agreement_weights(
     return jnp.where(judged[group], trusted, weight)
 
 
-def _lower_median(values: jax.Array, group: jax.Array, num_groups: int) -> jax.Array:
+def _lower_median(
+    values: Float32[Array, "rows"], group: Int[Array, "rows"], num_groups: int
+) -> Float32[Array, "{num_groups}"]:
     """The median of every group's values, the lower one of two; anything for an empty group.
 
     Args:
@@ -153,13 +158,13 @@ def _lower_median(values: jax.Array, group: jax.Array, num_groups: int) -> jax.A
 
 
 def sign_sums(
-    vector: list[jax.Array],
-    masks: list[jax.Array],
-    scales: jax.Array,
-    accepted: jax.Array,
+    vector: list[Float[Array, "clients _"]],
+    masks: list[UInt8[Array, "slots _"]],
+    scales: Float32[Array, "slots"],
+    accepted: Bool[Array, "slots"],
     slots: Slots,
     axes: Axes,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float32[Array, "slots"], Float32[Array, "slots"]]:
     """What `agreement_weights` takes, for slots grouped by task: `[slots]` and `[slots]`."""
     count, tasks = slots.client.shape[0], slots.num_tasks
     inputs = (*vector, *masks, scales, accepted, slots.client, slots.task)
@@ -190,8 +195,8 @@ def sign_sums(
 
 
 def within_trim(
-    extremes: jax.Array, x: jax.Array, members: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    extremes: Float32[Array, "2 trim n"], x: Float32[Array, "n"], members: Int[Array, ""]
+) -> tuple[Float32[Array, "2 trim n"], Float32[Array, "n"]]:
     """Takes one more number into a trimmed mean, parameter by parameter.
 
     What is left out never enters a sum, so that no number, however large, leaves its rounding.
@@ -227,11 +232,11 @@ def within_trim(
     return extremes, jnp.where(there & (left != -jnp.inf), -left, 0.0)
 
 
-def counted(trim: int, members: jax.Array) -> jax.Array:
+def counted(trim: int, members: Int[Array, "*groups"]) -> Float32[Array, "*groups"]:
     """How many of so many numbers a trimmed mean is made of, as float32; 1 at least."""
     return jnp.maximum(members - 2 * _cut(trim, members), 1).astype(jnp.float32)
 
 
-def _cut(trim: int, members: jax.Array) -> jax.Array:
+def _cut(trim: int, members: Int[Array, "*groups"]) -> Int[Array, "*groups"]:
     """How many numbers are left out on either side: `trim`, or as many as leave one."""
     return jnp.minimum(trim, jnp.maximum(members - 1, 0) // 2)

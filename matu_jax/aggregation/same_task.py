@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Shaped, UInt8
 
 from matu_jax.aggregation.blocks import (
     Block,
@@ -33,18 +34,22 @@ class _Running(NamedTuple):
       extremes: see `within_trim`, float32 `[2, trim, length]`.
     """
 
-    vectors: jax.Array
-    signs: jax.Array
-    energies: jax.Array
-    mean: jax.Array
-    sign: jax.Array
-    unpacked: jax.Array
-    extremes: jax.Array
+    vectors: Shaped[Array, "tasks n"]
+    signs: Float32[Array, "tasks length"]
+    energies: Float32[Array, "tasks"]
+    mean: Float32[Array, "1 length"]
+    sign: Float32[Array, "1 length"]
+    unpacked: Float32[Array, "2 bytes 8"]
+    extremes: Float32[Array, "2 trim length"]
 
 
 def same_task(
-    vector: jax.Array, masks: jax.Array, old: jax.Array, reports: Reports, config: AggregationConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    vector: Float[Array, "clients n"],
+    masks: UInt8[Array, "slots bytes"],
+    old: Float[Array, "tasks n"],
+    reports: Reports,
+    config: AggregationConfig,
+) -> tuple[Float[Array, "tasks n"], Float32[Array, "tasks tasks"], Float32[Array, "tasks"]]:
     """Eqs. 5 and 6 for one flat leaf: tau_t = g_t * sum (w_s / sum w) tau_s.
 
     Args:
@@ -135,7 +140,9 @@ def _add_slot(
     return _Running(vectors, signs, energies, mean, sign, unpacked, extremes)
 
 
-def _gate(signs: jax.Array, holders: jax.Array, threshold: float) -> jax.Array:
+def _gate(
+    signs: Float32[Array, "1 length"], holders: Int[Array, ""], threshold: float
+) -> Float32[Array, "1 length"]:
     """Eq. 5, g = 1 where alpha = |mean sgn(tau_s)| >= rho, else alpha.
 
     Args:

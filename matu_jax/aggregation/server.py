@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, UInt8
 
 from matu_jax.aggregation.choices import AggregationConfig
 from matu_jax.aggregation.client import modulate_jit
@@ -39,15 +40,15 @@ class _Flat(NamedTuple):
       start: task vectors before the round, `[tasks, n]`.
     """
 
-    vector: list[jax.Array]
-    masks: list[jax.Array]
-    start: list[jax.Array]
+    vector: list[Float[Array, "clients _"]]
+    masks: list[UInt8[Array, "slots _"]]
+    start: list[Float[Array, "tasks _"]]
 
 
 class _Whole(NamedTuple):
     """What has none: the uploads' scales `[slots]`, the slots, and what `ServerState` keeps."""
 
-    scales: jax.Array
+    scales: Float32[Array, "slots"]
     slots: Slots
     evidence: Evidence
 
@@ -100,7 +101,9 @@ def _server(
     )
 
 
-def _added(vectors: jax.Array, changes: jax.Array) -> jax.Array:
+def _added(
+    vectors: Float[Array, "tasks n"], changes: Float[Array, "tasks n"]
+) -> Float[Array, "tasks n"]:
     """Task vectors with their changes, `[tasks, n]` in the vectors' dtype, kept finite."""
     return clip_to(vectors.astype(jnp.float32) + changes.astype(jnp.float32), vectors.dtype)
 

@@ -12,27 +12,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Shaped
 
 Axes = tuple[str, ...]
 """Names of the mesh axes over which parameters are sharded; () = they are all here."""
 
 
-def total_over(x: jax.Array, axes: Axes) -> jax.Array:
+def total_over(x: Shaped[Array, "*shape"], axes: Axes) -> Shaped[Array, "*shape"]:
     """Sums of all devices."""
     return jax.lax.psum(x, axes) if axes else x
 
 
-def largest_over(x: jax.Array, axes: Axes) -> jax.Array:
+def largest_over(x: Shaped[Array, "*shape"], axes: Axes) -> Shaped[Array, "*shape"]:
     """The largest of all devices."""
     return jax.lax.pmax(x, axes) if axes else x
 
 
-def all_over(x: jax.Array, axes: Axes) -> jax.Array:
+def all_over(x: Bool[Array, "*shape"], axes: Axes) -> Bool[Array, "*shape"]:
     """Whether bools hold on all devices."""
     return jax.lax.pmin(x.astype(jnp.int32), axes) > 0 if axes else x
 
 
-def any_over(x: jax.Array, axes: Axes) -> jax.Array:
+def any_over(x: Bool[Array, "*shape"], axes: Axes) -> Bool[Array, "*shape"]:
     """Whether bools hold on some device."""
     return jax.lax.pmax(x.astype(jnp.int32), axes) > 0 if axes else x
 
@@ -67,19 +68,21 @@ class ParameterSharding:
         self._mesh, self._sizes = mesh, tuple(sizes)
         self.axes: Axes = tuple(mesh.axis_names) if mesh else ()
 
-    def pad_vectors(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+    def pad_vectors(self, flat: Sequence[Shaped[Array, "rows _"]]) -> list[Shaped[Array, "rows _"]]:
         """Pads `[rows, n]` with zeros, so that each device has whole bytes of the masks."""
         return [_padded(x, n) for x, n in zip(flat, self._padded_sizes, strict=True)]
 
-    def pad_masks(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+    def pad_masks(self, flat: Sequence[Shaped[Array, "rows _"]]) -> list[Shaped[Array, "rows _"]]:
         """The same for packed masks `[rows, ceil(n / 8)]`."""
         return [_padded(x, -(-n // 8)) for x, n in zip(flat, self._padded_sizes, strict=True)]
 
-    def unpad_vectors(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+    def unpad_vectors(
+        self, flat: Sequence[Shaped[Array, "rows _"]]
+    ) -> list[Shaped[Array, "rows _"]]:
         """The inverse of `pad_vectors`."""
         return [_unpadded(x, n) for x, n in zip(flat, self._sizes, strict=True)]
 
-    def unpad_masks(self, flat: Sequence[jax.Array]) -> list[jax.Array]:
+    def unpad_masks(self, flat: Sequence[Shaped[Array, "rows _"]]) -> list[Shaped[Array, "rows _"]]:
         """The inverse of `pad_masks`."""
         return [_unpadded(x, -(-n // 8)) for x, n in zip(flat, self._sizes, strict=True)]
 
@@ -111,9 +114,9 @@ class ParameterSharding:
         return [-(-n // multiple) * multiple for n in self._sizes]
 
 
-def _padded(x: jax.Array, size: int) -> jax.Array:
+def _padded(x: Shaped[Array, "rows _"], size: int) -> Shaped[Array, "rows {size}"]:
     return x if x.shape[1] == size else jnp.pad(x, ((0, 0), (0, size - x.shape[1])))
 
 
-def _unpadded(x: jax.Array, size: int) -> jax.Array:
+def _unpadded(x: Shaped[Array, "rows _"], size: int) -> Shaped[Array, "rows {size}"]:
     return x if x.shape[1] == size else jax.lax.slice_in_dim(x, 0, size, axis=1)

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
 from matu_jax.aggregation.directions import TaskSimilarity
 from matu_jax.aggregation.reports import Reports
@@ -46,15 +47,15 @@ class Evidence(NamedTuple):
       energy: float32 `[tasks, tasks]`, sums over rounds of the energies; 0 where never compared.
     """
 
-    agreement: jax.Array
-    energy: jax.Array
+    agreement: Float32[Array, "tasks tasks"]
+    energy: Float32[Array, "tasks tasks"]
 
 
 def gathered(
     evidence: Evidence,
-    energies: jax.Array,
+    energies: Float32[Array, "tasks"],
     similarity: TaskSimilarity,
-    holders: jax.Array,
+    holders: Int32[Array, "tasks"],
     axes: Axes,
 ) -> Evidence:
     """The evidence with this round's.
@@ -74,7 +75,7 @@ def gathered(
     return Evidence(evidence.agreement + similarity.product * pair, evidence.energy + pair)
 
 
-def independent_holders(reports: Reports) -> jax.Array:
+def independent_holders(reports: Reports) -> Float32[Array, "tasks"]:
     """How many equal holders a task's weighted mean is worth: float32 `[tasks]`; 1 for none.
 
     The variance of a mean with weights p_s that sum to 1 is that of one slot times sum p_s^2.
@@ -85,8 +86,11 @@ def independent_holders(reports: Reports) -> jax.Array:
 
 
 def shrinkage(
-    agreement: jax.Array, energy: jax.Array, holders: jax.Array, allowed: jax.Array
-) -> jax.Array:
+    agreement: Float32[Array, "tasks tasks"],
+    energy: Float32[Array, "tasks tasks"],
+    holders: Float32[Array, "tasks"],
+    allowed: Bool[Array, "tasks tasks"],
+) -> Float32[Array, "tasks tasks"]:
     """Weights with which the tasks' changes are mixed.
 
     Args:

@@ -8,20 +8,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 
-def flat_leaf(leaf: jax.Array, axes: int = 1) -> jax.Array:
-    """Flattens the parameters of a leaf: `[rows, ...]` to `[rows, n]`, or `[...]` to `[n]`."""
-    return leaf.reshape(*leaf.shape[:axes], -1)
+def flat_leaf(leaf: Shaped[Array, "rows ..."]) -> Shaped[Array, "rows n"]:
+    """Flattens the parameters of a leaf: `[rows, ...]` to `[rows, n]`."""
+    return leaf.reshape(leaf.shape[0], -1)
 
 
-def clip_to(x: jax.Array, dtype: Any) -> jax.Array:
+def clip_to(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
     """Casts float32 to a storage dtype, with overflow to the largest finite number."""
     limit = jnp.asarray(float(jnp.finfo(dtype).max), x.dtype)
     return jnp.clip(x, -limit, limit).astype(dtype)
 
 
-def as_bits(x: jax.Array) -> jax.Array:
+def as_bits(x: Float[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """16-bit floats as whole numbers of the same bits; others as they are.
 
     What a loop takes pieces of, or puts them into, is kept so: XLA on CPU would turn a whole array
@@ -30,33 +31,35 @@ def as_bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
-def from_bits(bits: jax.Array, dtype: Any) -> jax.Array:
+def from_bits(bits: Shaped[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
     """The inverse of `as_bits`."""
     return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
 
 
-def pack(mask: jax.Array) -> jax.Array:
+def pack(mask: Bool[Array, "*rows n"]) -> UInt8[Array, "*rows bytes"]:
     """Packs bools `[..., n]` into bytes `[..., ceil(n / 8)]`, least significant bit first."""
     return jnp.packbits(mask, axis=-1, bitorder="little")
 
 
-def unpack(packed: jax.Array, size: int) -> jax.Array:
+def unpack(packed: UInt8[Array, "*rows bytes"], size: int) -> Bool[Array, "*rows {size}"]:
     """Unpacks bytes `[..., ceil(size / 8)]` into bools `[..., size]`."""
     return joined_eighths(eighths(packed), size)
 
 
-def eighths(packed: jax.Array) -> jax.Array:
+def eighths(packed: UInt8[Array, "*rows bytes"]) -> Bool[Array, "*rows bytes 8"]:
     """Bytes `[..., bytes]` to the bools of their bits, `[..., bytes, 8]`."""
     bits = jnp.left_shift(jnp.uint8(1), jnp.arange(8, dtype=jnp.uint8))
     return (packed[..., None] & bits.reshape([1] * packed.ndim + [8])) != 0
 
 
-def joined_eighths(x: jax.Array, size: int) -> jax.Array:
+def joined_eighths(x: Shaped[Array, "*rows bytes 8"], size: int) -> Shaped[Array, "*rows {size}"]:
     """`[..., bytes, 8]` to `[..., size]`."""
     return x.reshape(*x.shape[:-2], -1)[..., :size]
 
 
-def packed_bit(planes: jax.Array, bit: jax.Array) -> jax.Array:
+def packed_bit(
+    planes: UInt8[Array, "1 parameters"], bit: Int[Array, ""]
+) -> UInt8[Array, "1 parameters//8"]:
     """One slot's packed mask, from bytes that hold a bit of each of eight slots.
 
     Args:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
 
 from matu_jax.aggregation.choices import AggregationConfig
 from matu_jax.aggregation.directions import TaskSimilarity
@@ -12,14 +13,14 @@ from matu_jax.aggregation.storage import clip_to
 
 
 def transferred(
-    own: list[jax.Array],
-    energies: jax.Array,
+    own: list[Float[Array, "tasks _"]],
+    energies: Float32[Array, "tasks"],
     similarity: TaskSimilarity,
     reports: Reports,
     evidence: Evidence,
     config: AggregationConfig,
     axes: Axes,
-) -> tuple[list[jax.Array], Evidence]:
+) -> tuple[list[Float[Array, "tasks _"]], Evidence]:
     """Eq. 8: what the tasks take of each other's vectors.
 
     Args:
@@ -50,7 +51,11 @@ def transferred(
     return [_mixed(mixing, leaf) for leaf in own], evidence
 
 
-def _lending(similarity: jax.Array, allowed: jax.Array, config: AggregationConfig) -> jax.Array:
+def _lending(
+    similarity: Float32[Array, "tasks tasks"],
+    allowed: Bool[Array, "tasks tasks"],
+    config: AggregationConfig,
+) -> Float32[Array, "tasks tasks"]:
     """Eq. 8's weights by similarity: 1 for t itself, A_tt' for the lenders t' in Z(t), else 0.
 
     Args:
@@ -69,7 +74,9 @@ def _lending(similarity: jax.Array, allowed: jax.Array, config: AggregationConfi
     return mixing / mixing.sum(axis=1, keepdims=True) if config.transfer == "mean" else mixing
 
 
-def _mixed(mixing: jax.Array, vectors: jax.Array) -> jax.Array:
+def _mixed(
+    mixing: Float32[Array, "tasks tasks"], vectors: Float[Array, "tasks n"]
+) -> Float[Array, "tasks n"]:
     """Weights `[tasks, tasks]` times vectors `[tasks, n]`, in the vectors' dtype."""
     product = jnp.matmul(mixing, vectors.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return clip_to(product, vectors.dtype)

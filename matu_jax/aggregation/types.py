@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from matu_jax.trees import PyTree, as_floating, check_like, check_stacked, leaf_items
 
@@ -30,9 +31,9 @@ class Slots:
       num_tasks: number of tasks (static).
     """
 
-    client: Any
-    task: Any
-    weight: Any
+    client: Int[Any, "slots"]
+    task: Int[Any, "slots"]
+    weight: Float[Any, "slots"]
     num_clients: int
     num_tasks: int
 
@@ -47,9 +48,9 @@ class Unified(NamedTuple):
       scales: float32 `[slots]`.
     """
 
-    vector: PyTree
-    masks: PyTree
-    scales: jax.Array
+    vector: PyTree[Float[Array, "..."]]
+    masks: PyTree[UInt8[Array, "slots _"]]
+    scales: Float32[Array, "slots"]
 
 
 class ServerState(NamedTuple):
@@ -61,9 +62,9 @@ class ServerState(NamedTuple):
       energy: float32 `[tasks, tasks]`, the same.
     """
 
-    task_vectors: PyTree
-    agreement: jax.Array
-    energy: jax.Array
+    task_vectors: PyTree[Float[Array, "tasks ..."]]
+    agreement: Float32[Array, "tasks tasks"]
+    energy: Float32[Array, "tasks tasks"]
 
 
 class Aggregated(NamedTuple):
@@ -81,14 +82,14 @@ class Aggregated(NamedTuple):
       state: what the next round needs as `previous` where uploads are changes.
     """
 
-    similarity: jax.Array
+    similarity: Float32[Array, "tasks tasks"]
     unified: Unified
     downloads: Unified
-    accepted: jax.Array
+    accepted: Bool[Array, "slots"]
     state: ServerState
 
     @property
-    def task_vectors(self) -> PyTree:
+    def task_vectors(self) -> PyTree[Float[Array, "tasks ..."]]:
         """Leaves `[tasks, ...]` in the storage dtype (after eq. 8), the state's own."""
         return self.state.task_vectors
 
