@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from matu_jax.aggregation import direction_similarity
-from matu_jax.algorithms import ALGORITHMS, Algorithm, LocalRule, Message
+from matu_jax.algorithms import ALGORITHMS, Algorithm, LocalRule
 from matu_jax.algorithms.means import keep_where_absent, weighted_mean, zeros
-from matu_jax.messages.traffic import Traffic
+from matu_jax.messages.traffic import Message, Traffic
 from matu_jax.runs.commandline import run_file
 from matu_jax.trees import leaf_items
 

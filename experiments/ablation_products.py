@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from matu_jax.algorithms import ALGORITHMS, Algorithm, LocalRule, Message
+from matu_jax.algorithms import ALGORITHMS, Algorithm, LocalRule
 from matu_jax.algorithms.means import keep_where_absent, weighted_mean
-from matu_jax.messages.traffic import Traffic
+from matu_jax.messages.traffic import Message, Traffic
 from matu_jax.runs.commandline import run_file
 
 HERE = Path(__file__)

@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 
 from matu_jax import models
 from matu_jax.config import Config
-from matu_jax.data import Split
+from matu_jax.data import Split, image_tasks
 from matu_jax.runs.commandline import read_config
 from matu_jax.simulation.federation import federate
 
@@ -40,7 +40,7 @@ def baselines(config: Config) -> Iterator[tuple[str, dict[str, float]]]:
     model = models.build(config.model, federation.tasks, seed=config.seed)
     features = jax.jit(lambda images: model.features(model.base, model.frozen, images))
     logits = jax.jit(lambda images, task: model.logits(model.base, model.frozen, images, task))
-    for number, task in enumerate(federation.tasks):
+    for number, task in enumerate(image_tasks(federation.tasks)):
         slots = np.flatnonzero(federation.slots.task == number)
         held = np.unique(np.concatenate([federation.indices[slot] for slot in slots]))
         train = Split(task.train.images[held], task.train.labels[held])

@@ -27,9 +27,8 @@ from matu_jax import algorithms
 from matu_jax.comparison import plan
 from matu_jax.comparison.running import compare, tune
 from matu_jax.errors import UserError
-from matu_jax.runs.commandline import Source, read_words, run_file, run_program
+from matu_jax.runs.commandline import INTERRUPTED, Source, read_words, run_file, run_program
 from matu_jax.runs.processes import keep_programs, use_cores
-from matu_jax.train import INTERRUPTED
 
 
 def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Source, Path, bool]:

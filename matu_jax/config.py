@@ -144,9 +144,15 @@ def upgraded(found: Any) -> Any:
     if not isinstance(found, dict) or not found.keys() & RENAMED.keys():
         return found
     upgraded = {name: value for name, value in found.items() if name not in RENAMED}
-    for path, value in renamed({name: found[name] for name in found if name in RENAMED}).items():
-        block, name = path.split(".")
-        upgraded[block] = {**upgraded.get(block, {}), name: value}
+    for old in [name for name in RENAMED if name in found]:
+        for path in RENAMED[old]:
+            block, name = path.split(".")
+            value, held = found[old], upgraded.get(block, {})
+            if len(RENAMED[old]) > 1 and block != found.get("algorithm"):
+                # One field for several algorithms: of those that the run was not, it said nothing.
+                value = getattr(getattr(Config(), block), name)
+            if isinstance(held, Mapping):
+                upgraded[block] = {**held, name: value}
     return upgraded
 
 

@@ -67,7 +67,8 @@ def with_fields(block: B, fields: Mapping[str, Any], where: str) -> B:
 
     Args:
       block: stays as it is.
-      fields: values by path, such as {"local.steps": 10}.
+      fields: values by path, such as {"local.steps": 10}, or whole blocks, such as {"local":
+        LocalConfig(steps=10)}.
       where: the block's name, such as "config".
 
     Raises:
@@ -145,7 +146,7 @@ def _built(schema: type[B], found: Any, where: str, values_of: Any) -> B:
 def _of_block(schema: type, found: Any) -> tuple[Any, str]:
     """The values in a block by name, None if it is another's; and what was expected."""
     values = None
-    if isinstance(found, schema):
+    if type(found) is schema:  # a subclass's further fields could not be read again
         values = {name: getattr(found, name) for name in kinds(schema)}
     return values, f"{schema.__name__}(...)"
 
@@ -219,6 +220,13 @@ def _shown(value: Any) -> str:
 
 def _fitted(kind: Any, value: Any, where: str, shown: str) -> Any:
     """A value as its field holds it; ValueError if it is of another type."""
+    if _is_block(kind):
+        if type(value) is kind:
+            return value
+        names = ", ".join(sorted(kinds(kind)))
+        raise ValueError(
+            f"{where}: is a block of fields; set one of {names}, or give a {kind.__name__}(...)."
+        )
     plain, value = _plain(kind), _tuples(value)
     if plain is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
@@ -240,9 +248,6 @@ def _find(block: Any, path: str, where: str) -> tuple[str, list[Any], Any]:
             raise ValueError(f"{where}: found {holders[-1]!r}, expected {kind.__name__}(...).")
         where, kind = f"{where}.{name}", known[name]
         holders.append(getattr(holders[-1], name))
-    if _is_block(kind):
-        names = ", ".join(sorted(kinds(kind)))
-        raise ValueError(f"{where}: is a block of fields; set one of {names}.")
     return where, holders[:-1], kind
 
 

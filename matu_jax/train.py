@@ -37,7 +37,7 @@ from rich.console import Console
 from matu_jax import algorithms
 from matu_jax.config import Config
 from matu_jax.errors import UserError
-from matu_jax.runs.commandline import Source, plain_console, read_config, run_program
+from matu_jax.runs.commandline import INTERRUPTED, Source, plain_console, read_config, run_program
 from matu_jax.runs.plan import check_inputs
 from matu_jax.runs.processes import OPTIONS, join, keep_programs, use_cores
 from matu_jax.runs.progress import RoundProgress
@@ -45,8 +45,6 @@ from matu_jax.runs.training import is_finished, train
 from matu_jax.runs.workdir import opened
 from matu_jax.simulation import hosts
 from matu_jax.simulation.attendance import StoppedError
-
-INTERRUPTED = "Interrupted. The same command with the same --workdir goes on."
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, Source, Path, dict[str, str]]:

@@ -115,7 +115,7 @@ def check_like(tree: PyTree, reference: PyTree, name: str, *, leading: int) -> N
         raise ValueError(
             f"{name}: the tree differs from the one it must match; missing leaves: "
             f"{', '.join(missing) or 'none'}; unknown leaves: {', '.join(unknown) or 'none'}. "
-            "Build both trees from the same model and the same trainable parameters."
+            "Both must be of one form, such as of the same model and the same trainable parameters."
         )
     wrong = [
         f"  {path}: found {leaf.shape}, expected {'[rows] + ' if leading else ''}"

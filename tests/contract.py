@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import matu_jax as matu
-from matu_jax.algorithms import build, message_bits, with_heads
+from matu_jax.algorithms import build, with_heads
 from matu_jax.config import NO_DEFENCE, Config, ModelConfig
+from matu_jax.messages.traffic import message_bits
 
 OPEN = Config(defence=NO_DEFENCE)
 
@@ -158,6 +159,8 @@ def trained_heads_belong_to_tasks(name):
         expected = sum(WEIGHT[h] * rows[h] for h in holders) / sum(WEIGHT[h] for h in holders)
         np.testing.assert_allclose(download[slot], expected, rtol=1e-6)
     inner = build(dataclasses.replace(OPEN, algorithm=name))
+    # Else a download that replaces its own would not be evaluated.
+    assert (algorithm.evaluated is None) == (inner.evaluated is None)
     plain = inner.traffic.sent(
         inner.init(BASE, slots_with()), inner.upload(vectors["shared"], slots_with())
     )

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 import matu_jax as matu
 from matu_jax import algorithms, models
 from matu_jax.config import Config, DataConfig, EvaluationConfig, LocalConfig, ModelConfig
-from matu_jax.data import Split, Task
+from matu_jax.data import ImageTask, Split
 from matu_jax.simulation import rounds
 from matu_jax.simulation.federation import Federation, federate
 
@@ -80,7 +80,10 @@ def federation_of(config):
         pictures = rng.integers(0, 256, (20, tiny_clip.SIZE, tiny_clip.SIZE, 3)).astype(np.uint8)
         return Split(pictures, np.arange(20, dtype=np.int32) % 3)
 
-    tasks = tuple(Task(n, n, n, tuple("abc"), split(), split(), split()) for n in ("a", "b"))
+    tasks = tuple(
+        ImageTask(n, split(), split(), split(), label_space=n, domain=n, class_names=tuple("abc"))
+        for n in ("a", "b")
+    )
     client, task = np.repeat(np.arange(3, dtype=np.int32), 2), np.tile([0, 1], 3).astype(np.int32)
     indices = [np.arange(6) for _ in client]
     weight = np.full(6, 6, np.float32)

@@ -139,9 +139,10 @@ def of_before(config):
 
 
 def test_configs_of_before_are_read_by_the_names_of_now():
-    found = Config.from_json(of_before(Config(rounds=3)))
+    found = Config.from_json(of_before(Config(algorithm="fedper", rounds=3)))
     assert (found.rounds, found.fedprox.mu, found.ties.keep) == (3, 0.5, 0.5)
-    assert (found.fedper.personal_blocks, found.fedrep.personal_blocks) == (2, 2)
+    # The field of two algorithms is that of the run's own.
+    assert (found.fedper.personal_blocks, found.fedrep.personal_blocks) == (2, 1)
     assert (found.fedrep.personal_fraction, found.fed_lora_b.trains_a) == (0.25, True)
     assert (found.matfl.grouping, found.matfl.threshold) == ("hard", -0.5)
     assert differences(of_before(found), found) == []
@@ -152,6 +153,17 @@ def test_configs_of_before_are_read_by_the_names_of_now():
     del lacking["ties_keep"]
     with pytest.raises(ValueError, match=r"^config\.ties: missing\.$"):
         Config.from_json(lacking)
+    with pytest.raises(ValueError, match=r"^config\.fedprox: found 3, expected a block of fields"):
+        Config.from_json(of_before(found) | {"fedprox": 3})
+
+
+def test_a_block_can_be_given_whole():
+    local = LocalConfig(steps=3)
+    assert Config().with_fields({"local": local}).local is local
+    with pytest.raises(
+        ValueError, match=r"config\.local: is a block .* give a LocalConfig\(\.\.\.\)"
+    ):
+        Config().with_fields({"local": {"steps": 3}})
 
 
 @pytest.mark.parametrize("name", OLD)

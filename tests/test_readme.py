@@ -19,14 +19,27 @@ import matu_jax
 from matu_jax import algorithms, compare
 from matu_jax.aggregation import client
 from matu_jax.algorithms import ALGORITHMS, build
+from matu_jax.models import modules
+from matu_jax.simulation import simulate
 
 ROOT = Path(matu_jax.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_the_library_example_runs():
+def test_the_example_of_own_tasks_and_model_runs(capsys):
     code = PYTHON[0]
+    assert len([line for line in code.splitlines() if line]) <= 25
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(capsys.readouterr().out.splitlines()) == 10
+    explained = names["result"].record["r2"]["test_per_task"]
+    assert explained.keys() == names["columns"].keys()
+    assert min(explained.values()) > 0.15
+
+
+def test_the_library_example_runs():
+    code = PYTHON[1]
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["new"]["w"].shape == (3, 4, 3)
@@ -48,7 +61,7 @@ def half_step(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "matu_jax", package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     folder = package / "algorithms"
-    (folder / "half_step.py").write_text(PYTHON[1])
+    (folder / "half_step.py").write_text(PYTHON[2])
     imported = "from matu_jax.algorithms.half_step import half_step"
     entry = '"half_step": lambda config: half_step(config.defence),'
     assert imported in README
@@ -62,7 +75,7 @@ def half_step(tmp_path, monkeypatch):
     ruff("format", "--check", str(tmp_path))
     ruff("check", str(tmp_path))
     module = types.ModuleType("matu_jax.algorithms.half_step")
-    exec(compile(PYTHON[1], "README.md", "exec"), vars(module))
+    exec(compile(PYTHON[2], "README.md", "exec"), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     names: dict = {}
     exec(f"{imported}\nadded = {{{entry}}}", names)
@@ -136,6 +149,8 @@ def test_what_the_readme_names_exists():
         assert (ROOT / name).exists(), name
 
 
-def test_docstring_examples_run():
-    assert doctest.testmod(client).failed == 0
-    assert doctest.testmod(client).attempted > 0
+@pytest.mark.parametrize("module", [client, modules, simulate])
+def test_docstring_examples_run(module):
+    found = doctest.testmod(module)
+    assert found.failed == 0
+    assert found.attempted > 0

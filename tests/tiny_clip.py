@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from matu_jax.data import Split, Task, Transform
+from matu_jax.data import ImageTask, Split, Transform
 from matu_jax.models.architectures import ARCHITECTURES, TowerShape
 
 SIZE = 16
@@ -134,4 +134,13 @@ def pixel_values(pictures, architecture):
 
 def task(name="pets", classes=("cat", "dog", "photo 3"), templates=("a photo of a {}.", "{}, 7")):
     split = Split(images(2), np.zeros(2, np.int32))
-    return Task(name, name, name, classes, split, split, split, templates)
+    return ImageTask(
+        name,
+        split,
+        split,
+        split,
+        label_space=name,
+        domain=name,
+        class_names=classes,
+        templates=templates,
+    )

@@ -60,7 +60,8 @@ from timing import (
 from matu_jax import algorithms, models
 from matu_jax.algorithms.contract import LocalRule
 from matu_jax.config import Config, LocalConfig
-from matu_jax.models import Model
+from matu_jax.data import ImageTask, Split
+from matu_jax.models import Classifier, Model, classifier
 from matu_jax.models.architectures import ARCHITECTURES
 from matu_jax.runs.processes import use_cores
 from matu_jax.simulation.federation import federate
@@ -75,7 +76,7 @@ LOSS = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 def _trainer(
-    model: Model, local: LocalConfig, data: tuple, position: np.ndarray, classes: np.ndarray
+    model: Model, local: LocalConfig, data: Split, position: np.ndarray
 ) -> Callable[[], Trained]:
     """Our training of all slots from the base model on, their examples on the device already."""
     mesh = slot_mesh()
@@ -85,12 +86,12 @@ def _trainer(
     advance = jax.jit(training.advance, donate_argnums=1)
     parameters = jax.device_put((model.base, model.frozen), NamedSharding(mesh, PartitionSpec()))
     # Nothing is copied where it is on the devices already.
-    downloads, *examples = jax.device_put(
-        (zero_vectors(model.base, len(position)), *data), over_slots
+    downloads, examples = jax.device_put(
+        (zero_vectors(model.base, len(position)), data), over_slots
     )
 
     def call() -> Trained:
-        carry = advance(parameters, begin(downloads), downloads, position, classes, *examples)
+        carry = advance(parameters, begin(downloads), downloads, position, examples)
         return finished(carry)
 
     return call
@@ -107,8 +108,7 @@ def _prepared(
     rows = padded_rows(np.arange(clients), slot_mesh().size)
     task = federation.slots.task[rows]
     position = np.stack([np.zeros_like(rows), rows, task], axis=1).astype(np.int32)
-    classes = np.array([federation.tasks[t].num_classes for t in task], np.int32)
-    return config, federation, model, (round_data(config, federation, rows, 0), position, classes)
+    return config, federation, model, (round_data(config, federation, rows, 0), position)
 
 
 def _ours(programs: str, parallel: int, *case: Any) -> Callable[[], Trained]:
@@ -128,18 +128,17 @@ def _theirs(threads: int, *case: Any) -> Callable[[], list[tuple]]:
 
 
 def _peft(
-    model: Model,
+    model: Classifier,
     config: Config,
     threads: int,
-    data: tuple,
+    data: Split,
     position: np.ndarray,
-    classes: np.ndarray,
 ) -> Callable[[], list[tuple]]:
     client = PeftClient(model, config)
     start = client.start(model.base)
     clients = [
-        (*client.tensors(images, labels), int(task), int(count))
-        for images, labels, (_, _, task), count in zip(*data, position, classes, strict=True)
+        (*client.tensors(images, labels), int(task), int(model.frozen["num_classes"][task]))
+        for images, labels, (_, _, task) in zip(*data, position, strict=True)
     ][: config.data.clients]
 
     def call() -> list[tuple]:
@@ -269,7 +268,7 @@ def _columns(
 # ------------------------------------------------------------------ fedjax, a perceptron
 
 
-def perceptron(inputs: int, hidden: int, classes: int) -> Model:
+def perceptron(inputs: int, hidden: int, classes: int) -> Classifier:
     """Two dense layers, as a model of this library; all of it trains."""
     rng = np.random.default_rng(0)
 
@@ -285,10 +284,15 @@ def perceptron(inputs: int, hidden: int, classes: int) -> Model:
     def logits(params, frozen, images, task, key=None):
         return features(params, frozen, images) @ params["out"]
 
-    return Model(base, {}, logits, features, False, 1.0)
+    split = Split(np.zeros((1, 1, 1, 1), np.uint8), np.zeros(1, np.int32))
+    names = tuple(map(str, range(classes)))
+    task = ImageTask("drawn", split, split, split, class_names=names)
+    return classifier(base, {}, [task], logits=logits, features=features)
 
 
-def _fedjax(model: Model, local: LocalConfig, images: np.ndarray, labels: np.ndarray) -> Callable:
+def _fedjax(
+    model: Classifier, local: LocalConfig, images: np.ndarray, labels: np.ndarray
+) -> Callable:
     """The loop over clients that fedjax has; it yields each client's change and sum of losses."""
     import fedjax  # pyright: ignore[reportMissingImports]
 
@@ -328,7 +332,7 @@ def _fedjax_row(
         steps=steps, batch_examples=batch, optimizer="sgd", momentum=0.0, learning_rate=1e-2
     )
     position = np.stack([0 * rows, rows, 0 * rows], axis=1).astype(np.int32)
-    given = (images[rows], labels[rows]), position, np.full(len(rows), 10, np.int32)
+    given = Split(images[rows], labels[rows]), position
     everything = len(rows) // mesh.size
     auto = slots_at_once(mesh, everything)
     numbers = {word: _number(word, everything) for word in wanted}

@@ -38,6 +38,7 @@ from timing import children_bytes, finish, interleaved, options, peak_growth
 
 from matu_jax import algorithms, models
 from matu_jax.config import Config
+from matu_jax.data import image_tasks
 from matu_jax.runs.processes import use_cores
 from matu_jax.simulation import rounds
 from matu_jax.simulation.federation import Federation, federate
@@ -92,7 +93,7 @@ def train_client(case: Case, client: int, round_index: int, adapters: dict) -> t
         {name: torch.from_numpy(x).to(trainer.device) for name, x in adapters.items()},
         *trainer.tensors(images[0], labels[0]),
         task,
-        federation.tasks[task].num_classes,
+        image_tasks(federation.tasks)[task].num_classes,
     )
     examples = int(federation.slots.weight[client])
     return {name: x.cpu().numpy() for name, x in trained.items()}, examples

@@ -21,9 +21,9 @@ from matu_jax.config import (
     LocalConfig,
     ModelConfig,
 )
-from matu_jax.data import Transform
+from matu_jax.data import Split, Transform
 from matu_jax.data.batching import gather, round_indices
-from matu_jax.models import Model
+from matu_jax.models import Classifier
 from matu_jax.models.architectures import ARCHITECTURES, Architecture, TowerShape
 from matu_jax.models.tensor_names import CLIP_PROJECTIONS, to_huggingface
 from matu_jax.simulation.federation import Federation
@@ -66,9 +66,7 @@ def experiment(
     )
 
 
-def round_data(
-    config: Config, federation: Federation, rows: np.ndarray, round_index: int
-) -> tuple[np.ndarray, np.ndarray]:
+def round_data(config: Config, federation: Federation, rows: np.ndarray, round_index: int) -> Split:
     """What some slots train on in a round, images and labels `[rows, steps, batch, ...]`."""
     slots = federation.slots
     indices = round_indices(
@@ -107,7 +105,7 @@ class PeftClient:
       parameters: the adapters, by our path and layer.
     """
 
-    def __init__(self, model: Model, config: Config):
+    def __init__(self, model: Classifier, config: Config):
         import peft
         import torch
         import transformers

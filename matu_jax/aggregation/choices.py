@@ -134,6 +134,8 @@ class AggregationConfig(DefenceConfig, AggregationRules):
 
         Magnitude "max", the gate of eq. 5 with rho = 0.4, whole vectors as uploads, neither
         transfer, whose rule the paper's summary leaves open, nor defences; and the changes given.
+        Eq. 7 still compares slots of different clients; `paper(similarity="aggregated")` compares
+        aggregated vectors, which looks related wherever tasks share a client.
         """
         rules = {"magnitude": "max", "agreement_threshold": 0.4, "transfer": "none"}
         return cls(**{**rules, "uploads": "vector", **dataclasses.asdict(NO_DEFENCE), **changes})

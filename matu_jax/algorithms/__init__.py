@@ -24,18 +24,13 @@ from matu_jax.algorithms.parts import with_heads
 from matu_jax.algorithms.per_task import per_task
 from matu_jax.algorithms.ties import TiesConfig, ties
 from matu_jax.errors import did_you_mean
-from matu_jax.messages.traffic import Message, Traffic, frame_bits, message_bits
 
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "AlgorithmConfig",
     "LocalRule",
-    "Message",
-    "Traffic",
     "build",
-    "frame_bits",
-    "message_bits",
     "with_heads",
 ]
 
@@ -113,4 +108,16 @@ def build(config: Any) -> Algorithm:
             + did_you_mean(config.algorithm, ALGORITHMS)
         )
     algorithm = ALGORITHMS[config.algorithm](config)
+    where = f"config.algorithm {config.algorithm!r}"
+    if not isinstance(algorithm, Algorithm):
+        raise ValueError(
+            f"{where}: its function in ALGORITHMS returned {type(algorithm).__name__}, expected an "
+            "Algorithm made of what it needs of the config: lambda config: mine(config.defence)."
+        )
+    if not isinstance(algorithm.heads, DefenceConfig | None):
+        raise ValueError(
+            f"{where}: heads: found {algorithm.heads!r}, expected the DefenceConfig by which heads "
+            "are averaged among a task's holders, such as NO_DEFENCE, or None where each keeps its "
+            "own."
+        )
     return with_heads(algorithm) if config.model.trains_heads else algorithm

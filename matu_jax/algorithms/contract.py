@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from matu_jax.aggregation import Slots
 from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
 from matu_jax.messages.traffic import Traffic
-from matu_jax.trees import PyTree
+from matu_jax.trees import PyTree, check_dtypes, check_like
 
 
 class LocalRule(NamedTuple):
@@ -64,10 +64,10 @@ class Algorithm(_Parts):
       traffic: what of uploads and state crosses the network, and what the server keeps.
       local: how slots train.
       heads: by which defences trained heads are averaged among the holders of a task; None where
-        each slot keeps its own.
+        each slot keeps its own. Read by `with_heads`: to be replaced before, not in what it made.
       evaluated: `(state, slots) -> vectors [slots, ...]`, what is evaluated; None = `download`.
       sends_change: whether upload is given what the round has changed, vectors less downloads,
-        instead of the vectors.
+        instead of the vectors. Read by `with_heads` too.
       sharded_over: makes the same algorithm with the parameters of the server's arithmetic, and of
         folding, sharded over the devices of a mesh, whose base, vectors and state have flat
         leaves (`[n]`, `[rows, n]`); None where it runs on one device, or needs the leaves' shapes.
@@ -81,3 +81,25 @@ class Algorithm(_Parts):
         return super()._replace(**({"sharded_over": None} | fields))
 
     __replace__ = _replace  # of `copy.replace`, from Python 3.13 on
+
+
+def check_aggregated(found: Any, state: Any, name: str) -> None:
+    """Checks what `aggregate` has returned, or would; arrays or their shapes.
+
+    Args:
+      found: what it returned.
+      state: what it was given.
+      name: of the algorithm, for messages.
+
+    Raises:
+      ValueError: if it is no pair of state and dict, or a leaf of the state has changed its place,
+        shape or dtype.
+    """
+    where = f"config.algorithm {name!r}: aggregate"
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+        raise ValueError(
+            f"{where}: returned {type(found).__name__}, expected a pair (state, metrics), where "
+            "metrics is a dict of arrays, {} if there are none."
+        )
+    check_like(found[0], state, f"{where}: the new state against the old", leading=0)
+    check_dtypes(found[0], state, f"{where}: the new state against the old")

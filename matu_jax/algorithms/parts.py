@@ -115,14 +115,14 @@ def with_heads(inner: Algorithm) -> Algorithm:
     The inner algorithm sees "shared" alone. Heads belong to tasks: they are averaged among a task's
     holders, or stay with their slot where the algorithm shares nothing.
     """
-    shares_heads = inner.heads is not None
+    defence, by_task = inner.heads, inner.heads is not None
 
     def init(base, slots):
-        rows = slots.num_tasks if shares_heads else slots.client.shape[0]
+        rows = slots.num_tasks if by_task else slots.client.shape[0]
         return inner.init(base["shared"], slots), zeros(base["head"], rows)
 
     def download(state, slots):
-        head = jax.tree.map(lambda x: x[slots.task], state[1]) if shares_heads else state[1]
+        head = jax.tree.map(lambda x: x[slots.task], state[1]) if by_task else state[1]
         return {"shared": inner.download(state[0], slots), "head": head}
 
     def upload(vectors, slots):
@@ -133,17 +133,17 @@ def with_heads(inner: Algorithm) -> Algorithm:
         head, before = uploads[1], state[1]
         if inner.sends_change:
             start = before
-            if shares_heads:
+            if by_task:
                 start = jax.tree.map(lambda x: x[slots.task], start)
             head = jax.tree.map(jnp.add, start, head)
-        if inner.heads is not None:
+        if defence is not None:
             groups = slots.weight, slots.task, slots.num_tasks
-            return (shared, defended_mean(head, before, *groups, inner.heads, slots)[0]), metrics
+            return (shared, defended_mean(head, before, *groups, defence, slots)[0]), metrics
         return (shared, keep_where_absent(head, before, slots.weight > 0)), metrics
 
     def sent(state, uploads):
         up, down = inner.traffic.sent(state[0], uploads[0])
-        if not shares_heads:
+        if not by_task:
             return up, down
         return (
             up._replace(per_slot=(up.per_slot, uploads[1])),
@@ -151,11 +151,11 @@ def with_heads(inner: Algorithm) -> Algorithm:
         )
 
     def evaluated(state, slots):
-        shared = (inner.evaluated or inner.download)(state[0], slots)
-        return download(state, slots) | {"shared": shared}
+        assert inner.evaluated
+        return download(state, slots) | {"shared": inner.evaluated(state[0], slots)}
 
     def kept(state):
-        return inner.traffic.kept(state[0]), state[1] if shares_heads else None
+        return inner.traffic.kept(state[0]), state[1] if by_task else None
 
     def trains(vector, progress):
         local, factor = inner.local, 1.0
@@ -174,7 +174,7 @@ def with_heads(inner: Algorithm) -> Algorithm:
         upload=upload,
         aggregate=aggregate,
         traffic=inner.traffic._replace(sent=sent, kept=kept),
-        evaluated=evaluated,
+        evaluated=evaluated if inner.evaluated else None,
         local=inner.local._replace(
             trains=trains if inner.local.trains or inner.local.head_trains else None
         ),

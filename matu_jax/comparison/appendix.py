@@ -18,6 +18,7 @@ from matu_jax.comparison.html import (
     Table,
 )
 from matu_jax.comparison.words import NONE, counted, fields_words, listed, or_none, percent
+from matu_jax.config import upgraded
 
 
 def significance(settings: Sequence[Mapping[str, Any]], ours: str) -> Iterator[Block]:
@@ -125,7 +126,7 @@ def conditions(comparison: Mapping[str, Any]) -> Iterator[Block]:
     yield Heading(2, "Configuration and versions")
     experiment = "\n".join(
         f"{path} = {json.dumps(value, ensure_ascii=False)}"
-        for path, value in _flat(comparison.get("experiment") or {})
+        for path, value in _flat(upgraded(comparison.get("experiment") or {}))
     )
     if experiment:
         yield Details("The experiment’s fields", [Listing(experiment)])

@@ -7,6 +7,7 @@ from typing import Any
 from matu_jax.comparison.arms import mean_accuracy, number, number_at, verdict_of
 from matu_jax.comparison.collect import TOO_FEW
 from matu_jax.comparison.html import Code
+from matu_jax.config import renamed
 
 NONE = "–"
 
@@ -99,10 +100,10 @@ def or_none(value: Any) -> Any:
 
 
 def fields_words(fields: Mapping[str, Any] | None) -> Iterator[str]:
-    """Fields and their values as words: `data.clients = 12, data.tasks = "eight"`."""
+    """Fields and their values as words, by the names of now: `data.clients = 12, rounds = 3`."""
     if not fields:
         yield "none"
-    for i, (path, value) in enumerate((fields or {}).items()):
+    for i, (path, value) in enumerate(renamed(fields or {}).items()):
         if i:
             yield ", "
         yield Code(f"{path} = {json.dumps(value, ensure_ascii=False)}")

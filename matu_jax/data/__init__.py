@@ -1,7 +1,8 @@
-"""What every source of data hands over: tasks, each of three disjoint splits of uint8 images.
+"""What every source of data hands over: tasks, each of three disjoint splits of numpy arrays.
 
-A source is any function that returns `Task` objects; nothing else in the package knows where the
-images came from. Below this contract stand three modules, all numpy in, numpy out:
+A source is any function that returns `Task` objects, or `ImageTask`s for image classification;
+nothing else in the package knows where the examples came from. Below this contract stand three
+modules, all numpy in, numpy out:
 
 - `matu_jax.data.embedded` generates a benchmark of 30 tasks, without a download, out of the
   pictures of `matu_jax.data.sprites`, drawn by `matu_jax.data.rendering`;
@@ -9,13 +10,32 @@ images came from. Below this contract stand three modules, all numpy in, numpy o
 - `matu_jax.data.batching` draws the batches of a round and gathers them, stacked over slots.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-__all__ = ["Split", "Task", "Transform"]
+from matu_jax.trees import PyTree, check_dtypes, check_like, leaf_items
+
+__all__ = [
+    "SPLITS",
+    "ImageTask",
+    "Split",
+    "Task",
+    "Transform",
+    "check_alike",
+    "example_bytes",
+    "example_shapes",
+    "fingerprint",
+    "image_tasks",
+    "num_examples",
+]
+
+SPLITS = ("train", "validation", "test")
 
 
 class Split(NamedTuple):
@@ -48,50 +68,169 @@ class Transform:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One classification task.
+    """One task: what its examples are is between it and the model.
+
+    A split is a tree of numpy arrays `[examples, ...]`, such as `{"x": ..., "y": ...}`, with one
+    structure, dtypes and shapes behind the first axis in all splits of all tasks of a run.
 
     Attributes:
         name: Unique among the tasks of a run, for instance `"hue/noise"`.
-        label_space: What is asked. Tasks that agree on it share the meaning of their labels, and so
-            may share a frozen head.
-        domain: How the images look. Tasks that agree on it ask about images of the same kind.
-        class_names: One name per label, in the order of the labels.
         train: The only split that is divided among clients.
         validation: For choosing rules, rates and rounds.
         test: For reporting.
-        templates: Prompts with `{}` where the class name goes, for frozen heads made of text.
+        label_space: What is asked. Tasks that agree on it are related, and share the meaning of
+            their labels; `""` = nothing is known.
+        domain: What the examples are like. Tasks that agree on it ask about examples of one kind.
         fingerprint: Hash of the data, where its source keeps one.
         notes: What people should know of the data, a sentence each.
+
+    Raises:
+        ValueError: If a split has no array or no example, its arrays differ in their number of
+            examples, one of them holds a NaN, or the splits differ in what an example is.
+    """
+
+    name: str
+    train: PyTree
+    validation: PyTree
+    test: PyTree
+    label_space: str = field(default="", kw_only=True)
+    domain: str = field(default="", kw_only=True)
+    fingerprint: str = field(default="", kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        for part in SPLITS:
+            self._check_split(f"task {self.name!r}, split {part!r}", getattr(self, part))
+        for part in SPLITS[1:]:
+            where = f"task {self.name!r}: an example of split {part!r} against one of 'train'"
+            _check_examples(getattr(self, part), self.train, where)
+
+    def _check_split(self, where: str, split: PyTree) -> None:
+        leaves = leaf_items(split)
+        if not leaves:
+            raise ValueError(f"{where}: there is no array; expected arrays [examples, ...]")
+        counts = {}
+        for path, leaf in leaves:
+            if not isinstance(leaf, np.ndarray) or not leaf.ndim:
+                found = f"{type(leaf).__name__} of shape {list(np.shape(leaf))}"
+                raise ValueError(
+                    f"{where}: {path} is {found}; expected a numpy array [examples, ...]"
+                )
+            if np.issubdtype(leaf.dtype, np.floating) and np.isnan(leaf).any():
+                row = int(np.flatnonzero(np.isnan(leaf.reshape(len(leaf), -1)).any(axis=1))[0])
+                raise ValueError(
+                    f"{where}: {path} holds NaN, first in example {row}; leave such examples out, "
+                    "or put a number there"
+                )
+            counts[path] = len(leaf)
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{path} {count}" for path, count in counts.items())
+            raise ValueError(f"{where}: arrays differ in their number of examples: {found}")
+        if not num_examples(split):
+            raise ValueError(f"{where}: there is no example; a task needs some in every split")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTask(Task):
+    """One task of image classification; splits are of the type `Split`.
+
+    Attributes:
+        class_names: One name per label, in the order of the labels.
+        templates: Prompts with `{}` where the class name goes, for frozen heads made of text.
 
     Raises:
         ValueError: If a split has the wrong dtype or shape, no example, or a label that no class
             name stands for.
     """
 
-    name: str
-    label_space: str
-    domain: str
-    class_names: tuple[str, ...]
-    train: Split
-    validation: Split
-    test: Split
-    templates: tuple[str, ...] = ()
-    fingerprint: str = ""
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for part in ("train", "validation", "test"):
-            _check_split(
-                f"task {self.name!r}, split {part!r}", getattr(self, part), self.class_names
-            )
+    class_names: tuple[str, ...] = field(kw_only=True)
+    templates: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def num_classes(self) -> int:
         """Number of classes, which is the number of class names."""
         return len(self.class_names)
 
+    def _check_split(self, where: str, split: Split) -> None:
+        _check_images(where, split, self.class_names)
 
-def _check_split(where: str, split: Split, class_names: tuple[str, ...]) -> None:
+
+def image_tasks(tasks: Iterable[Task]) -> tuple[ImageTask, ...]:
+    """The same tasks, all of them of image classification.
+
+    Raises:
+        ValueError: If one of them is not, with its name.
+    """
+    found = []
+    for task in tasks:
+        if not isinstance(task, ImageTask):
+            raise ValueError(
+                f"task {task.name!r}: found a {type(task).__name__}, expected an ImageTask "
+                "(images, labels and class names), which is what a model of config.model "
+                "classifies; for other tasks make a matu_jax.models.Model of your own"
+            )
+        found.append(task)
+    return tuple(found)
+
+
+def num_examples(split: PyTree) -> int:
+    """Number of examples of a split."""
+    return len(jax.tree.leaves(split)[0])
+
+
+def example_shapes(split: PyTree) -> PyTree:
+    """One example of a split: leaves `jax.ShapeDtypeStruct` without the axis of examples."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), split)
+
+
+def check_alike(tasks: Sequence[Task]) -> None:
+    """Checks that examples of all tasks are of one form.
+
+    Raises:
+        ValueError: If trees, shapes or dtypes differ, with the task and the arrays.
+    """
+    for task in tasks:
+        where = f"an example of task {task.name!r} against one of {tasks[0].name!r}"
+        _check_examples(task.train, tasks[0].train, where)
+
+
+def _check_examples(split: PyTree, reference: PyTree, where: str) -> None:
+    found, expected = example_shapes(split), example_shapes(reference)
+    check_like(found, expected, where, leading=0)
+    check_dtypes(found, expected, where)
+
+
+def example_bytes(split: PyTree) -> int:
+    """Bytes of one example of a split."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(example_shapes(split)))
+
+
+def fingerprint(task: Task) -> dict[str, str]:
+    """Returns the SHA-256 of each split's arrays, to be stored beside results.
+
+    Two runs that report the same fingerprints saw the same examples in the same order.
+
+    Args:
+        task: Any task.
+
+    Returns:
+        Hexadecimal digests under `"train"`, `"validation"` and `"test"`.
+    """
+    digests = {}
+    for part in SPLITS:
+        split = getattr(task, part)
+        if isinstance(task, ImageTask):
+            about: Any = (split.images.shape, task.class_names)
+        else:
+            about = [(path, leaf.shape, leaf.dtype.str) for path, leaf in leaf_items(split)]
+        digest = hashlib.sha256(repr(about).encode())
+        for leaf in jax.tree.leaves(split):
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        digests[part] = digest.hexdigest()
+    return digests
+
+
+def _check_images(where: str, split: Split, class_names: tuple[str, ...]) -> None:
     images, labels = split
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(

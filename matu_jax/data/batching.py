@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
-from jaxtyping import Int, Int32, Int64, UInt8
+from jaxtyping import Int, Int64, Shaped
 
-from matu_jax.data import Task
+from matu_jax.data import Task, check_alike, example_shapes, num_examples
+from matu_jax.trees import PyTree
 
 __all__ = ["gather", "round_indices"]
 
@@ -73,46 +75,36 @@ def gather(
     tasks: Sequence[Task],
     task_of_slot: Int[np.ndarray, "slots"],
     indices: Int[np.ndarray, "slots steps batch"],
-) -> tuple[
-    UInt8[np.ndarray, "slots steps batch height width channels"],
-    Int32[np.ndarray, "slots steps batch"],
-]:
+) -> PyTree[Shaped[np.ndarray, "slots steps batch ..."]]:
     """Gathers training examples, stacked over slots.
 
     Args:
-        tasks: All tasks of the run, with images of one size.
+        tasks: All tasks of the run, with examples of one shape.
         task_of_slot: Integer `[slots]`, an index into `tasks`.
         indices: Integer `[slots, steps, batch]`, as from `round_indices`.
 
     Returns:
-        Images, uint8 `[slots, steps, batch, height, width, channels]`, and labels, int32
-        `[slots, steps, batch]`.
+        Examples in the form of the tasks' splits, leaves `[slots, steps, batch, ...]`.
 
     Raises:
-        ValueError: If tasks differ in the size of their images, or an index is out of range.
+        ValueError: If tasks differ in what an example is, or an index is out of range.
     """
-    shape = tasks[0].train.images.shape[1:]
-    for other in tasks:
-        if other.train.images.shape[1:] != shape:
-            raise ValueError(
-                f"images of task {other.name!r} are {list(other.train.images.shape[1:])}, those of "
-                f"{tasks[0].name!r} {list(shape)}; resize them to one size"
-            )
+    check_alike(tasks)
     if len(task_of_slot) != len(indices):
         raise ValueError(
             f"task_of_slot has {len(task_of_slot)} slots, indices have {len(indices)}; both must "
             "have the same"
         )
-    images = np.empty((*indices.shape, *shape), np.uint8)
-    labels = np.empty(indices.shape, np.int32)
+    shapes = example_shapes(tasks[0].train)
+    stacked = jax.tree.map(lambda x: np.empty((*indices.shape, *x.shape), x.dtype), shapes)
     for slot, (number, chosen) in enumerate(zip(task_of_slot, indices, strict=True)):
         held = tasks[number]
-        examples = len(held.train.labels)
+        examples = num_examples(held.train)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < examples:
             raise ValueError(
                 f"slot {slot}: indices run from {chosen.min()} to {chosen.max()}, but the train "
                 f"split of task {held.name!r} has {examples} examples"
             )
-        images[slot] = held.train.images[chosen]
-        labels[slot] = held.train.labels[chosen]
-    return images, labels
+        for into, rows in zip(jax.tree.leaves(stacked), jax.tree.leaves(held.train), strict=True):
+            into[slot] = rows[chosen]
+    return stacked

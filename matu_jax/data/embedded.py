@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matu_jax.data import Split, Task
+from matu_jax.data import SPLITS, ImageTask, Split
 from matu_jax.data.embedded_tasks import (
     ATTRIBUTES,
     DOMAINS,
@@ -24,7 +24,7 @@ from matu_jax.data.rendering import SIZE, Scene, render, texture_tiles
 from matu_jax.data.sprites import SPRITES
 from matu_jax.json_files import regular_file
 
-__all__ = ["fingerprint", "load"]
+__all__ = ["load"]
 
 VERSION = 1
 """Of the generator: part of the cache's key, to be raised by any change to what is drawn."""
@@ -43,7 +43,7 @@ def load(
     train_examples: int = TRAIN_EXAMPLES,
     validation_examples: int = VALIDATION_EXAMPLES,
     test_examples: int = TEST_EXAMPLES,
-) -> tuple[Task, ...]:
+) -> tuple[ImageTask, ...]:
     """Loads tasks, generating what the cache does not hold.
 
     Tasks of one domain share their image arrays; do not write into them.
@@ -98,30 +98,15 @@ def load(
         return Split(pool[f"{part}/images"], pool[f"{part}/{spec.label_space}"])
 
     return tuple(
-        Task(*spec, split(spec, "train"), split(spec, "validation"), split(spec, "test"))
+        ImageTask(
+            spec.name,
+            *(split(spec, part) for part in SPLITS),
+            label_space=spec.label_space,
+            domain=spec.domain,
+            class_names=spec.class_names,
+        )
         for spec in specs
     )
-
-
-def fingerprint(task: Task) -> dict[str, str]:
-    """Returns the SHA-256 of each split's images and labels, to be stored beside results.
-
-    Two runs that report the same fingerprints saw the same examples in the same order.
-
-    Args:
-        task: Any task, embedded or not.
-
-    Returns:
-        Hexadecimal digests under `"train"`, `"validation"` and `"test"`.
-    """
-    digests = {}
-    for part in ("train", "validation", "test"):
-        images, labels = getattr(task, part)
-        digest = hashlib.sha256(repr((images.shape, task.class_names)).encode())
-        digest.update(np.ascontiguousarray(images).tobytes())
-        digest.update(np.ascontiguousarray(labels).tobytes())
-        digests[part] = digest.hexdigest()
-    return digests
 
 
 def _attributes(domain: str) -> tuple[str, ...]:

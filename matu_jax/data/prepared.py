@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, Field
 
-from matu_jax.data import Split, Task, Transform, selection
+from matu_jax.data import ImageTask, Split, Transform, selection
 from matu_jax.data.datasets import Dataset, Example, Source
 from matu_jax.json_files import checked, read_json, regular_file, replace_file
 
@@ -171,7 +171,7 @@ def load(
     folders: str | os.PathLike[str] = "",
     validation_fraction: float = 0.1,
     how: str = "run python -m matu_jax.prepare with --config and an experiment file",
-) -> tuple[Task, ...]:
+) -> tuple[ImageTask, ...]:
     """Opens prepared datasets.
 
     An image folder's own validation split is the validation split. Else it is the last
@@ -225,7 +225,7 @@ def load(
             where = "to train on: all are held out to validate on"
             divided = notes_of_classes(metadata["class_names"], labels[trained], where, labels)
         tasks.append(
-            Task(
+            ImageTask(
                 name=name,
                 label_space=name,
                 domain=name,

@@ -34,8 +34,8 @@ __all__ = [
 ]
 
 GENERATED = ("embedded8", "embedded30")
-"""Named sets of tasks of the embedded benchmark, the keys of `matu_jax.data.embedded.SETS`, which
-take Pillow to load."""
+"""Named sets of tasks of the embedded benchmark, the keys of `matu_jax.data.embedded_tasks.SETS`,
+which take Pillow to load."""
 ALL_FOLDERS = "folders"
 """The set of all image folders there are."""
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from matu_jax.data import Split, Task, Transform, folders, selection
+from matu_jax.data import ImageTask, Split, Transform, folders, selection
 from matu_jax.data.datasets import Dataset
 
 __all__ = ["load"]
@@ -30,7 +30,7 @@ def load(
     validation_examples: int = 64,
     test_examples: int = 128,
     seed: int = 0,
-) -> tuple[Task, ...]:
+) -> tuple[ImageTask, ...]:
     """Generates stand-ins; the same for the same arguments.
 
     Args:
@@ -63,7 +63,7 @@ def load(
     return tuple(tasks)
 
 
-def _task(dataset: Dataset, size: int, counts: dict[str, int], seed: int) -> Task:
+def _task(dataset: Dataset, size: int, counts: dict[str, int], seed: int) -> ImageTask:
     name, classes = dataset.name, dataset.num_classes
     looks = np.random.default_rng((seed, zlib.crc32(name.encode())))
     angle, frequency = looks.uniform(0, np.pi, classes), looks.uniform(2, 12, classes)
@@ -90,7 +90,7 @@ def _task(dataset: Dataset, size: int, counts: dict[str, int], seed: int) -> Tas
     for split in splits.values():
         digest.update(split.images)
         digest.update(split.labels)
-    return Task(
+    return ImageTask(
         name=name,
         label_space=name,
         domain=name,

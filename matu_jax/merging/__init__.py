@@ -4,7 +4,8 @@ All parameters of a model make one long vector, visited in blocks of a fixed siz
 with zeros, whose task vector is zero and changes nothing. Memory holds one block of every model,
 and blocks are the shorter the more models there are; sums over all parameters are kept in float64.
 
-    unify       EMR-Merging (Huang et al. 2024, arXiv 2405.17461), as `matu_jax.unify`
+    unify       EMR-Merging (Huang et al. 2024, arXiv 2405.17461), as `matu_jax.unify` with
+                magnitude "max"
     ties        TIES-Merging (Yadav et al. 2023, arXiv 2306.01708): trim each task vector to its
                 largest entries, elect a sign per parameter, take the mean of those that agree. The
                 last two steps are `matu_jax.unify` with magnitude "mean".

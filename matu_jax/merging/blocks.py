@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from matu_jax.models.tensors import FLOATING, READABLE, TensorFileError, TensorFiles
 
@@ -77,7 +78,9 @@ def plan(files: TensorFiles, names: Sequence[str], size: int) -> list[list[Segme
     return blocks
 
 
-def fill(row: np.ndarray, files: TensorFiles, segments: list[Segment], prefix: str = "") -> None:
+def fill(
+    row: Float[np.ndarray, "size"], files: TensorFiles, segments: list[Segment], prefix: str = ""
+) -> None:
     """Reads a block of a model into `row`, `[block]`; `prefix` stands before its names."""
     for segment in segments:
         row[segment.part] = files.read(prefix + segment.name, segment.start, segment.size)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from matu_jax.aggregation import unify
 from matu_jax.aggregation.choices import Magnitude
@@ -183,13 +184,16 @@ def given_name(path: Path) -> str:
     return path.resolve().name if path.name in ("", "..") else path.name
 
 
-def _cosines(values: np.ndarray) -> str:
+def _cosines(values: Float[np.ndarray, "models"]) -> str:
     """Numbers in [-1, 1] as JSON of a length that does not depend on them."""
     return "[" + ",".join(f"{value:9.6f}" for value in values) + "]"
 
 
 def write_finite(
-    writer: Writer, block: Block, merged: np.ndarray, advice: str = "Use a smaller --scale, or"
+    writer: Writer,
+    block: Block,
+    merged: Float[np.ndarray, "size"],
+    advice: str = "Use a smaller --scale, or",
 ) -> None:
     """Writes a block `[block]` of a model.
 

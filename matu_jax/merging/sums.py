@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Float64
 
 from matu_jax.aggregation import direction_similarity
 from matu_jax.models.tensors import TensorFiles, fingerprint
@@ -30,18 +30,22 @@ class Summary(NamedTuple):
     models: dict[str, dict[str, float | int | bool]]
 
 
-def lanes(x: jax.Array) -> jax.Array:
+def lanes(x: Float[Array, "models size"]) -> Float[Array, "models lanes"]:
     """Sums of `_LANE` neighbours: `[models, block]` to `[models, block / _LANE]`."""
     return x.reshape(x.shape[0], -1, _LANE).sum(axis=-1)
 
 
-def relative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def relative(
+    x: Float[Array, "models size"],
+) -> tuple[Float[Array, "models"], Float[Array, "models size"]]:
     """Rows' largest magnitudes `[models]`, and rows relative to them: no sum of them overflows."""
     unit = jnp.abs(x).max(axis=1)
     return unit, x / jnp.where(unit > 0, unit, 1.0)[:, None]
 
 
-def measure(vectors: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+def measure(
+    vectors: Float[Array, "models size"],
+) -> tuple[dict[str, Float[Array, "models ..."]], Float[Array, "models size"]]:
     """What `Totals` wants of task vectors `[models, block]`, and these relative to their units."""
     unit, own = relative(vectors.astype(jnp.float32))
     zero = (vectors == 0).astype(jnp.float32)
@@ -84,13 +88,13 @@ class Totals:
             if name in found:
                 self.sums[name] = self.sums.get(name, 0.0) + factor * found[name].sum(axis=1)
 
-    def scales(self) -> np.ndarray:
+    def scales(self) -> Float32[np.ndarray, "models"]:
         """Lambda of eq. 4, float32 `[models]`."""
         kept = self.sums["folded_absolute"]
         ratio = np.divide(self.sums["absolute"], kept, out=np.zeros_like(kept), where=kept > 0)
         return np.minimum(ratio, np.finfo(np.float32).max).astype(np.float32)
 
-    def cosines(self) -> np.ndarray:
+    def cosines(self) -> Float64[np.ndarray, "models"]:
         """Between each task vector and the rebuilt one, float64 `[models]`; 0 where one is 0."""
         size = np.sqrt(self.sums["square"]) * np.sqrt(self.sums["folded_square"])
         return np.divide(self.sums["product"], size, out=np.zeros_like(size), where=size > 0)

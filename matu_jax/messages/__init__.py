@@ -1,1 +1,1 @@
-"""What clients and server send each other: files, their precision, and their bits."""
+"""What clients and server send each other: messages as bytes, their precision, and their bits."""

@@ -9,44 +9,20 @@ and pure functions. The parts:
   (their files), `checkpoint_config`, `tensor_names` and `heads` (zero-shot classification).
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matu_jax.data import Task
+from matu_jax.data import ImageTask, Task, image_tasks
 from matu_jax.errors import did_you_mean
 from matu_jax.models.architectures import check_architecture
 from matu_jax.models.choices import ModelConfig
-from matu_jax.trees import PyTree
+from matu_jax.models.classification import Classifier, classifier
+from matu_jax.models.contract import Metric, Model, linearised
 
-
-class Model(NamedTuple):
-    """A model, split.
-
-    Attributes:
-      base: what trains, as it is before fine-tuning, leaves `[...]` float32. Where tasks may have
-        a trained head (`ModelConfig.trains_heads`) it is `{"shared": ..., "head": {"kernel":
-        [features, classes], "bias": [classes]}}`.
-      frozen: what does not train, leaves `[...]`: "backbone", "heads" float32 `[tasks, classes,
-        features]` (zeros for tasks with a trained head, and beyond a task's own classes), and,
-        where tasks may have a trained head, "trained" bool `[tasks]`.
-      logits: `(params, frozen, images [batch, height, width, channels], task, key=None) -> float32
-        [batch, classes]`; task is an int32 scalar, key what dropout is drawn from (None = no
-        dropout). Classes are those of the largest task: callers mask the ones a task lacks.
-      features: `(params, frozen, images, key=None) -> float32 [batch, features]`.
-      stochastic: whether logits and features use the key.
-      logit_scale: what the cosines of frozen heads are multiplied by.
-    """
-
-    base: PyTree
-    frozen: PyTree
-    logits: Callable[..., jax.Array]
-    features: Callable[..., jax.Array]
-    stochastic: bool
-    logit_scale: float
+__all__ = ["Classifier", "Metric", "Model", "base_fingerprint", "build", "classifier", "linearised"]
 
 
 def base_fingerprint(config: ModelConfig) -> str | None:
@@ -74,8 +50,8 @@ def base_fingerprint(config: ModelConfig) -> str | None:
         return fingerprint(checkpoint)
 
 
-def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model:
-    """Builds the model of an experiment.
+def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Classifier:
+    """Builds the model of an experiment on images.
 
     Args:
       config: architecture, checkpoint, adapters and heads.
@@ -94,6 +70,7 @@ def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model
 
     if not tasks:
         raise ValueError("tasks: found none, expected at least one.")
+    tasks = image_tasks(tasks)
     check_architecture(config.architecture)
     trained = _trained_heads(config, tasks)
     frozen_tasks = [task for task, is_trained in zip(tasks, trained, strict=True) if not is_trained]
@@ -143,38 +120,18 @@ def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model
         out = out * jax.lax.rsqrt(jnp.sum(jnp.square(out), axis=-1, keepdims=True) + 1e-6)
         return logit_scale * out @ vectors.T
 
-    return Model(base, frozen, logits, features, config.lora_dropout > 0, logit_scale)
+    return classifier(
+        base,
+        frozen,
+        tasks,
+        logits=logits,
+        features=features,
+        stochastic=config.lora_dropout > 0,
+        logit_scale=logit_scale,
+    )
 
 
-def linearised(model: Model) -> Model:
-    """The model's first-order expansion around its base, for training and evaluation alike.
-
-    f(base) + J(base) (params - base), the neural tangent model (Jacot et al. 2018, arXiv
-    1806.07572); one Jacobian-vector product per call. With LoRA, whose B is zero at the base, the
-    expansion does not depend on A.
-
-    Args:
-      model: from `build`.
-
-    Returns:
-      The same base; frozen holds the base once more, under "origin". Features are not expanded.
-    """
-
-    def logits(params, frozen, images, task, key=None):
-        rest = {name: part for name, part in frozen.items() if name != "origin"}
-
-        def function(point):
-            return model.logits(point, rest, images, task, key)
-
-        origin = frozen["origin"]
-        step = jax.tree.map(jnp.subtract, params, origin)
-        value, change = jax.jvp(function, (origin,), (step,))
-        return value + change
-
-    return model._replace(frozen=model.frozen | {"origin": model.base}, logits=logits)
-
-
-def _trained_heads(config: ModelConfig, tasks: Sequence[Task]) -> list[bool]:
+def _trained_heads(config: ModelConfig, tasks: Sequence[ImageTask]) -> list[bool]:
     """Whether each task's head is trained."""
     kinds, seen = {task.name: config.head for task in tasks}, set()
     for entry in config.task_heads:

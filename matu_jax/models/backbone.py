@@ -13,6 +13,7 @@ from flax import nnx
 from matu_jax.errors import did_you_mean
 from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.models.choices import ModelConfig
+from matu_jax.models.modules import restored
 from matu_jax.models.transformer import PROJECTIONS, Block, Computing, LoRAParam, LoRASpec
 from matu_jax.trees import PyTree, leaf_items
 
@@ -135,7 +136,7 @@ def build_backbone(
         trainable, frozen = jax.tree.map(jnp.asarray, values), nnx.to_pure_dict(rest_state)
 
     def apply(trainable, frozen, images, key):
-        merged = nnx.merge(graph, _restored(train_state, trainable), _restored(rest_state, frozen))
+        merged = nnx.merge(graph, restored(train_state, trainable), restored(rest_state, frozen))
         return merged(images, key)
 
     return Backbone(trainable, _stored(frozen, dtype), apply, features, image_shape)
@@ -145,12 +146,6 @@ def parameter_shapes(module: Callable[[nnx.Rngs], nnx.Module]) -> PyTree:
     """Shapes of all parameters but the adapters', as a tree of nested dicts."""
     _, _, rest = nnx.split(nnx.eval_shape(lambda: module(nnx.Rngs(0))), LoRAParam, ...)
     return nnx.to_pure_dict(rest)
-
-
-def _restored(state: nnx.State, values: PyTree) -> nnx.State:
-    state = jax.tree.map(lambda x: x, state)
-    nnx.replace_by_pure_dict(state, values)
-    return state
 
 
 def _stored(tree: PyTree, dtype: Any) -> PyTree:

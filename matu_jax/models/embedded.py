@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from matu_jax.data import Task
+from matu_jax.data import ImageTask
 from matu_jax.json_files import check_readable, checked, parse_json
 from matu_jax.models.architectures import without_text_tower
 from matu_jax.models.backbone import (
@@ -50,7 +50,7 @@ class _Shape(BaseModel):
 
 
 def load(
-    config: ModelConfig, frozen_tasks: Sequence[Task], *, seed: int
+    config: ModelConfig, frozen_tasks: Sequence[ImageTask], *, seed: int
 ) -> tuple[Backbone, list[np.ndarray]]:
     """Makes the small vision transformer and the frozen heads of tasks.
 

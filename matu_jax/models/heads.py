@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from matu_jax.data import Task
+from matu_jax.data import ImageTask
 
 BATCH_PROMPTS = 64
 _TOKEN_STEP = 8
@@ -19,7 +19,7 @@ _TOKEN_STEP = 8
 def zero_shot_heads(
     embed: Callable[[Int32[np.ndarray, "prompts tokens"]], Float32[Array, "prompts features"]],
     tokenizer: Any,
-    tasks: Sequence[Task],
+    tasks: Sequence[ImageTask],
     *,
     context: int,
     end_token: int,
@@ -77,7 +77,7 @@ def zero_shot_heads(
     return heads
 
 
-def _prompts(task: Task) -> list[str]:
+def _prompts(task: ImageTask) -> list[str]:
     """Prompts of a task, class by class."""
     if not task.templates:
         raise ValueError(

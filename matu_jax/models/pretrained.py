@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from matu_jax.data import Task
+from matu_jax.data import ImageTask
 from matu_jax.models import huggingface
 from matu_jax.models.architectures import Architecture, without_text_tower
 from matu_jax.models.backbone import (
@@ -37,7 +37,7 @@ _LEFT_OUT = {
 
 
 def load(
-    config: ModelConfig, frozen_tasks: Sequence[Task], *, seed: int
+    config: ModelConfig, frozen_tasks: Sequence[ImageTask], *, seed: int
 ) -> tuple[Backbone, list[np.ndarray], float]:
     """Makes the image tower of a real architecture, and the zero-shot heads of tasks.
 
@@ -155,7 +155,7 @@ def text_embedding(
     return functools.partial(jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens)), state)
 
 
-def _random_head(task: Task, features: int, seed: int) -> np.ndarray:
+def _random_head(task: ImageTask, features: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng((seed, zlib.crc32(task.name.encode())))
     rows = rng.normal(size=(task.num_classes, features))
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)

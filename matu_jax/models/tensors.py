@@ -175,11 +175,7 @@ class TensorFiles:
 
 
 class _File:
-    """A file that is open while it is among the `_MOST_OPEN` that were read last.
-
-    Attributes:
-      path: of the file.
-    """
+    """A file that is open while it is among the `_MOST_OPEN` that were read last."""
 
     _open: ClassVar[collections.OrderedDict["_File", BinaryIO]] = collections.OrderedDict()
 

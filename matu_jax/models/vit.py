@@ -31,6 +31,13 @@ class ViTShape:
     """The shape of a vision transformer; sizes in pixels and features.
 
     Attributes:
+      image_size: height and width of an image.
+      patch_size: of a patch, which becomes one token.
+      channels: of an image.
+      width: features of a token.
+      depth: number of blocks.
+      heads: of attention.
+      mlp_width: features inside a block's perceptron.
       stem_widths: features of the strided 3x3 convolutions in front of the last one, which yields
         the tokens (Xiao et al. 2021, arXiv 2106.14881); each halves the image, so that patch_size
         is 2 ** (len(stem_widths) + 1). Empty: plain patches (Dosovitskiy et al. 2021).

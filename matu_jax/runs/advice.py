@@ -26,11 +26,15 @@ def advice(error: Exception, line: str) -> str:
     """
     text = str(error)
     if isinstance(error, dataclasses.FrozenInstanceError):
-        return f" A Config does not change. {_instead(line)}"
+        return f". A Config does not change. {_instead(line)}"
     if isinstance(error, (ImportError, AttributeError)) and "matu_jax.config" in text:
         gone = re.search("'(default|freeze|set_field|override)'", text)
-        return f" An experiment is a frozen Config.\n{FORM}" if gone else ""
+        return f". An experiment is a frozen Config.\n{FORM}" if gone else ""
+    if isinstance(error, ModuleNotFoundError) and error.name == "ml_collections":
+        return f". An experiment is a frozen Config.\n{FORM}"
     if isinstance(error, AttributeError) and dataclasses.is_dataclass(error.obj):
+        if isinstance(error.obj, Config) and error.name in RENAMED:
+            return f". {renaming(error.name)}"
         return did_you_mean(error.name or "", [each.name for each in dataclasses.fields(error.obj)])
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if isinstance(error, TypeError) and found and found[1] in _schemas():
@@ -48,20 +52,38 @@ def _schemas() -> dict[str, type]:
 
 def _instead(line: str) -> str:
     """A line without assignment in place of one such as `config.local.steps = 20`."""
+    target, value = _assigned(line)
+    names = ast.unparse(target).split(".") if target else []
+    for start in range(1, len(names)):
+        path, before = ".".join(names[start:]), ".".join(names[:start])
+        if path in RENAMED or _is_field(path):
+            paths = RENAMED.get(path, (path,))
+            fields = ", ".join(f'"{now}": {ast.unparse(value)}' for now in paths)
+            changed = f"{before}.with_fields({{{fields}}})"
+            if start == 1:
+                return f"Write\n    {before} = {changed}"
+            return f"Use this one in its place:\n    {changed}"
+    config = names[0] if names else "config"
+    return f'Make another one, such as\n    {config} = {config}.with_fields({{"local.steps": 20}})'
+
+
+def _assigned(line: str) -> tuple[ast.Attribute | None, ast.expr]:
+    """The one attribute that a line assigns to, None where there is none, and its new value."""
+    nothing = ast.Constant(None)
     try:
         (statement,) = ast.parse(line).body
     except (SyntaxError, ValueError):
-        statement = None
-    if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Attribute):
-        names, value = ast.unparse(statement.targets[0]).split("."), ast.unparse(statement.value)
-        for start in range(1, len(names)):
-            path, before = ".".join(names[start:]), ".".join(names[:start])
-            if _is_field(path):
-                changed = f'{before}.with_fields({{"{path}": {value}}})'
-                if start == 1:
-                    return f"Write\n    {before} = {changed}"
-                return f"Use this one in its place:\n    {changed}"
-    return 'Make another one, such as\n    config = config.with_fields({"local.steps": 20})'
+        return None, nothing
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        target, value = statement.targets[0], statement.value
+    elif isinstance(statement, ast.AugAssign):
+        target = statement.target
+        value = ast.BinOp(
+            ast.parse(ast.unparse(target), mode="eval").body, statement.op, statement.value
+        )
+    else:
+        return None, nothing
+    return (target, value) if isinstance(target, ast.Attribute) else (None, nothing)
 
 
 def _is_field(path: str) -> bool:

@@ -7,12 +7,11 @@ from typing import Any
 from matu_jax.models import exporting
 from matu_jax.models.architectures import transform_of
 from matu_jax.models.checkpoint_config import architecture_of
-from matu_jax.runs.exported import Exported
+from matu_jax.runs.exported import Counts, Exported
 from matu_jax.runs.provenance import versions
-from matu_jax.simulation.evaluate import Counts
 
 
-def _examples(exported: Exported) -> str:
+def measured_on(exported: Exported) -> str:
     """How many examples are measured, such as "20 validation and 20 test"."""
     most, counts = exported.config.evaluation.max_examples, []
     for split in exported.recorded | {"test": None}:

@@ -176,6 +176,9 @@ def without_devices(error: Exception) -> str | None:
     return f"{text}. Set JAX_PLATFORMS=cpu to run without an accelerator."
 
 
+INTERRUPTED = "Interrupted. The same command with the same --workdir goes on."
+
+
 class Source(NamedTuple):
     """Where an experiment, or a comparison, is from: the words about it on a command line.
 
@@ -320,10 +323,10 @@ def load_experiment(file: Path) -> Config:
       UserError: if the file cannot be read, fails (with its line), or yields no `Config`.
     """
     config = run_file(file)
-    if not isinstance(config, Config):
+    if type(config) is not Config:  # a subclass's further fields could not be read again
         raise UserError(
             f"--config {file}: get_config() returned {type(config).__name__}, expected a "
-            f"matu_jax.config.Config (a comparison is run by matu_jax.compare). {FORM}"
+            f"matu_jax.config.Config itself (a comparison is run by matu_jax.compare). {FORM}"
         )
     return config
 
@@ -335,7 +338,20 @@ def run_file(file: Path) -> Any:
       UserError: if the file cannot be read, or fails (with its line).
     """
     try:
-        return runpy.run_path(str(regular_file(file)))["get_config"]()
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a directory, expected a file", str(file))
+        found = runpy.run_path(str(regular_file(file))).get("get_config")
+        if not callable(found):
+            what = "defines no" if found is None else "has no function"
+            raise UserError(f"--config {file}: {what} get_config(). {FORM}")
+        return found()
+    except UserError:
+        raise
+    except SystemExit as error:
+        raise UserError(
+            f"--config {file}: ended the program itself (exit code {error.code}) before "
+            "get_config() returned. Take the call of sys.exit or exit out of it."
+        ) from None
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}.") from None
     except SyntaxError as error:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,14 +11,25 @@ import numpy as np
 from matu_jax import algorithms, models
 from matu_jax.aggregation import Slots
 from matu_jax.config import Config
-from matu_jax.data import Task
+from matu_jax.data import ImageTask, Split, image_tasks
 from matu_jax.errors import UserError, did_you_mean
 from matu_jax.models import exporting
+from matu_jax.models.classification import ROUNDING, near_ties
 from matu_jax.runs.checkpoints import Checkpoints
 from matu_jax.runs.workdir import check_identity, chosen_round, config_of, records_of
-from matu_jax.simulation.evaluate import ROUNDING, Counts, count_slot
+from matu_jax.simulation.choices import SimulationConfig
+from matu_jax.simulation.evaluate import EvaluationSet, evaluation, summed
 from matu_jax.simulation.federation import Federation, federate, identity, task_names
+from matu_jax.simulation.placement import ROWS, WHOLE, placed, slot_mesh
 from matu_jax.trees import PyTree
+
+
+class Counts(NamedTuple):
+    """Of one split: examples classified rightly, all that were measured, and near ties."""
+
+    right: int
+    examples: int
+    near: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Exported:
     """
 
     config: Config
-    task: Task
+    task: ImageTask
     client: int
     round: int
     why: str
@@ -52,9 +63,9 @@ class Exported:
     frozen: PyTree
     head: dict[str, np.ndarray]
     recorded: dict[str, float]
-    tasks: Sequence[Task]
+    tasks: Sequence[ImageTask]
     number: int
-    model: models.Model
+    model: models.Classifier
 
     @property
     def accuracy(self) -> float | None:
@@ -131,7 +142,7 @@ def read_run(
 def _exported(
     config: Config,
     federation: Federation,
-    model: models.Model,
+    model: models.Classifier,
     vector: PyTree,
     row: int,
     **about: Any,
@@ -139,7 +150,8 @@ def _exported(
     """Parts a slot's task vector into the tower's and the head's."""
     slots = federation.slots
     number = int(slots.task[row])
-    task = federation.tasks[number]
+    tasks = image_tasks(federation.tasks)
+    task = tasks[number]
     params = jax.tree.map(lambda a, b: np.asarray(a) + b, model.base, vector)
     if "trained" in model.frozen and bool(model.frozen["trained"][number]):
         kernel, bias = params["head"]["kernel"], params["head"]["bias"]
@@ -162,7 +174,7 @@ def _exported(
         params=params,
         frozen=jax.tree.map(np.asarray, model.frozen["backbone"]),
         head=head,
-        tasks=federation.tasks,
+        tasks=tasks,
         number=number,
         model=model,
         **about,
@@ -186,8 +198,8 @@ def measure(exported: Exported, kind: str) -> Counts:
 
     First the parameters are counted as the run did, in its dtype and batches, on its validation and
     test examples. Each count has to be the recorded one, but for near ties, which may have changed
-    sides, see `evaluate.near_ties`. Then they are counted in float32; merged kernels too, which may
-    differ from adapters by near ties alone.
+    sides, see `classification.near_ties`. Then they are counted in float32; merged kernels too,
+    which may differ from adapters by near ties alone.
 
     Args:
       exported: from `read_run`.
@@ -207,7 +219,7 @@ def measure(exported: Exported, kind: str) -> Counts:
     in_float32 = in_float32 or _count(exported, exact, "test")
     if kind == "merged" and config.model.trainable == "lora":
         tower = exporting.merged_tower(exported.params, exported.frozen, config.model)
-        merged = exact._replace(frozen=exact.frozen | {"backbone": tower})
+        merged = dataclasses.replace(exact, frozen=exact.frozen | {"backbone": tower})
         params = jax.tree.map(np.zeros_like, exported.params)
         adapters, in_float32 = in_float32, _count(exported, merged, "test", params=params)
         if abs(in_float32.right - adapters.right) > max(in_float32.near, adapters.near):
@@ -234,7 +246,7 @@ def _check_count(exported: Exported, found: Counts, recorded: float, split: str)
 
 def _count(
     exported: Exported,
-    model: models.Model,
+    model: models.Classifier,
     split: str,
     *,
     dtype: str = "float32",
@@ -250,10 +262,47 @@ def _count(
             bias[: len(head["bias"])] = head["bias"]
         params = {"shared": params, "head": {"kernel": kernel, "bias": bias}}
     splits = [getattr(task, split) for task in exported.tasks]
-    classes = exported.task.num_classes
     return count_slot(
-        exported.config, model, splits, exported.number, classes, params, rounding=ROUNDING[dtype]
+        exported.config, model, splits, exported.number, params, rounding=ROUNDING[dtype]
     )
+
+
+def count_slot(
+    config: SimulationConfig,
+    model: models.Classifier,
+    splits: Sequence[Split],
+    task: int,
+    params: PyTree,
+    *,
+    rounding: float,
+) -> Counts:
+    """Measures one slot's parameters as a round does: the same examples in the same batches.
+
+    Args:
+      config: says which examples are measured, and how many at once.
+      model: what is evaluated; its base does not matter.
+      splits: one per task of the run.
+      task: the slot's.
+      params: of the slot, base and task vector added.
+      rounding: as in `classification.ROUNDING`.
+    """
+    mesh = slot_mesh(jax.local_devices()[:1])
+    whole = EvaluationSet(
+        splits,
+        np.array([task]),
+        mesh,
+        batch_examples=config.evaluation.batch_examples,
+        max_examples=config.evaluation.max_examples,
+        seed=config.seed,
+    )
+    metrics = {"accuracy": model.metrics["accuracy"], "near": near_ties(rounding)}
+    program = jax.jit(evaluation(model, metrics, mesh))
+    nothing = jax.tree.map(np.zeros_like, params)  # to which the whole parameters are added
+    shared: tuple[Any, ...] = placed((nothing, model.frozen), mesh, WHOLE)
+    vectors = placed(jax.tree.map(lambda x: np.asarray(x)[None], params), mesh, ROWS)
+    sums = summed(program, shared, whole, lambda _: vectors, np.array([task]), mesh)
+    right, examples = (int(sums["accuracy"][name][0]) for name in ("right", "examples"))
+    return Counts(right, examples, int(sums["near"][0]))
 
 
 def _holder(slots: Slots, task: int, client: int | None, measured: dict | None, name: str) -> int:

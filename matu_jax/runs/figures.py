@@ -1,4 +1,4 @@
-"""Pictures and tables of a run, for people.
+"""Pictures of a run, for people.
 
 Pictures are drawn on figures of their own, never through pyplot, so that nothing global changes.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matu_jax.json_files import replace_file
-from matu_jax.runs.tables import _number
+from matu_jax.runs.tables import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def plot_accuracy(
     figure = blank_figure(8, 5)
     axes = figure.add_subplot()
     tasks = list(accuracy[-1]["test_per_task"])
-    per_task = np.array([[_number(a["test_per_task"].get(t)) for t in tasks] for a in accuracy])
+    per_task = np.array([[number(a["test_per_task"].get(t)) for t in tasks] for a in accuracy])
     marker = "o" if len(rounds) <= 30 else ""
     style = {"color": _FAINT, "linewidth": 0.9, "marker": marker, "markersize": 2}
     for i in range(len(tasks)):
@@ -74,7 +74,7 @@ def plot_accuracy(
         ("validation_mean", "validation, mean", _VALIDATION, "--"),
         ("test_mean", "test, mean", _TEST, "-"),
     ):
-        values = [_number(a.get(key)) for a in accuracy]
+        values = [number(a.get(key)) for a in accuracy]
         style = {"color": color, "linewidth": 2.2, "marker": marker, "markersize": 4}
         axes.plot(rounds, values, line, label=label, **style)
     if len(rounds) == 1:

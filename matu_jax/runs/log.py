@@ -1,4 +1,4 @@
-"""What a run writes for people and programs: metrics.jsonl, summary.json, and the AUC in them."""
+"""What a run writes for programs: metrics.jsonl, its records, and summary.json."""
 
 import hashlib
 import json

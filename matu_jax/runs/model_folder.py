@@ -10,7 +10,7 @@ import numpy as np
 from matu_jax.errors import UserError
 from matu_jax.models import exporting, huggingface
 from matu_jax.models.checkpoint_config import architecture_of
-from matu_jax.runs.card import _examples, model_card
+from matu_jax.runs.card import measured_on, model_card
 from matu_jax.runs.exported import Exported, measure
 from matu_jax.trees import leaf_items
 
@@ -53,7 +53,7 @@ def write(
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already. Give a new folder.")
-    say(f"Measuring on {_examples(exported)} examples first.")
+    say(f"Measuring on {measured_on(exported)} examples first.")
     measured = measure(exported, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as unfinished:

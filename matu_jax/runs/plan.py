@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -12,6 +13,7 @@ from matu_jax import algorithms
 from matu_jax.config import Config
 from matu_jax.data import Task, prepared, selection
 from matu_jax.errors import UserError
+from matu_jax.messages.traffic import message_bits
 from matu_jax.models import Model
 from matu_jax.models.architectures import check_heads, transform_of
 from matu_jax.models.checkpoint_config import architecture_of
@@ -87,9 +89,13 @@ def print_plan(
     )
     memory = predicted_bytes(config, model, algorithm, federation, mesh)
     trained = sum(leaf.size for leaf in jax.tree.leaves(model.base))
-    frozen = sum(leaf.size for leaf in jax.tree.leaves(model.frozen))
+    frozen = sum(
+        leaf.size  # and not numbers of classes and the like
+        for leaf in jax.tree.leaves(model.frozen)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
     device, processes = own_devices(mesh)[0], jax.process_count()
-    bits = [algorithms.message_bits(message, slots).mean() for message in (uplink, downlink)]
+    bits = [message_bits(message, slots).mean() for message in (uplink, downlink)]
     plan = {
         "devices": f"{mesh.size} x {device.device_kind} ({device.platform})"
         + (f" of {processes} processes" if processes > 1 else ""),

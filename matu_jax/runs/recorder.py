@@ -38,9 +38,8 @@ class Recorder:
         self._stack = contextlib.ExitStack()
         self._checkpoints: Checkpoints | None = None
         self._best: Any = None  # the record of the best round on validation so far
-        self._saving = (
-            0.0  # seconds of the round before, whose line was written before it was saved
-        )
+        # Seconds of the round before, whose line was written before it was saved.
+        self._saving = 0.0
         self.log: MetricsLog = MetricsLog(workdir / "metrics.jsonl")
         self.similarity_sum: np.ndarray = np.zeros((num_tasks, num_tasks), np.float32)
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from matu_jax.config import Config
+from matu_jax.data import image_tasks
 from matu_jax.errors import UserError
 from matu_jax.json_files import write_json
 from matu_jax.messages.traffic import Traffic
@@ -74,7 +75,8 @@ def write_results(
     summary = _summary(config, federation, records, similarity)
     summary["metrics"] = recorder.log.fingerprint  # so that results are read beside no others
     summary["config"] = dataclasses.asdict(config)
-    summary["chance"] = {task.name: 1 / task.num_classes for task in federation.tasks}
+    tasks = image_tasks(federation.tasks)
+    summary["chance"] = {task.name: 1 / task.num_classes for task in tasks}
     summary["label_spaces"] = [task.label_space for task in federation.tasks]
     if config.privacy.clip_norm:
         summary["privacy"] = _privacy(config, records)

@@ -12,7 +12,7 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     from rich.table import Table
 
     communication = summary["communication"]
-    seconds = _number(summary["seconds"]["total"])
+    seconds = number(summary["seconds"]["total"])
     share = _percent(summary.get("overhead", {}).get("share"))  # runs of older versions lack it
     data = summary.get("data_fingerprint", {}).values()
     stand_ins = "on generated stand-ins, " * any(str(x).startswith("synthetic-") for x in data)
@@ -68,7 +68,8 @@ def _human(value: float, step: int, units: Sequence[str]) -> str:
     return f"{value:#.3g}".rstrip(".") + f" {units[power]}"
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
+    """A number of JSON, which has no NaN: NaN for None."""
     return float("nan") if value is None else float(value)
 
 

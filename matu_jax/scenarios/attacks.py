@@ -28,6 +28,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from matu_jax.aggregation import Slots, Unified
 from matu_jax.algorithms.means import per_row, row_lengths, weighted_mean
@@ -88,7 +89,7 @@ _HIDDEN = 1e-25
 _SALT = 0x11A5
 
 
-def liars(config: AttackConfig, slots: Slots, seed: int) -> np.ndarray:
+def liars(config: AttackConfig, slots: Slots, seed: int) -> Bool[np.ndarray, "clients"]:
     """Draws who lies: bool `[clients]`; as many as leave every task's share where it is allowed."""
     client, task = np.asarray(slots.client), np.asarray(slots.task)
     most = np.zeros(slots.num_clients, bool)
@@ -113,12 +114,12 @@ def liars(config: AttackConfig, slots: Slots, seed: int) -> np.ndarray:
 
 def lied(
     config: AttackConfig,
-    changes: PyTree,
-    lies: jax.Array,
+    changes: PyTree[Float[Array, "slots ..."]],
+    lies: Bool[Array, "slots"],
     slots: Slots,
-    round_index: jax.Array,
+    round_index: Int[Array | np.integer, ""] | int,
     seed: int,
-) -> PyTree:
+) -> PyTree[Float[Array, "slots ..."]]:
     """What slots say that they have changed; leaves `[slots, ...]`.
 
     Args:
@@ -156,7 +157,9 @@ def lied(
     return jax.tree.map(choose, said, changes)
 
 
-def lied_upload(config: AttackConfig, uploads: Any, lies: jax.Array, slots: Slots) -> Any:
+def lied_upload(
+    config: AttackConfig, uploads: Any, lies: Bool[Array, "slots"], slots: Slots
+) -> Any:
     """Uploads with lying vectors, masks or scales; every `Unified` in them is changed.
 
     Args:

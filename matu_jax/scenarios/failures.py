@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from matu_jax.aggregation import Slots
 from matu_jax.fields import field
@@ -105,7 +106,7 @@ def _rows(rows: Any, path: Path) -> Iterator[list[str]]:
 def absent_clients(
     config: FailureConfig,
     trace: Mapping[int, Mapping[int, str]],
-    chosen: np.ndarray,
+    chosen: Bool[np.ndarray, "clients"],
     *,
     seed: int,
     round_index: int,
@@ -135,7 +136,7 @@ def absent_clients(
     return absent
 
 
-def without_quorum(slots: Slots, quorum: int) -> np.ndarray:
+def without_quorum(slots: Slots, quorum: int) -> Bool[np.ndarray, "slots"]:
     """Slots that sent something for a task of which too few did: bool `[slots]`."""
     there = np.asarray(slots.weight) > 0
     task = np.asarray(slots.task)

@@ -38,6 +38,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Int32, Key
 
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms.means import per_row
@@ -91,7 +92,9 @@ _LARGEST = 2.0**27
 _PIECE = 1 << 15
 
 
-def slot_keys(seed: int, salt: int, slots: Slots, round_index: jax.Array, by: str) -> jax.Array:
+def slot_keys(
+    seed: int, salt: int, slots: Slots, round_index: Int[Array | np.integer, ""] | int, by: str
+) -> Key[Array, "slots"]:
     """One random key per slot, from (seed, round, client, task), or without the client.
 
     Args:
@@ -110,7 +113,9 @@ def slot_keys(seed: int, salt: int, slots: Slots, round_index: jax.Array, by: st
     return jax.vmap(one)(slots.client, slots.task)
 
 
-def gaussian(keys: jax.Array, like: PyTree) -> PyTree:
+def gaussian(
+    keys: Key[Array, "slots"], like: PyTree[Float[Array, "slots ..."]]
+) -> PyTree[Float[Array, "slots ..."]]:
     """Standard normal numbers like a stacked tree, each row from its key: `[slots, ...]`."""
     leaves, treedef = jax.tree.flatten(like)
     drawn = []
@@ -145,7 +150,7 @@ def grid_step(config: PrivacyConfig, like: PyTree) -> float:
     return step
 
 
-def discrete_gaussian(deviation: float, into: list[np.ndarray]) -> None:
+def discrete_gaussian(deviation: float, into: list[Int32[np.ndarray, "_"]]) -> None:
     """Fills int32 arrays with discrete Gaussian numbers, exactly, by OpenDP, in threads.
 
     From the operating system's entropy. About 10 to 20 microseconds a number and core.
@@ -169,7 +174,9 @@ def discrete_gaussian(deviation: float, into: list[np.ndarray]) -> None:
         list(threads.map(fill, pieces))
 
 
-def drawn(config: PrivacyConfig, like: PyTree, slots: Slots) -> PyTree:
+def drawn(
+    config: PrivacyConfig, like: PyTree, slots: Slots
+) -> PyTree[Int32[np.ndarray, "slots ..."]]:
     """Draws a round's noise, on the host; see `discrete_gaussian`.
 
     Args:
@@ -190,13 +197,13 @@ def drawn(config: PrivacyConfig, like: PyTree, slots: Slots) -> PyTree:
 
 def privatised(
     config: PrivacyConfig,
-    changes: PyTree,
+    changes: PyTree[Float[Array, "slots ..."]],
     slots: Slots,
-    round_index: jax.Array,
+    round_index: Int[Array | np.integer, ""] | int,
     seed: int | None = None,
     *,
-    noise: PyTree | None = None,
-) -> PyTree:
+    noise: PyTree[Int32[Array | np.ndarray, "slots ..."]] | None = None,
+) -> PyTree[Float[Array, "slots ..."]]:
     """Clips each client's changes, rounds them to the grid and adds noise; leaves `[slots, ...]`.
 
     Args:

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int64, Shaped
 
+from matu_jax.data import example_bytes
 from matu_jax.data.batching import gather, round_indices
 from matu_jax.data.feed import Grid, grid, prefetched
 from matu_jax.scenarios import attacks
@@ -14,6 +15,7 @@ from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import Federation
 from matu_jax.simulation.participation import participants, trained_slots
 from matu_jax.simulation.placement import padded_rows, slots_at_once
+from matu_jax.trees import PyTree
 
 
 def round_grid(config: SimulationConfig, federation: Federation, mesh: Mesh) -> Grid:
@@ -21,11 +23,10 @@ def round_grid(config: SimulationConfig, federation: Federation, mesh: Mesh) -> 
     local, slots = config.local, federation.slots
     trained = len(trained_slots(config, slots, participants(config, slots, 0)))
     per_device = slots_at_once(mesh, -(-trained // mesh.size), local.parallel_slots)
-    image = int(np.prod(federation.tasks[0].train.images.shape[1:]))
     return grid(
         trained,
         local.steps,
-        local.batch_examples * image,
+        local.batch_examples * example_bytes(federation.tasks[0].train),
         multiple=mesh.size,
         at_once=per_device * mesh.size,
     )
@@ -37,13 +38,8 @@ def training_batches(
     cut: Grid,
     own: Int64[np.ndarray, "own"],
     done: int,
-) -> Iterator[
-    tuple[
-        UInt8[np.ndarray, "own steps batch height width channels"],
-        Int32[np.ndarray, "own steps batch"],
-    ]
-]:
-    """Images and labels of every piece of every round from `done` on, made ahead by threads.
+) -> Iterator[PyTree[Shaped[np.ndarray, "own steps batch ..."]]]:
+    """The examples of every piece of every round from `done` on, made ahead by threads.
 
     Of the rows that are this process's `own`; nothing else is read.
     """
@@ -70,15 +66,16 @@ def training_batches(
             ),
         )
 
-    def piece(number: int) -> tuple[np.ndarray, np.ndarray]:
+    def piece(number: int) -> PyTree:
         index, rest = divmod(number, cut.groups * cut.chunks)
         group, chunk = divmod(rest, cut.chunks)
         part, task, indices = drawn(index, group)
         chunks = indices[:, chunk * cut.steps : (chunk + 1) * cut.steps]
-        images, labels = gather(tasks, task, chunks)
+        examples = gather(tasks, task, chunks)
         for slot in np.flatnonzero(flips & liars[slots.client[part]]):
-            labels[slot] = tasks[task[slot]].num_classes - 1 - labels[slot]
-        return images, labels
+            labels = examples.labels[slot]
+            examples.labels[slot] = tasks[task[slot]].num_classes - 1 - labels
+        return examples
 
     pieces = cut.groups * cut.chunks
     return prefetched(piece, done * pieces, config.rounds * pieces)

@@ -1,20 +1,20 @@
-"""Accuracy per slot and per task, over splits of any size."""
+"""Metrics per slot and per task, over splits of any size."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Float64, Int, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, Shaped
 
-from matu_jax.data import Split
+from matu_jax.data import example_bytes, example_shapes, num_examples
 from matu_jax.data.feed import BUDGET_BYTES, prefetched
-from matu_jax.models import Model
+from matu_jax.models import Metric, Model
+from matu_jax.models.contract import check_sums
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import Federation
-from matu_jax.simulation.local import class_mask
 from matu_jax.simulation.placement import (
     ROWS,
     WHOLE,
@@ -24,7 +24,6 @@ from matu_jax.simulation.placement import (
     padded_rows,
     placed,
     rows_by_process,
-    slot_mesh,
     slots_at_once,
 )
 from matu_jax.trees import PyTree
@@ -57,14 +56,14 @@ class EvaluationSet:
     If everything fits, there is one piece, to be loaded once and kept.
 
     Args:
-      splits: one per task.
+      splits: one per task, trees of one form, leaves `[examples, ...]`.
       slot_tasks: int `[slots]`, the task of each slot.
       mesh: the devices.
       batch_examples: examples per forward pass.
       max_examples: of each split at most, drawn from the seed; 0 = all.
       seed: for that.
       parallel_slots: as in `placement.map_slots`.
-      budget_bytes: images of a piece.
+      budget_bytes: examples of a piece.
 
     Attributes:
       pieces: what `load` takes.
@@ -75,7 +74,7 @@ class EvaluationSet:
 
     def __init__(
         self,
-        splits: Sequence[Split],
+        splits: Sequence[PyTree],
         slot_tasks: Int[np.ndarray, "slots"],
         mesh: Mesh,
         *,
@@ -85,22 +84,23 @@ class EvaluationSet:
         parallel_slots: int = 0,
         budget_bytes: int = BUDGET_BYTES,
     ):
-        empty = [i for i, split in enumerate(splits) if not len(split.labels)]
+        empty = [i for i, split in enumerate(splits) if not num_examples(split)]
         if empty:
             raise ValueError(f"evaluation: task {empty[0]} has no examples in this split.")
         self._splits = splits
+        counts = [num_examples(split) for split in splits]
         self._order = [
-            np.sort(np.random.default_rng((seed, i)).permutation(len(s.labels))[:max_examples])
-            if 0 < max_examples < len(s.labels)
-            else np.arange(len(s.labels))
-            for i, s in enumerate(splits)
+            np.sort(np.random.default_rng((seed, i)).permutation(count)[:max_examples])
+            if 0 < max_examples < count
+            else np.arange(count)
+            for i, count in enumerate(counts)
         ]
         lengths = np.array([len(order) for order in self._order])
         self._batch = min(batch_examples, int(lengths.max()))
-        image_bytes = int(np.prod(splits[0].images.shape[1:]))
+        each = example_bytes(splits[0])
         batches = -(-int(lengths.max()) // self._batch)
         slots = np.arange(len(slot_tasks))
-        if len(splits) * batches * self._batch * image_bytes <= budget_bytes:
+        if len(splits) * batches * self._batch * each <= budget_bytes:
             groups = [padded_rows(slots, mesh.size)]
             streamed = False
         else:
@@ -118,7 +118,7 @@ class EvaluationSet:
             len(np.unique(slot_tasks[group[rows]])) for group in groups for rows in rows_of.values()
         )
         if streamed:
-            batches = max(1, budget_bytes // (widest * self._batch * image_bytes))
+            batches = max(1, budget_bytes // (widest * self._batch * each))
             batches = min(batches, -(-int(lengths.max()) // self._batch))
         self._batches = batches
         self.pieces: list[Piece] = []
@@ -133,170 +133,91 @@ class EvaluationSet:
                 self.pieces.append(Piece(group, rows, held, local.astype(np.int32), first))
 
     @property
-    def image_bytes(self) -> int:
-        """Bytes of a piece's images."""
+    def piece_bytes(self) -> int:
+        """Bytes of a piece's examples."""
         tasks = len(self.pieces[0].tasks)
-        pixels = int(np.prod(self._splits[0].images.shape[1:]))
-        return tasks * self._batches * self._batch * pixels
+        return tasks * self._batches * self._batch * example_bytes(self._splits[0])
 
     def load(
         self, index: int
     ) -> tuple[
-        UInt8[np.ndarray, "tasks batches batch height width channels"],
-        Int32[np.ndarray, "tasks batches batch"],
+        PyTree[Shaped[np.ndarray, "tasks batches batch ..."]],
+        Bool[np.ndarray, "tasks batches batch"],
     ]:
         """Gathers a piece's examples, padded; of the tasks of this process's slots.
 
         Returns:
-          Images, uint8 `[tasks, batches, batch, height, width, channels]`, and labels, int32
-          `[tasks, batches, batch]`, -1 where padded.
+          Examples in the form of the splits, leaves `[tasks, batches, batch, ...]`, and which of
+          them are there and not padding, bool `[tasks, batches, batch]`.
         """
-        piece, size = self.pieces[index], self._batches * self._batch
-        shape = self._splits[0].images.shape[1:]
-        images = np.zeros((len(piece.tasks), size, *shape), np.uint8)
-        labels = np.full((len(piece.tasks), size), -1, np.int32)
+        piece, cut = self.pieces[index], (self._batches, self._batch)
+        size, rows = self._batches * self._batch, len(piece.tasks)
+        shapes = example_shapes(self._splits[0])
+        examples = jax.tree.map(lambda x: np.zeros((rows, size, *x.shape), x.dtype), shapes)
+        there = np.zeros((rows, size), np.bool_)
         for row, task in enumerate(piece.tasks):
             chosen = self._order[task][piece.first : piece.first + size]
-            images[row, : len(chosen)] = self._splits[task].images[chosen]
-            labels[row, : len(chosen)] = self._splits[task].labels[chosen]
-        cut = (len(piece.tasks), self._batches, self._batch)
-        return images.reshape(*cut, *shape), labels.reshape(cut)
+            there[row, : len(chosen)] = True
+            split = jax.tree.leaves(self._splits[task])
+            for into, leaf in zip(jax.tree.leaves(examples), split, strict=True):
+                into[row, : len(chosen)] = leaf[chosen]
+        examples = jax.tree.map(lambda x: x.reshape(rows, *cut, *x.shape[2:]), examples)
+        return examples, there.reshape(rows, *cut)
 
 
 def evaluation(
-    model: Model, mesh: Mesh, *, parallel_slots: int = 0, rounding: float | None = None
-) -> Callable[..., jax.Array]:
+    model: Model, metrics: Mapping[str, Metric], mesh: Mesh, *, parallel_slots: int = 0
+) -> Callable[..., PyTree]:
     """Makes the function that measures slots on a piece of their own tasks' examples.
 
     Args:
       model: what is evaluated.
+      metrics: what is measured of its outputs.
       mesh: the devices.
       parallel_slots: as in `placement.map_slots`.
-      rounding: with it, near ties are counted as well, see `near_ties`.
 
     Returns:
-      `((base, frozen, images, labels), vectors, local, task, num_classes) -> counts`, to be jitted:
-      images and labels from `EvaluationSet.load`, put `on_each` device, vectors leaves `[slots,
-      ...]`, local (position in the piece), task and num_classes int32 `[slots]`; counts int32
-      `[slots, 2]`, or `[slots, 3]`: examples classified rightly, all, and near ties.
+      `((base, frozen, examples, there), vectors, local, task) -> sums`, to be jitted: examples and
+      there from `EvaluationSet.load`, put `on_each` device, vectors leaves `[slots, ...]`, local
+      (position in the piece) and task int32 `[slots]`; sums by metric, leaves `[slots, ...]`.
     """
 
-    def counts(shared, vector, local, task, num_classes):
-        base, frozen, images, labels = shared
+    def sums(shared, vector, local, task):
+        base, frozen, examples, there = shared
         params = jax.tree.map(jnp.add, base, vector)
 
-        def hits(batch):
-            targets = labels[local, batch]
-            logits = model.logits(params, frozen, images[local, batch], task)
-            logits = logits + class_mask(num_classes, logits.shape[-1])[None]
-            right = logits.argmax(axis=-1).astype(jnp.int32) == targets
-            there = targets >= 0
-            found = [right.sum(), there.sum()]
-            if rounding is not None:
-                near = near_ties(logits, targets, num_classes, rounding)
-                found.append((near & there).sum())
-            return jnp.stack(found)
+        def of_batch(index):
+            batch = jax.tree.map(lambda x: x[local, index], examples)
+            outputs = model.outputs(params, frozen, batch, task)
+            counted = there[local, index]
 
-        return jax.lax.map(hits, jnp.arange(images.shape[1])).sum(axis=0)
+            def total(x):
+                x = x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
+                padding = counted.reshape(-1, *[1] * (x.ndim - 1))
+                return jnp.where(padding, x, 0).sum(axis=0)
+
+            found = {name: metric.sums(outputs, batch) for name, metric in metrics.items()}
+            check_sums(found, counted.shape[0])
+            return jax.tree.map(total, found)
+
+        found = jax.lax.map(of_batch, jnp.arange(there.shape[1]))
+        return jax.tree.map(lambda x: x.sum(axis=0), found)
 
     specs = (WHOLE, WHOLE, ROWS, ROWS)
-    return map_slots(counts, mesh, parallel_slots=parallel_slots, shared_specs=specs)
+    return map_slots(sums, mesh, parallel_slots=parallel_slots, shared_specs=specs)
 
 
-def near_ties(
-    logits: Float[Array, "examples width"],
-    targets: Int32[Array, "examples"],
-    num_classes: Int32[Array, ""],
-    rounding: float,
-) -> Bool[Array, "examples"]:
-    """Examples that another order of the same sums may put on the other side: bool `[examples]`.
-
-    Those whose own class's logit is less than `rounding` times the example's largest magnitude away
-    from the best of the other classes; logits less their mean, since what all classes have in
-    common decides nothing.
-
-    Args:
-      logits: `[examples, width]`, of which the first num_classes count.
-      targets: int32 `[examples]`.
-      num_classes: int32 `[]`.
-      rounding: as in `ROUNDING`.
-    """
-    column = jnp.arange(logits.shape[-1])[None]
-    own, there = column == targets[:, None], column < num_classes
-    mean = jnp.where(there, logits, 0).sum(axis=-1, keepdims=True)
-    logits = logits - mean / num_classes.astype(logits.dtype)
-    target = jnp.where(own, logits, 0).sum(axis=-1)
-    best = jnp.where(own | ~there, -jnp.inf, logits).max(axis=-1)
-    largest = jnp.where(there, jnp.abs(logits), 0).max(axis=-1)
-    return jnp.abs(target - best) < rounding * largest
-
-
-ROUNDING = {"float32": 2.0**-10, "bfloat16": 2.0**-7}
-"""How far apart logits of the same parameters may be, by the dtype they are computed in, as a part
-of an example's largest: the spacing of bfloat16, and of the numbers (TF32) that accelerators
-multiply float32 as. CPUs are a thousand times nearer in float32."""
-
-
-class Counts(NamedTuple):
-    """Of one split: examples classified rightly, all that were measured, and near ties."""
-
-    right: int
-    examples: int
-    near: int
-
-
-def count_slot(
-    config: SimulationConfig,
-    model: Model,
-    splits: Sequence[Split],
-    task: int,
-    classes: int,
-    params: PyTree,
-    *,
-    rounding: float,
-) -> Counts:
-    """Measures one slot's parameters as a round does: the same examples in the same batches.
-
-    Args:
-      config: says which examples are measured, and how many at once.
-      model: what is evaluated; its base does not matter.
-      splits: one per task of the run.
-      task: the slot's.
-      classes: how many that task has.
-      params: of the slot, base and task vector added.
-      rounding: as in `ROUNDING`.
-    """
-    mesh = slot_mesh(jax.local_devices()[:1])
-    whole = EvaluationSet(
-        splits,
-        np.array([task]),
-        mesh,
-        batch_examples=config.evaluation.batch_examples,
-        max_examples=config.evaluation.max_examples,
-        seed=config.seed,
-    )
-    program = jax.jit(evaluation(model, mesh, rounding=rounding))
-    nothing = jax.tree.map(np.zeros_like, params)  # to which the whole parameters are added
-    shared: tuple[Any, ...] = placed((nothing, model.frozen), mesh, WHOLE)
-    vectors = placed(jax.tree.map(lambda x: np.asarray(x)[None], params), mesh, ROWS)
-    (counts,) = _counts(
-        program, shared, whole, lambda _: vectors, np.array([task]), np.array([classes]), mesh
-    )
-    return Counts(*counts.tolist())
-
-
-def _counts(
-    program: Callable[..., jax.Array],
+def summed(
+    program: Callable[..., PyTree],
     parameters: tuple[Any, ...],
     whole: EvaluationSet,
     vectors_of: Callable[[np.ndarray], PyTree],
-    task: np.ndarray,
-    num_classes: np.ndarray,
+    task: Int[np.ndarray, "slots"],
     mesh: Mesh,
     *,
-    resident: tuple[jax.Array, jax.Array] | None = None,
-) -> np.ndarray:
-    """Counts what `evaluation` counts of every slot, over all pieces of a split.
+    resident: tuple[PyTree, jax.Array] | None = None,
+) -> PyTree[Shaped[np.ndarray, "slots ..."]]:
+    """The sums of `evaluation` of every slot, over all pieces of a split.
 
     Args:
       program: from `evaluation`, jitted.
@@ -304,20 +225,19 @@ def _counts(
       whole: the split.
       vectors_of: `slots -> vectors`, leaves `[slots, ...]`, in `ROWS`.
       task: int `[slots]`, the task of each slot.
-      num_classes: int `[slots]`, how many that task has.
       mesh: the devices.
       resident: the examples of a split of one piece, where they are on the devices already.
 
     Returns:
-      int64 `[slots, counts]`.
+      By metric, leaves int64 or float64 `[slots, ...]`.
     """
-    found: list[tuple[Piece, np.ndarray]] = []
+    found: list[tuple[Piece, PyTree]] = []
 
-    def collect(piece: Piece, counted: jax.Array) -> None:
-        found.append((piece, np.asarray(collected(counted, mesh))))
+    def collect(piece: Piece, measured: PyTree) -> None:
+        found.append((piece, jax.tree.map(np.asarray, collected(measured, mesh))))
 
     loaded = iter([resident]) if resident else prefetched(whole.load, 0, len(whole.pieces))
-    waiting: tuple[Piece, jax.Array] | None = None
+    waiting: tuple[Piece, PyTree] | None = None
     group, vectors = None, None
     for piece, examples in zip(whole.pieces, loaded, strict=True):
         there = examples if resident else on_each(examples, mesh)
@@ -326,20 +246,24 @@ def _counts(
         if piece.slots is not group:  # the pieces of one group of slots share its array
             group, vectors = piece.slots, None  # the group before makes room first
             vectors = vectors_of(piece.slots)
-        counted = program(
+        measured = program(
             (*parameters, *there),
             vectors,
             placed(piece.local, mesh, ROWS),
             task[piece.slots].astype(np.int32),
-            num_classes[piece.slots].astype(np.int32),
         )
-        waiting = piece, counted
+        waiting = piece, measured
     if waiting:
         collect(*waiting)
-    counts = np.zeros((len(task), found[0][1].shape[1]), np.int64)
-    for piece, counted in found:
-        counts[piece.slots[: piece.rows]] += counted[: piece.rows]
-    return counts
+
+    def total(*parts):
+        wide = np.float64 if np.issubdtype(parts[0].dtype, np.floating) else np.int64
+        sums = np.zeros((len(task), *parts[0].shape[1:]), wide)
+        for (piece, _), part in zip(found, parts, strict=True):
+            sums[piece.slots[: piece.rows]] += part[: piece.rows]
+        return sums
+
+    return jax.tree.map(total, *(measured for _, measured in found))
 
 
 def per_task(
@@ -378,6 +302,9 @@ def measuring(
 ) -> Callable[[Callable[[np.ndarray], PyTree]], dict[str, Any]]:
     """Makes the function that evaluates: (slots -> vectors, in `ROWS`) to what a record holds.
 
+    That is, by metric: "validation_mean" and "test_mean", the means over tasks; "..._per_task", by
+    name; and "..._per_slot", a list.
+
     Args:
       config: says which examples are measured, and how many at once.
       model: what is evaluated.
@@ -386,8 +313,9 @@ def measuring(
       parameters: (base, frozen), placed on all of them.
     """
     tasks, slots = federation.tasks, federation.slots
-    num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
-    program = jax.jit(evaluation(model, mesh, parallel_slots=config.local.parallel_slots))
+    program = jax.jit(
+        evaluation(model, model.metrics, mesh, parallel_slots=config.local.parallel_slots)
+    )
     sets = evaluation_sets(config, federation, mesh)
     resident = {
         split: on_each(whole.load(0), mesh)
@@ -396,25 +324,36 @@ def measuring(
     }
 
     def measure(vectors_of: Callable[[np.ndarray], PyTree]) -> dict[str, Any]:
-        accuracy: dict[str, Any] = {}
+        measured: dict[str, dict[str, Any]] = {name: {} for name in model.metrics}
         for split, whole in sets.items():
-            counts = _counts(
+            sums = summed(
                 program,
                 parameters,
                 whole,
                 vectors_of,
                 slots.task,
-                num_classes,
                 mesh,
                 resident=resident.get(split),
             )
-            per_slot = counts[:, 0] / counts[:, 1]
-            by_task = per_task(per_slot, slots.task, len(tasks))
-            accuracy[f"{split}_mean"] = float(np.nanmean(by_task))
-            accuracy[f"{split}_per_task"] = {
-                task.name: float(a) for task, a in zip(tasks, by_task, strict=True)
-            }
-            accuracy[f"{split}_per_slot"] = per_slot.tolist()
-        return accuracy
+            for name, metric in model.metrics.items():
+                per_slot = values(metric, sums[name])
+                by_task = per_task(per_slot, slots.task, len(tasks))
+                measured[name] |= {
+                    f"{split}_mean": float(np.nanmean(by_task)),
+                    f"{split}_per_task": {
+                        task.name: float(a) for task, a in zip(tasks, by_task, strict=True)
+                    },
+                    f"{split}_per_slot": per_slot.tolist(),
+                }
+        return measured
 
     return measure
+
+
+def values(
+    metric: Metric, sums: PyTree[Shaped[np.ndarray, "slots ..."]]
+) -> Float64[np.ndarray, "slots"]:
+    """A metric's value of each slot, of its sums."""
+    slots = len(jax.tree.leaves(sums)[0])
+    each = [jax.tree.map(lambda x, row=row: x[row], sums) for row in range(slots)]
+    return np.array([metric.value(one) for one in each], np.float64)

@@ -1,16 +1,27 @@
 """Who holds what: the tasks of an experiment, dealt out to clients."""
 
 import dataclasses
+import operator
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from matu_jax.aggregation import Slots
-from matu_jax.data import Task, embedded, prepared, selection, synthetic
+from matu_jax.data import (
+    ImageTask,
+    Task,
+    check_alike,
+    embedded,
+    fingerprint,
+    num_examples,
+    prepared,
+    selection,
+    synthetic,
+)
 from matu_jax.data.partition import assign, partition
 from matu_jax.data.rendering import SIZE
 from matu_jax.models import base_fingerprint
@@ -55,7 +66,7 @@ def task_names(config: SimulationConfig) -> tuple[str, ...]:
     return selection.resolve(data.tasks, data.folders)
 
 
-def load_tasks(config: SimulationConfig) -> tuple[Task, ...]:
+def load_tasks(config: SimulationConfig) -> tuple[ImageTask, ...]:
     """Loads the tasks of an experiment, with their data.
 
     Raises:
@@ -97,17 +108,40 @@ def federate(config: SimulationConfig) -> Federation:
         cannot be made, an attack of nobody, or a trace that cannot be read; it names the setting
         to change.
     """
+    trace = _trace(config)  # before data is loaded, which takes longer
+    return dealt_out(config, load_tasks(config), trace)
+
+
+def _trace(config: SimulationConfig) -> dict[int, dict[int, str]]:
+    file = config.failures.trace
+    return failures.read_trace(file, config.data.clients) if file else {}
+
+
+def dealt_out(
+    config: SimulationConfig,
+    tasks: Sequence[Task],
+    trace: Mapping[int, Mapping[int, str]] | None = None,
+) -> Federation:
+    """Deals tasks out to clients.
+
+    Args:
+      config: how, in `config.data`; and who fails and lies.
+      tasks: with their data.
+      trace: as in `Federation`; None = of the config.
+
+    Raises:
+      ValueError: for tasks of two forms, an assignment or partition that cannot be made, an attack
+        of nobody, or a trace that cannot be read; it names the setting to change.
+    """
     data = config.data
-    trace = {}
-    if config.failures.trace:
-        trace = failures.read_trace(config.failures.trace, data.clients)
-    tasks = load_tasks(config)
+    trace = _trace(config) if trace is None else trace
+    check_alike(tasks)
     try:
         client, task = assign(
             data.clients, data.tasks_per_client, len(tasks), data.seed, data.assignment or None
         )
         indices = partition(
-            [t.train.labels for t in tasks],
+            [_labels(config, t) for t in tasks],
             client,
             task,
             examples_per_slot=data.examples_per_slot or None,
@@ -129,12 +163,29 @@ def federate(config: SimulationConfig) -> Federation:
             f"at most {holders.max()} holders. Set at least {1 / holders.max():.2f} or so, or "
             "config.attack.kind = 'none'."
         )
-    return Federation(tasks, slots, indices, trace)
+    return Federation(tuple(tasks), slots, indices, trace)
+
+
+def _labels(config: SimulationConfig, task: Task) -> Int[np.ndarray, "examples"]:
+    """What skew and flipped labels are of; zeros for a task of another kind, which has neither."""
+    if isinstance(task, ImageTask):
+        return task.train.labels
+    for field, asked in (
+        ("data.dirichlet_alpha", config.data.dirichlet_alpha > 0),
+        ("attack.kind", config.attack.kind == "label_flip"),
+    ):
+        if asked:
+            found = operator.attrgetter(field)(config)
+            raise ValueError(
+                f"config.{field}: found {found!r}, which is about labels, but task {task.name!r} "
+                "is no ImageTask and says of none; leave it as it is by default"
+            )
+    return np.zeros(num_examples(task.train), np.int32)
 
 
 def fingerprints(federation: Federation) -> dict[str, Any]:
     """What tells one state of each task's data from another, as JSON holds it."""
-    return {task.name: task.fingerprint or embedded.fingerprint(task) for task in federation.tasks}
+    return {task.name: task.fingerprint or fingerprint(task) for task in federation.tasks}
 
 
 def identity(config: SimulationConfig, federation: Federation) -> dict[str, Any]:

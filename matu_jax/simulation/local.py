@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from matu_jax.algorithms.contract import LocalRule
 from matu_jax.models import Model
+from matu_jax.models.contract import check_loss
 from matu_jax.simulation.choices import LocalConfig
 from matu_jax.simulation.placement import map_slots
 from matu_jax.trees import PyTree
@@ -39,11 +40,6 @@ def optimizer(config: LocalConfig) -> optax.GradientTransformation:
     return optax.sgd(config.learning_rate, momentum=config.momentum or None)
 
 
-def class_mask(num_classes: Int32[Array, ""], width: int) -> Float32[Array, "{width}"]:
-    """0 for a task's classes, a large negative number for those it lacks: float32 `[width]`."""
-    return jnp.where(jnp.arange(width) < num_classes, 0.0, -1e9)
-
-
 class Carry(NamedTuple):
     """A slot's training in the middle; leaves `[slots, ...]`.
 
@@ -66,11 +62,10 @@ class LocalTraining(NamedTuple):
     Attributes:
       begin: `downloads -> Carry`; downloads are task vectors with leaves `[slots, ...]`. The
         optimiser starts afresh.
-      advance: `(parameters, carry, downloads, position, num_classes, images, labels) -> Carry`:
-        parameters is `(model.base, model.frozen)`, where what trains starts and what does not
-        train, position int32 `[slots, 3]` (round, client, task), num_classes int32 `[slots]`,
-        images uint8 `[slots, steps, batch, height, width, channels]`, labels int32 `[slots, steps,
-        batch]`.
+      advance: `(parameters, carry, downloads, position, batches) -> Carry`: parameters is
+        `(model.base, model.frozen)`, where what trains starts and what does not train, position
+        int32 `[slots, 3]` (round, client, task), batches in the form of the tasks' splits, leaves
+        `[slots, steps, batch, ...]`.
       finish: `carry -> Trained`.
     """
 
@@ -101,20 +96,16 @@ def local_training(
         carry: Carry,
         download: PyTree,
         position: jax.Array,
-        num_classes: jax.Array,
-        images: jax.Array,
-        labels: jax.Array,
+        batches: PyTree,
     ) -> Carry:
         base, frozen = parameters
         key = jax.random.key(seed)
         for axis in range(3):
             key = jax.random.fold_in(key, position[axis])
 
-        def loss(vector, batch, targets, key):
+        def loss(vector, batch, key):
             params = jax.tree.map(jnp.add, base, vector)
-            logits = model.logits(params, frozen, batch, position[2], key)
-            logits = logits + class_mask(num_classes, logits.shape[-1])[None]
-            value = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+            value = check_loss(model.loss(params, frozen, batch, position[2], key))
             return value + rule.penalty(vector, download) if rule.penalty else value
 
         def trained(tree: PyTree, carry: Carry) -> PyTree:
@@ -127,14 +118,14 @@ def local_training(
 
         def step(carry: Carry, batch):
             drawn = jax.random.fold_in(key, carry.steps) if model.stochastic else None
-            value, gradient = jax.value_and_grad(loss)(carry.vector, *batch, drawn)
+            value, gradient = jax.value_and_grad(loss)(carry.vector, batch, drawn)
             gradient = trained(gradient, carry)
             with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
                 updates, state = tx.update(gradient, carry.optimizer, carry.vector)
             vector = optax.apply_updates(carry.vector, trained(updates, carry))
             return Carry(vector, state, carry.loss + value, carry.steps + 1), None
 
-        return jax.lax.scan(step, carry, (images, labels))[0]
+        return jax.lax.scan(step, carry, batches)[0]
 
     def finish(_, carry: Carry) -> Trained:
         leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry.vector)]

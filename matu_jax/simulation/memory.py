@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from matu_jax.algorithms import Algorithm
+from matu_jax.data import example_bytes, example_shapes
 from matu_jax.models import Model
 from matu_jax.models.backbone import recomputed_bytes
 from matu_jax.simulation.batches import round_grid
@@ -36,15 +36,17 @@ def predicted_bytes(
     besides: XLA was seen to need 1.6 times as much then (ViT-B/16, float32, on CPU).
     """
     slots, local = federation.slots, config.local
-    pixels = federation.tasks[0].train.images.shape[1:]
-    batch = jax.ShapeDtypeStruct((local.batch_examples, *pixels), jnp.uint8)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((local.batch_examples, *x.shape), x.dtype),
+        example_shapes(federation.tasks[0].train),
+    )
 
     def size(tree):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    def residuals(vector, frozen, images):
+    def residuals(vector, frozen, batch):
         key = jax.random.key(0) if model.stochastic else None
-        return jax.vjp(lambda v: model.logits(v, frozen, images, jnp.int32(0), key), vector)[1]
+        return jax.vjp(lambda v: model.loss(v, frozen, batch, jnp.int32(0), key), vector)[1]
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, model.base, model.frozen, batch))
     shared = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(model.frozen)]
@@ -60,8 +62,8 @@ def predicted_bytes(
     per_device = slots_at_once(mesh, cut.slots // mesh.size, local.parallel_slots)
     state = jax.eval_shape(lambda: algorithm.init(model.base, slots))
     vector = size(model.base)
-    pieces = [s.image_bytes for s in evaluation_sets(config, federation, mesh).values()]
-    images = local.batch_examples * int(np.prod(pixels))
+    pieces = [s.piece_bytes for s in evaluation_sets(config, federation, mesh).values()]
+    examples = local.batch_examples * example_bytes(federation.tasks[0].train)
     # One server per process, which all results reach by all its devices; or one over all devices.
     servers = 1 if shards_server(model, algorithm, mesh) else len(rows_by_process(mesh, mesh.size))
     copies = mesh.size if servers > 1 else 1
@@ -71,8 +73,8 @@ def predicted_bytes(
         "optimiser": 4 * cut.slots * vector,
         "task vectors": ((1 + copies) * trained + 2 * servers * slots.client.shape[0]) * vector,
         "server state": 2 * servers * size(state),
-        "batches": (1 if cut.groups * cut.chunks == 1 else 2) * cut.slots * cut.steps * images,
-        "evaluation images": mesh.size * sum(pieces),
+        "batches": (1 if cut.groups * cut.chunks == 1 else 2) * cut.slots * cut.steps * examples,
+        "evaluation examples": mesh.size * sum(pieces),
     }
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm
+from matu_jax.algorithms.contract import check_aggregated
 from matu_jax.algorithms.means import zeros
 from matu_jax.models import Model
 from matu_jax.scenarios import attacks, privacy
@@ -135,7 +136,7 @@ def programs_of(
             _upload(config, algorithm, federation.slots), out_shardings=(None, at_server)
         ),
         aggregate=jax.jit(
-            algorithm.aggregate, donate_argnums=0, out_shardings=(placement, at_server)
+            _aggregate(config, algorithm), donate_argnums=0, out_shardings=(placement, at_server)
         ),
         saved=saved,
     )
@@ -251,6 +252,17 @@ def _upload(config: SimulationConfig, algorithm: Algorithm, slots: Slots) -> Cal
         return uploads, slots.weight
 
     return upload
+
+
+def _aggregate(config: SimulationConfig, algorithm: Algorithm) -> Callable:
+    """An algorithm's `aggregate`, checked while it is traced."""
+
+    def aggregate(state, uploads, slots):
+        found = algorithm.aggregate(state, uploads, slots)
+        check_aggregated(found, state, config.algorithm)
+        return found
+
+    return aggregate
 
 
 def shards_server(model: Model, algorithm: Algorithm, mesh: Mesh) -> bool:

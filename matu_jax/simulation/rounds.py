@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from matu_jax.aggregation import Slots
-from matu_jax.algorithms import Algorithm, Message, Traffic, frame_bits, message_bits
+from matu_jax.algorithms import Algorithm
+from matu_jax.messages.traffic import Message, Traffic, frame_bits, message_bits
 from matu_jax.models import Model, linearised
 from matu_jax.scenarios import attacks, privacy
 from matu_jax.simulation.attendance import Attendance
@@ -36,6 +37,12 @@ from matu_jax.simulation.programs import Programs, changes_of, programs_of
 from matu_jax.simulation.relatedness import related, relatedness_auc
 from matu_jax.trees import PyTree
 
+RECORD = frozenset(
+    {"round", "loss", "similarity_auc", "clients", "aggregated", "dropped", "seconds"}
+    | {f"{way}link_{what}" for way in ("up", "down") for what in ("bits", "frame_bits")}
+)
+"""What a round's record holds besides metrics."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RoundResult:
@@ -44,12 +51,15 @@ class RoundResult:
     Attributes:
       round: 1 for the first.
       make_state: makes `state`.
-      record: what metrics.jsonl holds of the round, as plain Python values.
+      make_vectors: makes `vectors`.
+      record: what metrics.jsonl holds of the round, as plain Python values; with what was measured
+        under the name of each metric, see `evaluate.measuring`, or None if nothing was.
       similarity: float32 `[tasks, tasks]` as the server measured it, or None.
     """
 
     round: int
     make_state: Callable[[], Any]
+    make_vectors: Callable[[], PyTree]
     record: dict[str, Any]
     similarity: Float32[np.ndarray, "tasks tasks"] | None
 
@@ -62,6 +72,14 @@ class RoundResult:
         have None.
         """
         return self.make_state()
+
+    @property
+    def vectors(self) -> PyTree[Float[np.ndarray, "slots ..."]]:
+        """The task vector that each slot holds now, and is measured by: leaves `[slots, ...]`.
+
+        Valid as long as `state`; of one process.
+        """
+        return self.make_vectors()
 
 
 def run(
@@ -102,6 +120,12 @@ def run(
                 f"config.attack.kind: found {config.attack.kind!r}, but the uploads of "
                 f"{config.algorithm!r} have no masks and scales; choose another kind."
             )
+    if not model.metrics or RECORD & model.metrics.keys():
+        raise ValueError(
+            f"model.metrics: found {', '.join(model.metrics) or 'none'}; expected at least one, "
+            "and none of the names that a round's record has already: "
+            f"{', '.join(sorted(RECORD))}."
+        )
     if config.privacy.clip_norm:
         privacy.grid_step(config.privacy, changes_of(model.base, federation.slots))
     return _rounds(config, algorithm, model, federation, mesh or slot_mesh(), start)
@@ -151,9 +175,9 @@ def _rounds(
         clock.lap("exchange", state)
         del trained, uploads, noise  # evaluation has their room
 
-        accuracy = None
+        measured: dict[str, Any] = dict.fromkeys(model.metrics)
         if (index + 1) % config.evaluation.every_rounds == 0 or index + 1 == config.rounds:
-            accuracy = measure(functools.partial(programs.evaluated, state, slots))
+            measured = measure(functools.partial(programs.evaluated, state, slots))
             clock.lap("evaluation")
 
         similarity = np.asarray(metrics["similarity"]) if "similarity" in metrics else None
@@ -161,7 +185,7 @@ def _rounds(
         record = {
             "round": index + 1,
             "loss": float(np.mean(kept)) if kept.size else None,
-            "accuracy": accuracy,
+            **measured,
             "similarity_auc": None
             if similarity is None
             else relatedness_auc(similarity, related(federation.tasks)),
@@ -171,7 +195,20 @@ def _rounds(
             "dropped": attendance.dropped(),
             "seconds": clock.seconds,
         }
-        yield RoundResult(index + 1, functools.partial(programs.saved, state), record, similarity)
+        yield RoundResult(
+            index + 1,
+            functools.partial(programs.saved, state),
+            functools.partial(_held, programs, state, slots, mesh),
+            record,
+            similarity,
+        )
+
+
+def _held(programs: Programs, state: Any, slots: Slots, mesh: Mesh) -> PyTree:
+    """What is evaluated, of all slots in their order."""
+    rows = np.arange(len(slots.task))
+    vectors = programs.evaluated(state, slots, padded_rows(rows, mesh.size))
+    return jax.tree.map(lambda x: np.asarray(x)[: len(rows)], vectors)
 
 
 def _training(
@@ -189,8 +226,7 @@ def _training(
       group, leaves `[group, ...]`; the mean loss, float32 `[trained]`; and bool `[trained]`, False
       where training failed. To be called for every round from `done` on, in order.
     """
-    slots, tasks = federation.slots, federation.tasks
-    num_classes = np.array([tasks[t].num_classes for t in slots.task], np.int32)
+    slots = federation.slots
     cut = round_grid(config, federation, mesh)
     batches = training_batches(config, federation, cut, own_rows(mesh, cut.slots), done)
 
@@ -208,9 +244,7 @@ def _training(
                 examples = placed(next(batches), mesh, ROWS)
                 clock.lap("data")
                 clock.lap("local_training", carry)  # of the piece before
-                carry = programs.advance(
-                    parameters, carry, downloads, position, num_classes[part], *examples
-                )
+                carry = programs.advance(parameters, carry, downloads, position, examples)
             results.append(programs.finish(carry))
             clock.lap("local_training", results[-1])
         results = collected(results, mesh, programs.server)

@@ -14,6 +14,7 @@ from matu_jax import algorithms
 from matu_jax.aggregation import Slots, direction_similarity
 from matu_jax.comparison import plan
 from matu_jax.config import NO_DEFENCE, Config, MatuConfig
+from matu_jax.messages.traffic import message_bits
 from matu_jax.runs.commandline import run_file
 
 OPEN = Config(defence=NO_DEFENCE)
@@ -73,8 +74,7 @@ def rounds_of(algorithm, count, slots=SLOTS):
 def bits(algorithm):
     state, uploads = rounds_of(algorithm, 1)
     return [
-        algorithms.message_bits(message, SLOTS).tolist()
-        for message in algorithm.traffic.sent(state, uploads)
+        message_bits(message, SLOTS).tolist() for message in algorithm.traffic.sent(state, uploads)
     ]
 
 
@@ -304,7 +304,7 @@ def test_products_are_averaged_and_handed_out_as_the_nearest_factors(variants, n
             nearest = (u[..., :2] * s[..., None, :2]) @ v[..., :2, :]
             np.testing.assert_allclose(found + first, nearest, atol=1e-3)
     up, down = (
-        algorithms.message_bits(m, SLOTS)
+        message_bits(m, SLOTS)
         for m in algorithm.traffic.sent(state, algorithm.upload(tree(0, 6), SLOTS))
     )
     numbers = 6 * 5 * 4

@@ -12,9 +12,10 @@ import pytest
 from contract import BASE, OPEN, PARAMETERS, TASK, WEIGHT, one_round, slots_with, vectors_from
 
 import matu_jax as matu
-from matu_jax.algorithms import ALGORITHMS, AlgorithmConfig, build, message_bits
+from matu_jax.algorithms import ALGORITHMS, AlgorithmConfig, build
 from matu_jax.config import FedProxConfig, MatuConfig
 from matu_jax.fields import kinds
+from matu_jax.messages.traffic import message_bits
 
 # The paper's equations as this project reads them; the defaults differ.
 PAPER = MatuConfig(magnitude="max", agreement_threshold=0.4, uploads="vector", transfer="none")

@@ -24,6 +24,7 @@ from matu_jax.config import (
     Config,
     LocalConfig,
 )
+from matu_jax.data import Split
 from matu_jax.simulation import rounds
 from matu_jax.simulation.local import local_training
 from matu_jax.trees import leaf_items
@@ -501,10 +502,8 @@ def trained_in_parts(model, config, rule):
     history = [start]
     for first in range(0, STEPS, STEPS // PARTS):
         part = np.s_[:, first : first + STEPS // PARTS]
-        carry = advance(
-            (model.base, model.frozen), carry, start, position, np.full(2, 3, np.int32),
-            images[part], labels[part],
-        )  # fmt: skip
+        batches = Split(images[part], labels[part])
+        carry = advance((model.base, model.frozen), carry, start, position, batches)
         history.append(carry.vector)
     return [dict(leaf_items(jax.tree.map(np.asarray, x))) for x in history]
 
@@ -589,8 +588,8 @@ def test_ntk_fedavg_is_linear_in_the_vector(monkeypatch):
 
     def logits(vector):
         params = jax.tree.map(jnp.add, model.base, vector)
-        images = federation.tasks[0].test.images[:4]
-        return jax.jit(tangent.logits)(params, tangent.frozen, images, jnp.int32(0))
+        batch = jax.tree.map(lambda x: x[:4], federation.tasks[0].test)
+        return jax.jit(tangent.outputs)(params, tangent.frozen, batch, jnp.int32(0))
 
     other = jax.tree.map(lambda x: -3 * jnp.flip(x, axis=-1), vector)
     mean = jax.tree.map(lambda x, y: 0.25 * x + 0.75 * y, vector, other)

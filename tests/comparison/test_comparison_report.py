@@ -15,7 +15,7 @@ from comparisons import ARMS, ATTRIBUTES, DOMAINS, make_comparison, one_arm, one
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from matu_jax.comparison import figures, report
+from matu_jax.comparison import appendix, figures, report, words
 from matu_jax.comparison.arms import best_first
 from matu_jax.comparison.collect import verdict
 from matu_jax.comparison.drawing import Drawing
@@ -735,3 +735,11 @@ def test_html_is_complete():
     assert '<h2 id="part-1">&lt;one&gt;</h2>' in text
     assert "<p>x &lt; <strong>y</strong></p>" in text
     assert ("meta", {"charset": "utf-8"}) in page.tags
+
+
+def test_fields_of_before_are_given_by_the_names_of_now():
+    found = "".join(map(str, words.fields_words({"fedprox_mu": 0.1, "rounds": 3})))
+    assert "fedprox.mu = 0.1" in found
+    assert "rounds = 3" in found
+    listed = appendix.conditions({"experiment": {"algorithm": "ties", "ties_keep": 0.2}})
+    assert "ties.keep = 0.2" in "".join(map(repr, listed))

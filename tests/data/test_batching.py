@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from matu_jax.data import Split, Task
+from matu_jax.data import ImageTask, Split
 from matu_jax.data.batching import gather, round_indices
 
 CLIENT = np.array([0, 0, 1, 2], np.int32)
@@ -14,14 +14,14 @@ def _draw(**changes):
     return round_indices(INDICES, CLIENT, TASK, **arguments)
 
 
-def _task(name: str, size: int = 4, examples: int = 50) -> Task:
+def _task(name: str, size: int = 4, examples: int = 50) -> ImageTask:
     rng = np.random.default_rng(len(name))
 
     def split() -> Split:
         images = rng.integers(256, size=(examples, size, size, 3)).astype(np.uint8)
         return Split(images, rng.integers(3, size=examples).astype(np.int32))
 
-    return Task(name, "hue", "noise", ("a", "b", "c"), split(), split(), split())
+    return ImageTask(name, split(), split(), split(), class_names=("a", "b", "c"))
 
 
 def test_every_epoch_sees_each_example_once():
@@ -116,7 +116,9 @@ def test_gather_stacks_the_train_examples():
 
 
 def test_gather_names_what_is_wrong():
-    with pytest.raises(ValueError, match=r"images of task 'big' are \[8, 8, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"'big' against one of 'a': .*\n  images: found \(8, 8, 3\)"
+    ):
         gather([_task("a"), _task("big", 8)], TASK[:1], np.zeros((1, 1, 1), int))
     with pytest.raises(ValueError, match=r"slot 0: indices run from 50 to 50.* task 'a' has 50"):
         gather([_task("a")], TASK[:1], np.full((1, 1, 1), 50))
@@ -138,4 +140,4 @@ def test_gather_names_what_is_wrong():
 def test_a_task_refuses_a_split_that_breaks_the_contract(images, labels, message):
     good = Split(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int32))
     with pytest.raises(ValueError, match=f"task 'x', split 'test': {message}"):
-        Task("x", "hue", "noise", ("a", "b"), good, good, Split(images, labels))
+        ImageTask("x", good, good, Split(images, labels), class_names=("a", "b"))

@@ -29,6 +29,7 @@ from matu_jax.messages.layout import (
     overhead_bytes,
 )
 from matu_jax.messages.quantisation import restored, rounded
+from matu_jax.messages.traffic import frame_bits, message_bits
 from matu_jax.simulation import rounds
 from matu_jax.trees import leaf_items
 
@@ -352,10 +353,10 @@ def test_bits_are_those_that_a_run_reports(federation, model, precision, downloa
             down = encoded(state.downloads, held.slots, "download", range(3), precision)
         else:
             down = one_for_each_task(algorithm, state, model.base, held.slots, precision)
-        frames = algorithms.frame_bits(algorithm.traffic, held.slots)
+        frames = frame_bits(algorithm.traffic, held.slots)
         sent = jax.eval_shape(algorithm.traffic.sent, result.state[0], result.state[1])
         for messages, message, frame in zip((up, down), sent, frames, strict=True):
-            payload = algorithms.message_bits(message, held.slots)
+            payload = message_bits(message, held.slots)
             for client, data in messages.items():
                 assert 8 * len(data) == payload[client] + frame[client]
         for name, messages in (("uplink", up), ("downlink", down)):

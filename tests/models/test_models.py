@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from matu_jax import models
 from matu_jax.config import ModelConfig
-from matu_jax.data import Split, Task
+from matu_jax.data import ImageTask, Split
 from matu_jax.models import architectures, embedded
 from matu_jax.models.transformer import LoRASpec
 from matu_jax.models.vit import StridedConvolution, VisionTransformer, ViTShape
@@ -55,7 +55,9 @@ def test_lora_starts_as_the_base_model_and_adds_a_low_rank_product():
 def task(name="digits", classes=10, size=32):
     split = Split(np.zeros((1, size, size, 3), np.uint8), np.zeros(1, np.int32))
     names = tuple(f"class {i}" for i in range(classes))
-    return Task(name, "labels", "domain", names, split, split, split)
+    return ImageTask(
+        name, split, split, split, label_space="labels", domain="domain", class_names=names
+    )
 
 
 def build(*tasks, seed=0, **changes):
@@ -64,7 +66,10 @@ def build(*tasks, seed=0, **changes):
 
 def logits(model, params=None, index=0, key=None):
     params = model.base if params is None else params
-    return jax.jit(model.logits)(params, model.frozen, IMAGES, jnp.int32(index), key)
+    if isinstance(model, models.Classifier):
+        return jax.jit(model.logits)(params, model.frozen, IMAGES, jnp.int32(index), key)
+    batch = Split(np.asarray(IMAGES), np.zeros(len(IMAGES), np.int32))
+    return jax.jit(model.outputs)(params, model.frozen, batch, jnp.int32(index), key)
 
 
 def noisy(tree, scale=0.1):
@@ -182,7 +187,7 @@ def test_linearised_is_the_first_order_expansion_around_the_base(tiny_file, trai
     np.testing.assert_allclose(logits(tangent), logits(model), rtol=1e-6)
     step = jax.tree.map(lambda a, b: a - b, noisy(model.base), model.base)
 
-    def at(scale, which=model):
+    def at(scale, which: models.Model = model):
         return np.asarray(
             logits(which, jax.tree.map(lambda b, s: b + scale * s, model.base, step)), np.float64
         )

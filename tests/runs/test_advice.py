@@ -56,6 +56,9 @@ def test_what_is_told_to_write_works_as_it_stands(tmp_path, text):
     ("line", "expected"),
     [
         ("config.local.steps = 2 * 4", {"local.steps": 8}),
+        ("config.local.steps *= 2", {"local.steps": 40}),
+        ("config.local = LocalConfig(steps=8)", {"local.steps": 8}),
+        ("config.fedprox_mu = 0.25", {"fedprox.mu": 0.25}),
         ("config.rounds = 8  # few", {"rounds": 8}),
         ("config.local.optimizer = 'sgd'", {"local.optimizer": "sgd"}),
     ],
@@ -88,8 +91,33 @@ def test_what_cannot_be_put_in_place_is_told_as_an_expression(tmp_path):
             "'ties_keep'. config.ties_keep: is config.ties.keep now.",
         ),
         ("config = Config(rounds=config.roudns)", 'Did you mean "rounds"?'),
+        ("print(config.ties_keep)", "config.ties_keep: is config.ties.keep now."),
         ("config = config.with_fields({'roudns': 3})", 'Did you mean "rounds"?'),
     ],
 )
 def test_a_name_that_is_no_field_is_told_with_what_was_meant(tmp_path, line, words):
     assert words in said(tmp_path, NEW.format(line=line))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rounds = 3", "defines no get_config(). Write,"),
+        ("get_config = 3", "has no function get_config(). Write,"),
+        ("import ml_collections", "An experiment is a frozen Config."),
+        ("import sys\n\n\ndef get_config():\n    sys.exit(0)", "(exit code 0) before get_config()"),
+        (
+            "import dataclasses\nfrom matu_jax.config import Config\n\n\n"
+            "@dataclasses.dataclass(frozen=True)\nclass Mine(Config):\n    more: int = 3\n\n\n"
+            "def get_config():\n    return Mine()",
+            "returned Mine, expected a matu_jax.config.Config itself",
+        ),
+    ],
+)
+def test_a_file_without_a_config_is_told_so(tmp_path, text, words):
+    assert words in said(tmp_path, text + "\n")
+
+
+def test_a_directory_is_no_experiment(tmp_path):
+    with pytest.raises(UserError, match="is a directory, expected a file"):
+        load_experiment(tmp_path)

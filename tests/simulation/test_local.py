@@ -12,13 +12,14 @@ from jax.sharding import AxisType
 from matu_jax import models
 from matu_jax.algorithms import LocalRule
 from matu_jax.config import LocalConfig, ModelConfig
-from matu_jax.data import Split, Task
+from matu_jax.data import ImageTask, Split
+from matu_jax.models.classification import class_mask
 from matu_jax.simulation.evaluate import EvaluationSet, evaluation, per_task
-from matu_jax.simulation.local import class_mask, local_training, optimizer
+from matu_jax.simulation.local import local_training, optimizer
 from matu_jax.simulation.placement import on_each, padded_rows
 from matu_jax.trees import leaf_items
 
-SLOTS, STEPS, BATCH, CLASSES = 4, 2, 3, 5
+SLOTS, STEPS, BATCH, CLASSES_OF = 4, 2, 3, (4, 5)
 CONFIG = LocalConfig(steps=STEPS, batch_examples=BATCH, optimizer="sgd", learning_rate=0.01)
 
 
@@ -26,14 +27,14 @@ CONFIG = LocalConfig(steps=STEPS, batch_examples=BATCH, optimizer="sgd", learnin
 def model(tmp_path_factory):
     checkpoint = tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors")
     config = ModelConfig(checkpoint=checkpoint, lora_rank=2, lora_targets=("query", "mlp_in"))
-    return models.build(config, [some_task()])
+    return models.build(config, some_tasks())
 
 
-def some_task(images=32):
-    """A task of five classes, for its class names alone."""
+def some_tasks(images=32):
+    """Tasks of four and of five classes, for their class names alone."""
     pictures = np.zeros((1, images, images, 3), np.uint8)
     split = Split(pictures, np.zeros(1, np.int32))
-    return Task("some", "some", "some", tuple("abcde"), split, split, split)
+    return [ImageTask(n, split, split, split, class_names=tuple(n)) for n in ("abcd", "abcde")]
 
 
 def mesh_of(devices):
@@ -47,37 +48,38 @@ def inputs(model, slots=SLOTS):
     downloads = jax.tree.map(
         lambda x: jnp.asarray(0.01 * rng.normal(size=(slots, *x.shape)), jnp.float32), model.base
     )
-    position = np.stack([np.zeros(slots), np.arange(slots), np.zeros(slots)], 1).astype(np.int32)
+    position = np.stack([np.zeros(slots), np.arange(slots), np.arange(slots) % 2], 1).astype(
+        np.int32
+    )
     images = rng.integers(0, 256, (slots, STEPS, BATCH, 32, 32, 3)).astype(np.uint8)
     labels = rng.integers(0, 4, (slots, STEPS, BATCH)).astype(np.int32)
-    classes = np.array([4, 5, 4, 5] * 3, np.int32)[:slots]
-    return (model.base, model.frozen), downloads, position, classes, images, labels
+    return (model.base, model.frozen), downloads, position, Split(images, labels)
 
 
 NO_PENALTY = LocalRule()
 
 
 def train(model, devices=1, config=CONFIG, rule=NO_PENALTY, args=None, chunk=STEPS, seed=0):
-    parameters, downloads, position, classes, images, labels = args or inputs(model)
+    parameters, downloads, position, batches = args or inputs(model)
     local = local_training(model, config, rule, mesh_of(devices), seed=seed)
     carry, advance = jax.jit(local.begin)(downloads), jax.jit(local.advance)
     for first in range(0, STEPS, chunk):
-        part = np.s_[:, first : first + chunk]
-        carry = advance(parameters, carry, downloads, position, classes, images[part], labels[part])
+        part = jax.tree.map(lambda x, first=first: x[:, first : first + chunk], batches)
+        carry = advance(parameters, carry, downloads, position, part)
     return jax.jit(local.finish)(carry)
 
 
 def plain_loop(model, slot, penalty=None, momentum=CONFIG.momentum):
     """The same training, one slot and one step after the other, with heavy-ball momentum."""
-    (base, frozen), downloads, _, classes, images, labels = inputs(model)
+    (base, frozen), downloads, _, (images, labels) = inputs(model)
     start = jax.tree.map(lambda x: x[slot], downloads)
     vector, velocity = start, jax.tree.map(jnp.zeros_like, start)
     for step in range(STEPS):
 
         def loss(vector, step=step):
             params = jax.tree.map(lambda b, v: b + v, base, vector)
-            logits = model.logits(params, frozen, images[slot, step], jnp.int32(0))[
-                :, : classes[slot]
+            logits = model.logits(params, frozen, images[slot, step], jnp.int32(slot % 2))[
+                :, : CLASSES_OF[slot % 2]
             ]
             chosen = jax.nn.log_softmax(logits)[jnp.arange(BATCH), labels[slot, step]]
             return -chosen.mean() + (penalty(vector, start) if penalty else 0.0)
@@ -157,8 +159,8 @@ def test_progress_is_the_part_of_the_steps_that_is_done(model):
             lambda _: (progress >= 0.5).astype(jnp.float32), vector
         )
     )
-    parameters, downloads, position, classes, images, labels = inputs(model)
-    late = (parameters, downloads, position, classes, images[:, 1:], labels[:, 1:])
+    parameters, downloads, position, batches = inputs(model)
+    late = (parameters, downloads, position, jax.tree.map(lambda x: x[:, 1:], batches))
     local = local_training(model, CONFIG, NO_PENALTY, mesh_of(1))
     carry = jax.jit(local.advance)(late[0], jax.jit(local.begin)(downloads), *late[1:])
     for chunk in (1, STEPS):
@@ -184,7 +186,7 @@ def test_dropout_is_drawn_from_seed_round_client_task_and_step():
     config = ModelConfig(
         checkpoint="random", lora_rank=2, lora_targets=("query",), lora_dropout=0.5
     )
-    model = models.build(config, [some_task()])
+    model = models.build(config, some_tasks())
 
     def vectors(position=None, chunk=STEPS, seed=0, parallel=0):
         parameters, downloads, usual, *rest = inputs(model)
@@ -203,7 +205,7 @@ def test_dropout_is_drawn_from_seed_round_client_task_and_step():
         moved = usual.copy()
         moved[:, axis] += 1
         if axis == 2:
-            continue  # there is one task only; its key is folded in like the others
+            continue  # another task has other classes, too; its key is folded in like the others
         assert np.abs(vectors(position=moved) - found).max() > 1e-5
     assert np.abs(vectors(seed=1) - found).max() > 1e-5
 
@@ -239,11 +241,11 @@ def test_class_mask_hides_the_classes_a_task_lacks():
     np.testing.assert_array_equal(class_mask(jnp.int32(2), 4) < -1e8, [False, False, True, True])
 
 
-IMAGE_BYTES = 32 * 32 * 3
+EXAMPLE_BYTES = 32 * 32 * 3 + 4
 
 
 @pytest.mark.parametrize(
-    ("budget", "pieces"), [(10**9, 1), (12 * IMAGE_BYTES, 3), (3 * IMAGE_BYTES, 7)]
+    ("budget", "pieces"), [(10**9, 1), (12 * EXAMPLE_BYTES, 3), (3 * EXAMPLE_BYTES, 7)]
 )
 def test_accuracy_counts_every_example_once(model, budget, pieces):
     """Whatever the pieces: all at once, or streamed by few slots and few batches."""
@@ -255,11 +257,11 @@ def test_accuracy_counts_every_example_once(model, budget, pieces):
         )
         for n in (14, 5)
     ]
-    (base, frozen), vectors, _, classes, _, _ = inputs(model)
+    (base, frozen), vectors, *_ = inputs(model)
     task, mesh = np.array([0, 1, 1, 0]), mesh_of(2)
     examples = EvaluationSet(splits, task, mesh, batch_examples=3, budget_bytes=budget)
     assert len(examples.pieces) == pieces
-    program, traces = evaluation(model, mesh), []
+    program, traces = evaluation(model, model.metrics, mesh), []
 
     @jax.jit
     def measure(*args):
@@ -268,22 +270,22 @@ def test_accuracy_counts_every_example_once(model, budget, pieces):
 
     counts = np.zeros((SLOTS, 2), int)
     for i, piece in enumerate(examples.pieces):
-        images, labels = examples.load(i)
-        assert images.nbytes == examples.image_bytes
+        loaded = examples.load(i)
+        assert sum(x.nbytes for x in loaded[0]) == examples.piece_bytes
         found = measure(
-            (base, frozen, *on_each((images, labels), mesh)),
+            (base, frozen, *on_each(loaded, mesh)),
             jax.tree.map(lambda x, rows=piece.slots: x[rows], vectors),
             piece.local,
-            np.zeros(len(piece.slots), np.int32),  # the model has the heads of one task
-            classes[piece.slots],
-        )
-        counts[piece.slots[: piece.rows]] += np.asarray(found)[: piece.rows]
+            task[piece.slots].astype(np.int32),
+        )["accuracy"]
+        found = np.stack([found["right"], found["examples"]], axis=1)
+        counts[piece.slots[: piece.rows]] += found[: piece.rows]
     assert len(traces) == 1
     for slot in range(SLOTS):
         params = jax.tree.map(lambda b, v, slot=slot: b + v[slot], base, vectors)
         split = splits[task[slot]]
-        logits = np.asarray(model.logits(params, frozen, split.images, jnp.int32(0)))
-        right = logits[:, : classes[slot]].argmax(1) == split.labels
+        logits = np.asarray(model.logits(params, frozen, split.images, jnp.int32(task[slot])))
+        right = logits[:, : CLASSES_OF[task[slot]]].argmax(1) == split.labels
         np.testing.assert_array_equal(counts[slot], [right.sum(), len(split.labels)])
 
 
@@ -297,10 +299,8 @@ def test_evaluation_on_a_drawn_part_of_each_split():
         part = EvaluationSet(
             splits, np.array([0, 1]), mesh_of(1), batch_examples=8, max_examples=8, seed=seed
         )
-        images, labels = part.load(0)
-        return [
-            images[task].reshape(-1)[labels[task].reshape(-1) == 0].tolist() for task in range(2)
-        ]
+        (images, _), there = part.load(0)
+        return [images[task][there[task]].reshape(-1).tolist() for task in range(2)]
 
     first, second = drawn(0)
     assert len(set(first)) == 8

@@ -12,7 +12,7 @@ from federations import RUN, TINY, federation_of, one_device, run
 from jax.sharding import AxisType
 
 from matu_jax import algorithms, models
-from matu_jax.config import EvaluationConfig, FedProxConfig, LocalConfig, ModelConfig
+from matu_jax.config import Config, EvaluationConfig, FedProxConfig, LocalConfig, ModelConfig
 from matu_jax.data import Split
 from matu_jax.runs.checkpoints import Checkpoints
 from matu_jax.simulation import batches, evaluate, programs, rounds
@@ -263,9 +263,9 @@ def test_participants_are_drawn_anew_and_every_round_trains_as_many_slots():
 
 def test_a_slot_that_diverges_is_dropped_by_name(federation, model):
 
-    def logits(params, frozen, images, task, key=None):
-        out = model.logits(params, frozen, images, task, key)
-        return out * jax.numpy.where(images[0, 0, 0, 0] == 255, jax.numpy.nan, 1.0)
+    def loss(params, frozen, batch, task, key=None):
+        out = model.loss(params, frozen, batch, task, key)
+        return out * jax.numpy.where(batch.images[0, 0, 0, 0] == 255, jax.numpy.nan, 1.0)
 
     marked = federation.tasks[2].train.images.copy()
     marked[:, 0, 0, 0] = 255
@@ -283,7 +283,7 @@ def test_a_slot_that_diverges_is_dropped_by_name(federation, model):
         run(
             config,
             federation._replace(tasks=(*others, bad)),
-            model._replace(logits=logits),
+            dataclasses.replace(model, loss=loss),
         )
     )
     dropped = results[0].record["dropped"]
@@ -312,7 +312,7 @@ def test_predicted_memory_is_near_what_xla_needs(federation):
     shapes = (jax.eval_shape(local.begin, vectors), vectors, np.zeros((6, 3), np.int32))
     compiled = (
         jax.jit(local.advance)
-        .lower((model.base, model.frozen), *shapes, np.zeros(6, np.int32), images, labels)
+        .lower((model.base, model.frozen), *shapes, Split(images, labels))
         .compile()
     )
     analysis = compiled.memory_analysis()
@@ -406,3 +406,35 @@ def test_slots_at_once_and_one_by_one_give_the_same_run(federation, model):
     one, other = (list(run(c, federation, model)) for c in (config, at_once))
     chex.assert_trees_all_close(other[0].state, one[0].state, atol=1e-5, rtol=1e-3)
     assert other[1].record["loss"] == pytest.approx(one[1].record["loss"], rel=1e-3)
+
+
+def test_what_aggregate_returns_is_checked_in_the_first_round(federation, model):
+    inner = algorithms.build(TINY)
+
+    def halved(state, uploads, slots):
+        new, metrics = inner.aggregate(state, uploads, slots)
+        return jax.tree.map(lambda x: x.astype("bfloat16"), new), metrics
+
+    for aggregate, words in (
+        (
+            halved,
+            "config.algorithm 'matu': aggregate: the new state against the old: dtypes differ",
+        ),
+        (lambda state, *_: state, "aggregate: returned MatuState, expected a pair"),
+    ):
+        broken = inner._replace(aggregate=aggregate)
+        with pytest.raises(ValueError, match=words):
+            next(rounds.run(TINY, broken, model, federation))
+
+
+def test_what_is_no_algorithm_is_refused(monkeypatch):
+    for made, words in (
+        (lambda config: "mine", "its function in ALGORITHMS returned str, expected an Algorithm"),
+        (
+            lambda config: algorithms.build(Config())._replace(heads=True),
+            "'mine': heads: found True, expected the DefenceConfig",
+        ),
+    ):
+        monkeypatch.setitem(algorithms.ALGORITHMS, "mine", made)
+        with pytest.raises(ValueError, match=words):
+            algorithms.build(Config(algorithm="mine"))

@@ -1,0 +1,153 @@
+"""What a federation asks of a model: what trains, a loss, outputs and what measures them.
+
+All functions are pure and take `params` (the base plus a task vector), `frozen`, a batch (a tree of
+arrays, leaves `[examples, ...]`, in the form of the tasks' splits) and `task`, an int32 scalar.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from matu_jax.trees import PyTree, leaf_items
+
+
+class Metric(NamedTuple):
+    """A measure of outputs, by sums that add up over examples, batches and devices.
+
+    Attributes:
+      sums: `(outputs, batch) -> tree`, leaves `[examples, ...]` of numbers or bools: what each
+        example adds to the sums. Examples that only pad a batch are left out by the caller.
+      value: `sums -> number`, of a tree of numpy arrays `[...]` (float64 or int64): the last step,
+        such as a quotient; NaN where nothing was measured.
+      higher_is_better: whether a higher value is the better one.
+    """
+
+    sums: Callable[[Any, Any], PyTree]
+    value: Callable[[Any], float]
+    higher_is_better: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as pure functions.
+
+    Attributes:
+      base: what trains, as it is before fine-tuning, leaves `[...]` of floats.
+      frozen: what does not train, leaves `[...]`.
+      loss: `(params, frozen, batch, task, key=None) -> scalar`, the mean over the batch; key is
+        what dropout is drawn from, None = no dropout.
+      outputs: `(params, frozen, batch, task, key=None) -> tree`, leaves `[examples, ...]`; what
+        metrics are measured on.
+      metrics: by name; the first is the one by which rounds and methods are chosen. A round's
+        record holds each of them under its name.
+      stochastic: whether loss and outputs use the key.
+      trains_heads: whether base is `{"shared": ..., "head": ...}`, of which the head is the task's
+        own: it is averaged among the holders of a task alone, or not at all.
+      linearise: makes the model's first-order expansion around its base, see `linearised`; None
+        where the model does not say how.
+    """
+
+    base: PyTree
+    frozen: PyTree
+    loss: Callable[..., jax.Array]
+    outputs: Callable[..., Any]
+    metrics: Mapping[str, Metric]
+    stochastic: bool = False
+    trains_heads: bool = False
+    linearise: Callable[[], "Model"] | None = None
+
+
+def linearised(model: Model) -> Model:
+    """A model's first-order expansion around its base, see `first_order`; the base is the same.
+
+    Raises:
+      ValueError: if the model does not say how.
+    """
+    if model.linearise is None:
+        raise ValueError(
+            "model: an algorithm that trains a model's first-order expansion, such as "
+            "'ntk_fedavg', needs Model(..., linearise=...), and this one has none; give it, or "
+            "choose another algorithm."
+        )
+    return model.linearise()
+
+
+def check_loss(loss: Any) -> jax.Array:
+    """A model's loss, checked to be one number.
+
+    Raises:
+      ValueError: if it is not.
+    """
+    if jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise ValueError(
+            f"model.loss: returned {jnp.result_type(loss)}{list(jnp.shape(loss))}, expected one "
+            "float, such as the mean over the batch."
+        )
+    return jnp.asarray(loss)
+
+
+def check_sums(sums: Mapping[str, PyTree], examples: int) -> None:
+    """Checks that metrics say of each example what it adds.
+
+    Args:
+      sums: by metric.
+      examples: how many there are in the batch.
+
+    Raises:
+      ValueError: names the metric and the leaf that has no axis of examples.
+    """
+    for path, leaf in leaf_items(dict(sums)):
+        if jnp.shape(leaf)[:1] != (examples,):
+            raise ValueError(
+                f"model.metrics: {path}: found {list(jnp.shape(leaf))}, expected [{examples}, "
+                "...]: what each of the batch's examples adds, before any sum or mean over them, "
+                "so that padding can be left out."
+            )
+
+
+def loss_of_outputs(
+    outputs: Callable[..., Any], loss: Callable[[Any, Any], jax.Array]
+) -> Callable[..., jax.Array]:
+    """A model's loss, from what a batch's outputs cost.
+
+    Args:
+      outputs: as in `Model`.
+      loss: `(outputs, batch) -> scalar`.
+    """
+
+    def of_params(params, frozen, batch, task, key=None):
+        return loss(outputs(params, frozen, batch, task, key), batch)
+
+    return of_params
+
+
+def first_order(base: PyTree, outputs: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+    """First-order expansion of outputs around a base, for training and evaluation alike.
+
+    f(base) + J(base) (params - base), the neural tangent model (Jacot et al. 2018, arXiv
+    1806.07572); one Jacobian-vector product per call. With LoRA, whose B is zero at the base, the
+    expansion does not depend on A.
+
+    Args:
+      base: what trains, leaves `[...]`.
+      outputs: as in `Model`.
+
+    Returns:
+      The expansion, and a function of what is frozen to what is frozen with it: `{"frozen": ...,
+      "origin": base}`.
+    """
+
+    def expanded(params, frozen, batch, task, key=None):
+        origin = frozen["origin"]
+
+        def function(point):
+            return outputs(point, frozen["frozen"], batch, task, key)
+
+        step = jax.tree.map(jnp.subtract, params, origin)
+        value, change = jax.jvp(function, (origin,), (step,))
+        return jax.tree.map(jnp.add, value, change)
+
+    return expanded, lambda frozen: {"frozen": frozen, "origin": base}

@@ -1,0 +1,178 @@
+"""Metrics that models of one's own may be measured by; each makes a `Metric`.
+
+All take `pair`, a function `(outputs, batch) -> (found, expected)` that says what is compared.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matu_jax.models.contract import Metric
+
+__all__ = [
+    "accuracy",
+    "auc",
+    "balanced_accuracy",
+    "mean_iou",
+    "mean_squared_error",
+    "perplexity",
+    "r2",
+]
+
+Pair = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+
+
+def accuracy(pair: Pair) -> Metric:
+    """The part of the labels that is found.
+
+    Args:
+      pair: found and expected labels, integers `[examples, ...]`.
+    """
+
+    def sums(outputs, batch):
+        found, expected = pair(outputs, batch)
+        right = _flat(found == expected)
+        return {"right": right.sum(axis=1), "all": _ones(right)}
+
+    return Metric(sums, lambda sums: _quotient(sums["right"], sums["all"]))
+
+
+def balanced_accuracy(pair: Pair, classes: int) -> Metric:
+    """The mean over classes of the part of a class's examples that is found (its recall).
+
+    Args:
+      pair: found and expected labels, integers `[examples, ...]` from 0 to `classes - 1`.
+      classes: how many there are; those without an example do not count.
+    """
+
+    def sums(outputs, batch):
+        found, expected = map(_flat, pair(outputs, batch))
+        of_class = jax.nn.one_hot(expected, classes, dtype=jnp.bool_)
+        right = of_class & (found == expected)[..., None]
+        return {"right": right.sum(axis=1), "all": of_class.sum(axis=1)}
+
+    return Metric(sums, lambda sums: _mean_quotient(sums["right"], sums["all"]))
+
+
+def mean_iou(pair: Pair, classes: int) -> Metric:
+    """The mean over classes of intersection over union, counted over all examples at once.
+
+    Args:
+      pair: found and expected labels, integers `[examples, ...]` such as one per pixel, from 0 to
+        `classes - 1`.
+      classes: how many there are; those neither found nor expected anywhere do not count.
+    """
+
+    def sums(outputs, batch):
+        found, expected = map(_flat, pair(outputs, batch))
+        one = jax.nn.one_hot(found, classes, dtype=jnp.bool_)
+        other = jax.nn.one_hot(expected, classes, dtype=jnp.bool_)
+        return {"both": (one & other).sum(axis=1), "any": (one | other).sum(axis=1)}
+
+    return Metric(sums, lambda sums: _mean_quotient(sums["both"], sums["any"]))
+
+
+def auc(pair: Pair, bins: int = 1000) -> Metric:
+    """Area under the ROC curve: how often a positive has a higher score than a negative.
+
+    Scores are counted in equally wide bins, and two of one bin are a tie, which counts one half:
+    the exact area of the scores rounded to bins.
+
+    Args:
+      pair: scores in [0, 1], such as probabilities, and whether it is a positive; `[examples]`.
+      bins: how many there are.
+    """
+
+    def sums(outputs, batch):
+        score, positive = pair(outputs, batch)
+        position = jnp.clip((score * bins).astype(jnp.int32), 0, bins - 1)
+        there = jax.nn.one_hot(position, bins, dtype=jnp.bool_)
+        is_positive = positive.astype(jnp.bool_)[:, None]
+        return {"positive": there & is_positive, "negative": there & ~is_positive}
+
+    def value(sums):
+        positive, negative = sums["positive"], sums["negative"]
+        below = np.cumsum(negative) - negative
+        return _quotient((positive * (below + negative / 2)).sum(), positive.sum() * negative.sum())
+
+    return Metric(sums, value)
+
+
+def r2(pair: Pair) -> Metric:
+    """R², the part of the variance that is explained: 1 - squared errors / squared deviations.
+
+    Args:
+      pair: found and expected numbers, floats `[examples, ...]`; expected ones best near zero,
+        such as standardised, since their squares are summed in float32.
+    """
+
+    def sums(outputs, batch):
+        found, expected = map(_flat, pair(outputs, batch))
+        return {
+            "errors": jnp.square(found - expected).sum(axis=1),
+            "squares": jnp.square(expected).sum(axis=1),
+            "expected": expected.sum(axis=1),
+            "all": _ones(expected),
+        }
+
+    def value(sums):
+        deviations = sums["squares"] - _quotient(sums["expected"] ** 2, sums["all"])
+        return 1 - _quotient(sums["errors"], deviations)
+
+    return Metric(sums, value)
+
+
+def mean_squared_error(pair: Pair) -> Metric:
+    """Mean squared error; lower is better.
+
+    Args:
+      pair: found and expected numbers, floats `[examples, ...]`.
+    """
+
+    def sums(outputs, batch):
+        found, expected = map(_flat, pair(outputs, batch))
+        return {"errors": jnp.square(found - expected).sum(axis=1), "all": _ones(expected)}
+
+    return Metric(sums, lambda sums: _quotient(sums["errors"], sums["all"]), False)
+
+
+def perplexity(pair: Pair) -> Metric:
+    """Perplexity: e to the mean negative log-likelihood; lower is better.
+
+    Args:
+      pair: the sum over an example's tokens of their negative log-likelihood in nats, and how many
+        of them count; `[examples]`.
+    """
+
+    def sums(outputs, batch):
+        loss, tokens = pair(outputs, batch)
+        return {"loss": loss, "tokens": tokens}
+
+    def value(sums):
+        mean = _quotient(sums["loss"], sums["tokens"])
+        return math.exp(mean) if mean < 700 else math.inf  # beyond float64
+
+    return Metric(sums, value, False)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """`[examples, ...]` to `[examples, n]`."""
+    return x.reshape(x.shape[0], -1)
+
+
+def _ones(flat: jax.Array) -> jax.Array:
+    """How many numbers each example has: int32 `[examples]`."""
+    return jnp.full(flat.shape[0], flat.shape[1], jnp.int32)
+
+
+def _quotient(over: Any, under: Any) -> float:
+    return float(over) / float(under) if under else math.nan
+
+
+def _mean_quotient(over: np.ndarray, under: np.ndarray) -> float:
+    there = under > 0
+    return float(np.mean(over[there] / under[there])) if there.any() else math.nan

@@ -1,0 +1,90 @@
+"""Flax NNX modules of one's own as a `Model`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from matu_jax.models.contract import Metric, Model, first_order, loss_of_outputs
+from matu_jax.trees import PyTree, leaf_items
+
+
+def of_nnx(
+    module: nnx.Module,
+    trains: Any,
+    *,
+    outputs: Callable[..., Any],
+    loss: Callable[[Any, Any], jax.Array],
+    metrics: Mapping[str, Metric],
+    stochastic: bool = False,
+) -> Model:
+    """Takes a module apart, once, into what trains and what does not.
+
+    Args:
+      module: with its parameters as they are before fine-tuning. What it changes of itself when it
+        is called, such as running means, is not kept: put it into the mode in which nothing
+        changes, as with `module.eval()`, or leave that to training with a key.
+      trains: a filter of NNX for what trains, such as `nnx.LoRAParam` or `nnx.Param`, or
+        `(path, variable) -> bool`; floats alone.
+      outputs: `(module, batch, task, key) -> tree`, leaves `[examples, ...]`: a forward pass; task
+        is an int32 scalar, key what dropout may be drawn from, such as
+        `module(batch["x"], rngs=nnx.Rngs(dropout=key))`; None in evaluation.
+      loss: `(outputs, batch) -> scalar`, of one term or several.
+      metrics: as in `Model`.
+      stochastic: whether outputs use the key, which is None in training, too, if not.
+
+    Raises:
+      ValueError: if the filter selects nothing, or what is no float.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from matu_jax.models import metrics
+      >>> from matu_jax.models.modules import of_nnx
+      >>> model = of_nnx(
+      ...     nnx.Linear(3, 1, rngs=nnx.Rngs(0)),
+      ...     nnx.Param,
+      ...     outputs=lambda module, batch, task, key: module(batch["x"])[:, 0],
+      ...     loss=lambda outputs, batch: jnp.square(outputs - batch["y"]).mean(),
+      ...     metrics={"r2": metrics.r2(lambda outputs, batch: (outputs, batch["y"]))},
+      ... )
+      >>> sorted(model.base)
+      ['bias', 'kernel']
+    """
+    graph, training, rest = nnx.split(module, trains, ...)
+    base, frozen = nnx.to_pure_dict(training), nnx.to_pure_dict(rest)
+    held = [path for path, _ in leaf_items(frozen)]
+    if not jax.tree.leaves(base):
+        raise ValueError(
+            f"of_nnx: trains: {trains!r} selects nothing of {type(module).__name__}, which has "
+            f"{', '.join(held[:5])}{', ...' * (len(held) > 5)}; give a filter such as nnx.Param."
+        )
+    for path, leaf in leaf_items(base):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"of_nnx: trains: {trains!r} selects {path}, which is {leaf.dtype}; only floats "
+                "train: give a filter such as nnx.Param, which leaves counts and random streams."
+            )
+
+    def forward(params, frozen, batch, task, key=None):
+        merged = nnx.merge(graph, restored(training, params), restored(rest, frozen))
+        return outputs(merged, batch, task, key)
+
+    def model(forward, frozen, linearise) -> Model:
+        of_params = loss_of_outputs(forward, loss)
+        return Model(base, frozen, of_params, forward, metrics, stochastic, linearise=linearise)
+
+    def linearise() -> Model:
+        expanded, frozen_of = first_order(base, forward)
+        return model(expanded, frozen_of(frozen), None)
+
+    return model(forward, frozen, linearise)
+
+
+def restored(state: nnx.State, values: PyTree) -> nnx.State:
+    """A state with other values, as `nnx.to_pure_dict` gives them; the state stays as it is."""
+    state = jax.tree.map(lambda x: x, state)
+    nnx.replace_by_pure_dict(state, values)
+    return state

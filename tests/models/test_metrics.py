@@ -1,0 +1,71 @@
+"""Metrics over parts that add up, against scikit-learn over the whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn
+
+from matu_jax.models import metrics
+
+RNG = np.random.default_rng(0)
+LABELS = RNG.integers(0, 4, (2, 60))  # the fourth class neither found nor expected
+LABELS[LABELS == 3] = 0
+PIXELS = RNG.integers(0, 3, (2, 60, 4, 5))
+NUMBERS = RNG.normal(size=(2, 60)).astype(np.float32)
+SCORES = (RNG.random(60).astype(np.float32), RNG.integers(0, 2, 60))
+
+
+def pair(outputs, batch):
+    return outputs, batch
+
+
+def measured(metric, found, expected, parts=3):
+    """The value of sums over batches, added in float64 or int64."""
+    added = None
+    for one, other in zip(np.split(found, parts), np.split(expected, parts), strict=True):
+        sums = metric.sums(jnp.asarray(one), jnp.asarray(other))
+        assert all(leaf.shape[0] == len(one) for leaf in jax.tree.leaves(sums))
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64).sum(axis=0), sums)
+        added = sums if added is None else jax.tree.map(np.add, added, sums)
+    return metric.value(added)
+
+
+@pytest.mark.parametrize(
+    ("metric", "found", "expected", "theirs"),
+    [
+        (metrics.accuracy(pair), *LABELS, sklearn.accuracy_score),
+        (metrics.balanced_accuracy(pair, 4), *LABELS, sklearn.balanced_accuracy_score),
+        (metrics.r2(pair), *NUMBERS, sklearn.r2_score),
+        (metrics.mean_squared_error(pair), *NUMBERS, sklearn.mean_squared_error),
+        (
+            metrics.mean_iou(pair, 4),
+            *PIXELS,
+            lambda y, x: sklearn.jaccard_score(y.ravel(), x.ravel(), average="macro"),
+        ),
+        (metrics.auc(pair, bins=10**5), *SCORES, sklearn.roc_auc_score),
+        (
+            metrics.auc(pair, bins=10),
+            *SCORES,
+            lambda y, x: sklearn.roc_auc_score(y, np.floor(x * 10)),
+        ),
+    ],
+)
+def test_metrics_are_those_of_scikit_learn(metric, found, expected, theirs):
+    if metric.higher_is_better:
+        assert theirs(expected, expected) == pytest.approx(1)
+    assert measured(metric, found, expected) == pytest.approx(theirs(expected, found), rel=1e-5)
+
+
+def test_perplexity_is_of_tokens_and_lower_is_better():
+    metric = metrics.perplexity(pair)
+    loss, tokens = np.abs(NUMBERS[0]), RNG.integers(1, 9, 60)
+    assert measured(metric, loss, tokens) == pytest.approx(np.exp(loss.sum() / tokens.sum()))
+    assert measured(metric, loss * 1e6, tokens) == np.inf
+    assert not metric.higher_is_better
+
+
+def test_what_was_not_measured_is_not_a_number():
+    for metric in (metrics.accuracy(pair), metrics.mean_squared_error(pair), metrics.r2(pair)):
+        zeros = dict.fromkeys(metric.sums(jnp.ones(1), jnp.ones(1)), 0)
+        assert np.isnan(metric.value(zeros))

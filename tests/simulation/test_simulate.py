@@ -1,0 +1,207 @@
+"""Federations of one's own tasks and models: regressions that are worked out again in numpy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from sklearn.metrics import r2_score
+
+import matu_jax
+from matu_jax.config import AttackConfig, DataConfig, LocalConfig, ModelConfig, SimulationConfig
+from matu_jax.data.batching import round_indices
+from matu_jax.models import Model, metrics
+from matu_jax.simulation.federation import dealt_out
+
+CONFIG = SimulationConfig(
+    algorithm="individual",
+    rounds=2,
+    data=DataConfig(clients=3, tasks_per_client=2),
+    local=LocalConfig(steps=4, batch_examples=5, optimizer="sgd", momentum=0.0, learning_rate=0.1),
+)
+SLOPES = {"up": 1.0, "down": -1.0, "steep": 3.0}
+
+
+def task_of(name, sizes=(40, 21, 33)):
+    rng = np.random.default_rng(len(name))
+
+    def split(examples):
+        x = rng.normal(size=(examples, 2)).astype(np.float32)
+        return {"x": x, "y": (SLOPES[name] * x[:, 0] + x[:, 1]).astype(np.float32)}
+
+    return matu_jax.Task(name, *map(split, sizes))
+
+
+def outputs(params, frozen, batch, task, key=None):
+    return batch["x"] @ params["w"] + frozen["shift"]
+
+
+def loss(params, frozen, batch, task, key=None):
+    return jnp.square(outputs(params, frozen, batch, task) - batch["y"]).mean()
+
+
+R2 = metrics.r2(lambda outputs, batch: (outputs, batch["y"]))
+MSE = metrics.mean_squared_error(lambda outputs, batch: (outputs, batch["y"]))
+MODEL = Model(
+    {"w": jnp.full(2, 0.5)}, {"shift": jnp.float32(0.1)}, loss, outputs, {"r2": R2, "mse": MSE}
+)
+TASKS = [task_of(name) for name in SLOPES]
+
+
+def mesh_of(devices):
+    return jax.make_mesh(
+        (devices,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+
+
+def last(config=CONFIG, model=MODEL, tasks=TASKS, devices=1):
+    return list(matu_jax.simulate(tasks, model, config, mesh=mesh_of(devices)))[-1]
+
+
+@pytest.fixture(scope="module")
+def result():
+    return last()
+
+
+def test_training_is_that_of_a_plain_loop(result):
+    federation = dealt_out(CONFIG, TASKS)
+    for slot, (client, number) in enumerate(
+        zip(federation.slots.client, federation.slots.task, strict=True)
+    ):
+        weights, train = np.full(2, 0.5), TASKS[number].train
+        for index in range(CONFIG.rounds):
+            drawn = round_indices(
+                [federation.indices[slot]],
+                np.array([client]),
+                np.array([number]),
+                seed=0,
+                round_index=index,
+                steps=4,
+                batch_size=5,
+            )
+            for rows in drawn[0]:
+                x, y = train["x"][rows], train["y"][rows]
+                weights -= 0.1 * 2 * x.T @ (x @ weights + 0.1 - y) / 5
+        found = 0.5 + np.asarray(result.vectors["w"][slot])
+        np.testing.assert_allclose(found, weights, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_are_of_every_example_once(result):
+    slots = dealt_out(CONFIG, TASKS).slots
+    expected = []
+    for slot, number in enumerate(slots.task):
+        test = TASKS[number].test
+        predicted = test["x"] @ (0.5 + np.asarray(result.vectors["w"][slot])) + 0.1
+        expected.append(r2_score(test["y"], predicted))
+    record = result.record
+    np.testing.assert_allclose(record["r2"]["test_per_slot"], expected, rtol=1e-4)
+    by_task = [np.mean(np.array(expected)[slots.task == t]) for t in range(3)]
+    assert record["r2"]["test_per_task"] == pytest.approx(dict(zip(SLOPES, by_task, strict=True)))
+    assert record["r2"]["test_mean"] == pytest.approx(np.mean(by_task))
+    assert record["mse"].keys() == record["r2"].keys()
+    assert "accuracy" not in record
+
+
+def test_devices_and_slots_at_once_change_nothing(result):
+    config = dataclasses.replace(CONFIG, local=dataclasses.replace(CONFIG.local, parallel_slots=2))
+    other = last(config, devices=2)
+    np.testing.assert_allclose(other.vectors["w"], result.vectors["w"], atol=1e-6)
+
+
+def test_matu_keeps_unlike_tasks_apart():
+    """Opposite slopes: one model for all explains nothing, one unified vector nearly everything."""
+    config = dataclasses.replace(CONFIG, rounds=8, local=LocalConfig(steps=20, learning_rate=0.03))
+    found = {
+        name: last(dataclasses.replace(config, algorithm=name)).record["r2"]["test_per_task"]
+        for name in ("matu", "fedavg")
+    }
+    assert found["matu"]["down"] > 0.5 > 0 > found["fedavg"]["down"]
+
+
+def test_heads_belong_to_tasks():
+    def with_head(params, frozen, batch, task, key=None):
+        return batch["x"] @ params["shared"]["w"] * params["head"]["slope"]
+
+    def its_loss(params, frozen, batch, task, key=None):
+        return jnp.square(with_head(params, frozen, batch, task) - batch["y"]).mean()
+
+    base = {"shared": {"w": jnp.ones(2)}, "head": {"slope": jnp.ones(1)}}
+    model = Model(base, {}, its_loss, with_head, {"r2": R2}, trains_heads=True)
+    result = last(dataclasses.replace(CONFIG, algorithm="fedavg"), model)
+    slots = dealt_out(CONFIG, TASKS).slots
+    assert len(np.unique(np.asarray(result.vectors["shared"]["w"]), axis=0)) == 1
+    slopes = np.asarray(result.vectors["head"]["slope"])[:, 0]
+    for number in range(3):
+        assert len(set(slopes[slots.task == number].tolist())) == 1
+    assert len(set(slopes.tolist())) == 3
+
+
+def replaced(**fields):
+    return dataclasses.replace(MODEL, **fields)
+
+
+MEAN = metrics.Metric(lambda outputs, batch: {"all": outputs.sum()}, lambda sums: sums["all"])
+NO_NAN = {"x": np.zeros((3, 2), np.float32), "y": np.zeros(3, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "words"),
+    [
+        ({"model": ModelConfig(lora_rank=4)}, MODEL, "config.model: found .*simulate takes tasks"),
+        ({"data": DataConfig(tasks="a")}, MODEL, "config.data.tasks: found 'a'"),
+        (
+            {"data": DataConfig(dirichlet_alpha=0.5)},
+            MODEL,
+            "dirichlet_alpha: found 0.5.*'up' is no",
+        ),
+        ({"attack": AttackConfig("label_flip", share=1.0)}, MODEL, "attack.kind: .*about labels"),
+        ({"rounds": 0}, MODEL, "config.rounds: found 0, expected at least 1"),
+        ({"algorithm": "ntk_fedavg"}, MODEL, r"needs Model\(..., linearise=...\)"),
+        (
+            {},
+            replaced(loss=lambda p, f, b, *_: outputs(p, f, b, 0)),
+            r"model.loss: returned float32\[5\], expected one float",
+        ),
+        ({}, replaced(metrics={}), "model.metrics: found none"),
+        ({}, replaced(metrics={"loss": R2}), "none of the names that a round's record has"),
+        ({}, replaced(metrics={"mean": MEAN}), r"model.metrics: mean/all: found \[\], expected"),
+    ],
+)
+def test_what_breaks_the_contract_is_refused(config, model, words):
+    with pytest.raises(ValueError, match=words):
+        last(dataclasses.replace(CONFIG, **config), model)
+
+
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        ({"test": {"x": NO_NAN["x"]}}, "'test' against one of 'train'.*missing leaves: y"),
+        ({"test": NO_NAN | {"y": np.zeros(2, np.float32)}}, "differ in their number of examples"),
+        ({"test": NO_NAN | {"y": np.zeros(3, int)}}, "y: found int64, expected float32"),
+        (
+            {"validation": NO_NAN | {"y": np.array([0, np.nan, 1], np.float32)}},
+            "NaN, first in example 1",
+        ),
+        ({"train": {}}, "there is no array"),
+        ({"train": {"x": 3.0}}, "x is float of shape"),
+        ({"test": {"x": NO_NAN["x"][:0], "y": NO_NAN["y"][:0]}}, "there is no example"),
+    ],
+)
+def test_what_is_no_task_is_refused(splits, words):
+    with pytest.raises(ValueError, match=rf"(?s)task 'mine'.*{words}"):
+        matu_jax.Task("mine", **{"train": NO_NAN, "validation": NO_NAN, "test": NO_NAN} | splits)
+
+
+def test_tasks_of_two_forms_are_refused():
+    split = {"x": np.zeros((9, 3), np.float32), "y": np.zeros(9, np.float32)}
+    other = matu_jax.Task("other", split, split, split)
+    with pytest.raises(ValueError, match=r"(?s)'other' against one of 'up'.*x: found \(3,\)"):
+        last(tasks=[*TASKS, other])
+
+
+def test_the_face_imports_what_is_heavy_when_asked():
+    assert matu_jax.simulate.__module__ == "matu_jax.simulation.simulate"
+    with pytest.raises(AttributeError, match="no attribute 'simulated'"):
+        _ = matu_jax.simulated  # pyright: ignore[reportAttributeAccessIssue]
