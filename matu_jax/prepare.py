@@ -29,7 +29,7 @@ from rich.console import Console
 from matu_jax.comparison import plan
 from matu_jax.config import Config
 from matu_jax.errors import UserError
-from matu_jax.models.architectures import transform_of
+from matu_jax.models.images import transform_of
 from matu_jax.runs.commandline import read_config, read_words, run_file, run_program
 from matu_jax.runs.preparing import prepare
 

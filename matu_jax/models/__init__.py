@@ -3,7 +3,9 @@
 A model is built once with Flax NNX and split; the rest of the package sees plain trees of arrays
 and pure functions. The parts:
 
-- `architectures`: the real architectures in numbers, and the images they take;
+- `contract`: what a federation asks of a model; `classification`, of images, is one; `metrics` and
+  `modules` (of Flax NNX) are for one's own;
+- `architectures`: the real architectures in numbers; `images`: the images they take;
 - `transformer`, `vit`, `towers`: the modules; `backbone` splits them;
 - `embedded`, `pretrained`: the benchmark's own backbone, and real checkpoints with `huggingface`
   (their files), `checkpoint_config`, `tensor_names` and `heads` (zero-shot classification).

@@ -1,4 +1,4 @@
-"""The real architectures, as numbers: what a checkpoint must have, and what images it takes.
+"""The real architectures, as numbers: what a checkpoint must have.
 
 Importing this file loads neither Flax nor a checkpoint library, so that data preparation can read
 it.
@@ -146,33 +146,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     )
 }
-
-
-def transform_of(config: ModelConfig) -> Transform:
-    """How image files become the images that a model takes.
-
-    Args:
-      config: architecture, and checkpoint, which is read where the architecture is "embedded" or
-        a family, and else need not be there.
-
-    Returns:
-      For the embedded backbone, the shortest side resized to its image size (32 pixels for the one
-      that comes with the package), bicubically, and cropped at the centre.
-
-    Raises:
-      ValueError: for an unknown architecture, or a checkpoint that cannot be found or read.
-    """
-    # Both here, since they load what reads checkpoints, and the first one Flax.
-    if config.architecture == "embedded":
-        from matu_jax.models import embedded
-
-        return Transform(embedded.image_size(config.checkpoint))
-    check_architecture(config.architecture)
-    if config.architecture in ARCHITECTURES:
-        return ARCHITECTURES[config.architecture].transform
-    from matu_jax.models.checkpoint_config import architecture_of
-
-    return architecture_of(config).transform
 
 
 def check_heads(config: ModelConfig, tasks: Sequence[str]) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from matu_jax.models import exporting
-from matu_jax.models.architectures import transform_of
 from matu_jax.models.checkpoint_config import architecture_of
+from matu_jax.models.images import transform_of
 from matu_jax.runs.exported import Counts, Exported
 from matu_jax.runs.provenance import versions
 

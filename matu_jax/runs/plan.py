@@ -15,8 +15,9 @@ from matu_jax.data import Task, prepared, selection
 from matu_jax.errors import UserError
 from matu_jax.messages.traffic import message_bits
 from matu_jax.models import Model
-from matu_jax.models.architectures import check_heads, transform_of
+from matu_jax.models.architectures import check_heads
 from matu_jax.models.checkpoint_config import architecture_of
+from matu_jax.models.images import transform_of
 from matu_jax.runs.commandline import Source
 from matu_jax.runs.tables import human_bits, human_bytes, plan_table
 from matu_jax.scenarios import privacy

@@ -12,7 +12,8 @@ from matu_jax.config import Config
 from matu_jax.data import Transform, preparation, prepared, selection
 from matu_jax.data.splits import counts
 from matu_jax.errors import UserError
-from matu_jax.models.architectures import check_heads, transform_of
+from matu_jax.models.architectures import check_heads
+from matu_jax.models.images import transform_of
 from matu_jax.runs.tables import human_bytes
 
 _TO_DO = "to be prepared"

@@ -25,7 +25,8 @@ from matu_jax.data import (
 from matu_jax.data.partition import assign, partition
 from matu_jax.data.rendering import SIZE
 from matu_jax.models import base_fingerprint
-from matu_jax.models.architectures import check_architecture, transform_of
+from matu_jax.models.architectures import check_architecture
+from matu_jax.models.images import transform_of
 from matu_jax.scenarios import attacks, failures
 from matu_jax.simulation.choices import SimulationConfig
 

@@ -12,9 +12,9 @@ from matu_jax.models.architectures import (
     ARCHITECTURES,
     CLIP_MEAN,
     TowerShape,
-    transform_of,
 )
 from matu_jax.models.checkpoint_config import architecture_of, read_architecture
+from matu_jax.models.images import transform_of
 
 VISION = {"hidden_size": 24, "num_attention_heads": 3, "image_size": 30, "patch_size": 7}
 CLIP = {"model_type": "clip", "vision_config": VISION, "projection_dim": 11}
