@@ -37,7 +37,7 @@ PENALTIES = tuple(10.0**power for power in range(-5, 3))  # values of C: the sma
 def baselines(config: Config) -> Iterator[tuple[str, dict[str, float]]]:
     """Yields each task's name and its accuracies from 0 to 1, by baseline."""
     federation = federate(config)
-    model = models.build(config.model, federation.tasks, seed=config.seed)
+    model = models.build_classifier(config.model, federation.tasks, seed=config.seed)
     features = jax.jit(lambda images: model.features(model.base, model.frozen, images))
     logits = jax.jit(lambda images, task: model.logits(model.base, model.frozen, images, task))
     for number, task in enumerate(image_tasks(federation.tasks)):

@@ -3,6 +3,7 @@
 The sign convention lives here and nowhere else: a task vector is *tuned minus base*.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,22 @@ def leaf_items(tree: PyTree) -> list[tuple[str, Any]]:
         (jax.tree_util.keystr(path, simple=True, separator="/") or "(root)", leaf)
         for path, leaf in items
     ]
+
+
+def fingerprint(tree: PyTree) -> str:
+    """SHA-256 of all leaves' paths, dtypes, shapes and bytes, as hexadecimal digits.
+
+    Args:
+      tree: arrays, also such of random keys.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in leaf_items(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf)
+        digest.update(repr((path, array.dtype.str, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def as_floating(tree: PyTree, name: str) -> PyTree[Float[Array, "..."]]:

@@ -25,7 +25,7 @@ BASE = {
     }
 }
 PARAMETERS = 25
-HEADS_OF_THEIR_OWN = {"emr_one_shot", "fedper", "fedrep", "individual", "matfl"}
+HEADS_OF_THEIR_OWN = {"emr_one_shot", "fedper", "fedrep", "individual", "matfl", "untrained"}
 
 
 def slots_with(weight=WEIGHT):
@@ -128,7 +128,10 @@ def what_trains_is_said_for_every_leaf(algorithm):
         )
         values = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(whole)])
         assert set(values) <= {0.0, 1.0}
-        assert values.any()
+        idle = algorithm.local.head_trains and not algorithm.local.head_trains(
+            jnp.float32(progress)
+        )
+        assert values.any() or idle
 
 
 CHECKS = (

@@ -49,7 +49,7 @@ def model(tmp_path_factory, federation):
         tmp_path_factory.mktemp("model") / "tiny.safetensors", depth=2
     )
     config = dataclasses.replace(TINY.model, checkpoint=checkpoint)
-    return models.build(config, federation.tasks)
+    return models.build_classifier(config, federation.tasks)
 
 
 def run(config, federation, model, start=None, mesh=None):

@@ -73,7 +73,7 @@ def our_logits(workdir, exported, images):
     """From the exported vector, through the package's own model."""
     config = exported.config
     federation = federate(config)
-    model = models.build(config.model, federation.tasks, seed=config.seed)
+    model = models.build_classifier(config.model, federation.tasks, seed=config.seed)
     number = [task.name for task in federation.tasks].index(exported.task.name)
     params = exported.params
     if "trained" in model.frozen:
@@ -258,7 +258,7 @@ def test_the_raw_task_vector_is_tuned_minus_base(tmp_path, clip_run):
     vector = load_file(out / "task_vector.safetensors")
     config = exported.config
     federation = federate(config)
-    base = models.build(config.model, federation.tasks, seed=config.seed).base
+    base = models.build_classifier(config.model, federation.tasks, seed=config.seed).base
     assert sorted(vector) == sorted(
         f"blocks/{target}/{name}"
         for target in config.model.lora_targets
@@ -410,7 +410,9 @@ def accuracy_of(exported):
     task, number = exported.task, exported.number
     order = np.random.default_rng((exported.config.seed, number)).permutation(len(task.test.labels))
     rows = np.sort(order[: exported.config.evaluation.max_examples])
-    model = models.build(exported.config.model, exported.tasks, seed=exported.config.seed)
+    model = models.build_classifier(
+        exported.config.model, exported.tasks, seed=exported.config.seed
+    )
     params = exported.params
     if "trained" in model.frozen:
         kernel = np.zeros_like(model.base["head"]["kernel"])

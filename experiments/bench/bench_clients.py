@@ -104,7 +104,7 @@ def _prepared(
     use_cores()
     config = experiment(architecture, clients, steps, batch, dtype, algorithm="fedavg")
     federation = federate(config)
-    model = models.build(config.model, federation.tasks, seed=config.seed)
+    model = models.build_classifier(config.model, federation.tasks, seed=config.seed)
     rows = padded_rows(np.arange(clients), slot_mesh().size)
     task = federation.slots.task[rows]
     position = np.stack([np.zeros_like(rows), rows, task], axis=1).astype(np.int32)

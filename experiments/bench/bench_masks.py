@@ -54,7 +54,7 @@ def _messages(held: int) -> list[dict]:
     config, *_ = read_config([*words, f"--config.data.tasks_per_client={held}"], "")
     federation = federate(config)
     slots = federation.slots
-    model = models.build(config.model, federation.tasks, seed=config.seed)
+    model = models.build_classifier(config.model, federation.tasks, seed=config.seed)
     for result in rounds.run(config, algorithms.build(config), model, federation):
         unified = jax.tree.map(np.asarray, result.state.downloads)
     bits = np.unpackbits(np.concatenate([m.ravel() for m in jax.tree.leaves(unified.masks)]))

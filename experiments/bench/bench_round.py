@@ -57,7 +57,7 @@ def _ours(algorithm: str, case: Case) -> Iterator[rounds.RoundResult]:
     """Rounds as an experiment runs them."""
     config = _config(algorithm, case)
     federation = federate(config)
-    model = models.build(config.model, federation.tasks, seed=config.seed)
+    model = models.build_classifier(config.model, federation.tasks, seed=config.seed)
     return rounds.run(config, algorithms.build(config), model, federation, mesh=slot_mesh())
 
 
@@ -76,7 +76,7 @@ def _built(case: Case) -> tuple[Config, Federation, PyTree, PeftClient]:
     if case not in _BUILT:
         config = _config("fedavg", case)
         federation = federate(config)
-        model = models.build(config.model, federation.tasks, seed=config.seed)
+        model = models.build_classifier(config.model, federation.tasks, seed=config.seed)
         _BUILT[case] = config, federation, model.base, PeftClient(model, config)
     return _BUILT[case]
 

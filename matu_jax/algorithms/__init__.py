@@ -23,6 +23,7 @@ from matu_jax.algorithms.ntk_fedavg import ntk_fedavg
 from matu_jax.algorithms.parts import with_heads
 from matu_jax.algorithms.per_task import per_task
 from matu_jax.algorithms.ties import TiesConfig, ties
+from matu_jax.algorithms.untrained import untrained
 from matu_jax.errors import did_you_mean
 
 __all__ = [
@@ -90,6 +91,7 @@ ALGORITHMS: dict[str, Callable[[Any], Algorithm]] = {
     "ntk_fedavg": lambda config: ntk_fedavg(config.defence),
     "per_task": lambda config: per_task(config.defence),
     "ties": undefended(lambda config: ties(config.ties)),
+    "untrained": undefended(lambda config: untrained()),
 }
 
 

@@ -11,17 +11,20 @@ modules, all numpy in, numpy out:
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from matu_jax import trees
+from matu_jax.data.choices import DataConfig
 from matu_jax.trees import PyTree, check_dtypes, check_like, leaf_items
 
 __all__ = [
+    "SOURCES",
     "SPLITS",
     "ImageTask",
     "Split",
@@ -83,6 +86,9 @@ class Task:
         domain: What the examples are like. Tasks that agree on it ask about examples of one kind.
         fingerprint: Hash of the data, where its source keeps one.
         notes: What people should know of the data, a sentence each.
+        metrics: Names of the model's metrics that measure this task; the first is the one by which
+            rounds are chosen and methods compared. () = all of them.
+        chance: By metric, what guessing would reach, where that is known.
 
     Raises:
         ValueError: If a split has no array or no example, its arrays differ in their number of
@@ -97,6 +103,8 @@ class Task:
     domain: str = field(default="", kw_only=True)
     fingerprint: str = field(default="", kw_only=True)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    metrics: tuple[str, ...] = field(default=(), kw_only=True)
+    chance: Mapping[str, float] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         for part in SPLITS:
@@ -134,6 +142,8 @@ class Task:
 class ImageTask(Task):
     """One task of image classification; splits are of the type `Split`.
 
+    Where `chance` says nothing of accuracy, it is 1 / classes.
+
     Attributes:
         class_names: One name per label, in the order of the labels.
         templates: Prompts with `{}` where the class name goes, for frozen heads made of text.
@@ -146,6 +156,11 @@ class ImageTask(Task):
     class_names: tuple[str, ...] = field(kw_only=True)
     templates: tuple[str, ...] = field(default=(), kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        chance = {"accuracy": 1 / self.num_classes, **self.chance}
+        object.__setattr__(self, "chance", chance)
+
     @property
     def num_classes(self) -> int:
         """Number of classes, which is the number of class names."""
@@ -153,6 +168,10 @@ class ImageTask(Task):
 
     def _check_split(self, where: str, split: Split) -> None:
         _check_images(where, split, self.class_names)
+
+
+SOURCES: dict[str, Callable[[DataConfig], Sequence[Task]]] = {}
+"""Sources of one's own, by the name that `config.data.source` has; an experiment file adds them."""
 
 
 def image_tasks(tasks: Iterable[Task]) -> tuple[ImageTask, ...]:
@@ -219,12 +238,11 @@ def fingerprint(task: Task) -> dict[str, str]:
     digests = {}
     for part in SPLITS:
         split = getattr(task, part)
-        if isinstance(task, ImageTask):
-            about: Any = (split.images.shape, task.class_names)
-        else:
-            about = [(path, leaf.shape, leaf.dtype.str) for path, leaf in leaf_items(split)]
-        digest = hashlib.sha256(repr(about).encode())
-        for leaf in jax.tree.leaves(split):
+        if not isinstance(task, ImageTask):
+            digests[part] = trees.fingerprint(split)
+            continue
+        digest = hashlib.sha256(repr((split.images.shape, task.class_names)).encode())
+        for leaf in split:
             digest.update(np.ascontiguousarray(leaf).tobytes())
         digests[part] = digest.hexdigest()
     return digests

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
 
 from matu_jax.fields import field
 
@@ -19,7 +18,8 @@ class DataConfig:
         "embedded8".
       source: where the images of real datasets come from: "prepared" (what `python -m
         matu_jax.prepare` has put into the cache) or "synthetic" (generated stand-ins with the same
-        names, classes and sizes, to try an experiment without its data).
+        names, classes and sizes, to try an experiment without its data). Or a name in
+        `matu_jax.data.SOURCES`, whose tasks are taken, of which `tasks` may name some.
       folders: directory with one image folder per task, each `<task>/train/<class>/<image>` and
         `<task>/test/<class>/<image>`: of images of one's own, which need nothing else, and of
         datasets that are not in TFDS or shall not come from there; "" = `$MATU_JAX_FOLDERS`, or
@@ -35,7 +35,7 @@ class DataConfig:
     """
 
     tasks: str = ""
-    source: Literal["prepared", "synthetic"] = "prepared"
+    source: str = "prepared"
     folders: str = ""
     validation_fraction: float = field(0.1, above=0, at_most=0.5)
     clients: int = field(12, at_least=1)

@@ -17,24 +17,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from matu_jax import trees
 from matu_jax.data import ImageTask, Task, image_tasks
 from matu_jax.errors import did_you_mean
-from matu_jax.models.architectures import check_architecture
+from matu_jax.models.architectures import MODELS, TRANSFORMS, check_architecture
 from matu_jax.models.choices import ModelConfig
 from matu_jax.models.classification import Classifier, classifier
 from matu_jax.models.contract import Metric, Model, linearised
 
-__all__ = ["Classifier", "Metric", "Model", "base_fingerprint", "build", "classifier", "linearised"]
+__all__ = [
+    "MODELS",
+    "TRANSFORMS",
+    "Classifier",
+    "Metric",
+    "Model",
+    "base_fingerprint",
+    "build",
+    "build_classifier",
+    "classifier",
+    "linearised",
+]
 
 
-def base_fingerprint(config: ModelConfig) -> str | None:
-    """SHA-256 of the checkpoint that is fine-tuned, over names, dtypes, shapes and bytes.
+def base_fingerprint(config: ModelConfig, model: Model) -> str | None:
+    """SHA-256 of what is fine-tuned, over names, dtypes, shapes and bytes.
 
     Args:
       config: architecture and checkpoint.
+      model: what they build; of one of `MODELS`, its base and frozen arrays are looked at, of
+        others the checkpoint.
 
     Returns:
-      Hexadecimal digits; None where parameters are drawn at random.
+      Hexadecimal digits; None where the parameters of a built-in architecture are drawn at random.
 
     Raises:
       ValueError: if the checkpoint cannot be found or read.
@@ -42,6 +56,8 @@ def base_fingerprint(config: ModelConfig) -> str | None:
     from matu_jax.models import embedded, huggingface
     from matu_jax.models.tensors import TensorFiles, fingerprint
 
+    if config.architecture in MODELS:
+        return trees.fingerprint({"base": model.base, "frozen": model.frozen})
     if config.checkpoint == "random":
         return None
     if config.architecture != "embedded":
@@ -52,8 +68,30 @@ def base_fingerprint(config: ModelConfig) -> str | None:
         return fingerprint(checkpoint)
 
 
-def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Classifier:
-    """Builds the model of an experiment on images.
+def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model:
+    """Builds the model of an experiment: one of `MODELS`, or a `build_classifier`.
+
+    Args:
+      config: which one.
+      tasks: with their data.
+      seed: what is drawn at random is drawn from it.
+
+    Raises:
+      ValueError: as `build_classifier`, or if a builder of `MODELS` returns something else.
+    """
+    if config.architecture not in MODELS:
+        return build_classifier(config, tasks, seed=seed)
+    model = MODELS[config.architecture](config, tasks, seed=seed)
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"config.model.architecture {config.architecture!r}: its function in MODELS returned "
+            f"{type(model).__name__}, expected a matu_jax.models.Model."
+        )
+    return model
+
+
+def build_classifier(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Classifier:
+    """Builds a model of images with one of the built-in architectures.
 
     Args:
       config: architecture, checkpoint, adapters and heads.

@@ -4,16 +4,25 @@ Importing this file loads neither Flax nor a checkpoint library, so that data pr
 it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matu_jax.data import Transform
 from matu_jax.errors import did_you_mean
 from matu_jax.models.choices import ModelConfig
+from matu_jax.models.contract import Model
 
 FAMILIES = {"clip": "openai/clip-vit-base-patch32", "vit": "google/vit-base-patch16-224"}
 """The families whose checkpoints are read whatever their sizes, and an example of each on the hub:
 `config.model.architecture` may be a family instead of one of `ARCHITECTURES`."""
+
+MODELS: dict[str, Callable[..., Model]] = {}
+"""Builders of models of one's own, by the name that `config.model.architecture` has: `(config:
+ModelConfig, tasks: Sequence[Task], *, seed: int) -> Model`; an experiment file adds them."""
+
+TRANSFORMS: dict[str, Transform] = {}
+"""How image files become the images that a model of `MODELS` takes, where they are not 32 pixels
+high and wide."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -108,12 +117,14 @@ def check_architecture(name: str) -> None:
     """Checks what stands in `config.model.architecture`.
 
     Raises:
-      ValueError: if it is neither "embedded", nor in `ARCHITECTURES`, nor one of `FAMILIES`.
+      ValueError: if it is neither "embedded", nor in `ARCHITECTURES` or `MODELS`, nor one of
+        `FAMILIES`.
     """
-    if name != "embedded" and name not in ARCHITECTURES and name not in FAMILIES:
+    known = ["embedded", *ARCHITECTURES, *FAMILIES, *MODELS]
+    if name not in known:
         raise ValueError(
             f"config.model.architecture: found {name!r}, no such architecture."
-            + did_you_mean(name, ["embedded", *ARCHITECTURES, *FAMILIES])
+            + did_you_mean(name, known)
         )
 
 

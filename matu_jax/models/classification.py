@@ -1,6 +1,7 @@
 """Classification of images as a `Model`: class masks, cross-entropy and accuracy."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -110,7 +111,11 @@ def _right(logits, batch):
     return {"right": right, "examples": jnp.ones_like(right)}
 
 
-METRICS = {"accuracy": Metric(_right, lambda sums: sums["right"] / sums["examples"])}
+def _quotient(sums):
+    return sums["right"] / sums["examples"] if sums["examples"] else math.nan
+
+
+METRICS = {"accuracy": Metric(_right, _quotient, percent=True)}
 """How classifiers are measured: the part of the examples that is classified rightly."""
 
 

@@ -23,11 +23,13 @@ class Metric(NamedTuple):
       value: `sums -> number`, of a tree of numpy arrays `[...]` (float64 or int64): the last step,
         such as a quotient; NaN where nothing was measured.
       higher_is_better: whether a higher value is the better one.
+      percent: whether people read it in percent, as a part of 1.
     """
 
     sums: Callable[[Any, Any], PyTree]
     value: Callable[[Any], float]
     higher_is_better: bool = True
+    percent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

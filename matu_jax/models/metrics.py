@@ -38,7 +38,7 @@ def accuracy(pair: Pair) -> Metric:
         right = _flat(found == expected)
         return {"right": right.sum(axis=1), "all": _ones(right)}
 
-    return Metric(sums, lambda sums: _quotient(sums["right"], sums["all"]))
+    return Metric(sums, lambda sums: _quotient(sums["right"], sums["all"]), percent=True)
 
 
 def balanced_accuracy(pair: Pair, classes: int) -> Metric:
@@ -55,7 +55,7 @@ def balanced_accuracy(pair: Pair, classes: int) -> Metric:
         right = of_class & (found == expected)[..., None]
         return {"right": right.sum(axis=1), "all": of_class.sum(axis=1)}
 
-    return Metric(sums, lambda sums: _mean_quotient(sums["right"], sums["all"]))
+    return Metric(sums, lambda sums: _mean_quotient(sums["right"], sums["all"]), percent=True)
 
 
 def mean_iou(pair: Pair, classes: int) -> Metric:
@@ -73,7 +73,7 @@ def mean_iou(pair: Pair, classes: int) -> Metric:
         other = jax.nn.one_hot(expected, classes, dtype=jnp.bool_)
         return {"both": (one & other).sum(axis=1), "any": (one | other).sum(axis=1)}
 
-    return Metric(sums, lambda sums: _mean_quotient(sums["both"], sums["any"]))
+    return Metric(sums, lambda sums: _mean_quotient(sums["both"], sums["any"]), percent=True)
 
 
 def auc(pair: Pair, bins: int = 1000) -> Metric:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import jax
 
-from matu_jax import algorithms, models
+from matu_jax import models
 from matu_jax.config import Config
 from matu_jax.errors import UserError
+from matu_jax.models import Model
 from matu_jax.runs import workdir as workdirs
 from matu_jax.runs.checkpoints import Checkpoints, unreadable
 from matu_jax.runs.commandline import Source, without_devices
@@ -19,7 +20,7 @@ from matu_jax.runs.plan import check_inputs, data_notes
 from matu_jax.runs.provenance import versions
 from matu_jax.runs.tables import human_bytes
 from matu_jax.scenarios import privacy
-from matu_jax.simulation.federation import Federation, federate, identity
+from matu_jax.simulation.federation import Federation, algorithm_for, federate, identity
 from matu_jax.simulation.memory import fitted, memory_there, predicted_bytes
 from matu_jax.simulation.placement import slot_mesh
 
@@ -79,18 +80,19 @@ def examine(config: Config, source: Source, workdir: Path | None) -> Iterator[Fi
         if importlib.util.find_spec("tensorflow") is None:
             text = "TensorFlow is not installed; only datasets from image folders can be prepared."
             yield Finding("note", "packages", f"{text} Else: pip install 'matu_jax[prepare]'")
-    needed, federation = None, None
+    needed, federation, model = None, None, None
     if ready:
         try:
             federation = federate(config)
             for line in data_notes(federation.tasks):
                 yield Finding("note", "data", line.removeprefix("data: "))
-            found, needed = _memory(config, federation)
+            model = models.build(config.model, federation.tasks, seed=config.seed)
+            found, needed = _memory(config, federation, model)
             yield found
         except ValueError as error:
             yield Finding("problem", "experiment", str(error))
     if workdir:
-        yield _workdir(workdir, config, federation)
+        yield _workdir(workdir, config, federation, model)
     yield _disk(workdir or Path(), (needed or 0) * (config.checkpoint.keep + 2))
 
 
@@ -129,10 +131,9 @@ def _devices() -> Iterator[Finding]:
                 )
 
 
-def _memory(config: Config, federation: Federation) -> tuple[Finding, int]:
+def _memory(config: Config, federation: Federation, model: Model) -> tuple[Finding, int]:
     """Memory needed against memory there; and the bytes of a checkpoint."""
-    model = models.build(config.model, federation.tasks, seed=config.seed)
-    algorithm, mesh = algorithms.build(config), slot_mesh()
+    algorithm, mesh = algorithm_for(config, model), slot_mesh()
     config = fitted(config, model, algorithm, federation, mesh)
     needed = sum(predicted_bytes(config, model, algorithm, federation, mesh).values())
     there = memory_there(mesh.devices.flat[0])
@@ -151,7 +152,9 @@ def _memory(config: Config, federation: Federation) -> tuple[Finding, int]:
     return Finding(level, "memory", text), size
 
 
-def _workdir(workdir: Path, config: Config, federation: Federation | None) -> Finding:
+def _workdir(
+    workdir: Path, config: Config, federation: Federation | None, model: Model | None
+) -> Finding:
     try:
         if not workdir.exists():
             return Finding("ok", "workdir", f"{workdir} will be made")
@@ -168,10 +171,11 @@ def _workdir(workdir: Path, config: Config, federation: Federation | None) -> Fi
                 return Finding("problem", "workdir", unreadable(checkpoints.directory, damaged))
             if last is not None:
                 directory, meta = checkpoints.directory, checkpoints.meta(last)
-                if federation is None:
+                if federation is None or model is None:
                     workdirs.check_origin(directory, meta, config)
                 else:
-                    workdirs.check_identity(directory, meta, config, identity(config, federation))
+                    wanted = identity(config, federation, model)
+                    workdirs.check_identity(directory, meta, config, wanted)
         text = f"{workdir}: the run goes on after round {last or 0} of {config.rounds}"
         for number, damage in damaged.items():
             text += f". The checkpoint of round {number} is damaged ({damage}) and left out"

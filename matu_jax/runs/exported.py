@@ -104,7 +104,7 @@ def read_run(
             raise UserError(f"--task {task_name}: no such task.{did_you_mean(task_name, names)}")
         # Kernels are wanted as they were given, and nothing is trained.
         exact = dataclasses.replace(config.model, compute_dtype="float32", remat=False)
-        model = models.build(exact, federation.tasks, seed=config.seed)
+        model = models.build_classifier(exact, federation.tasks, seed=config.seed)
         target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
         similarity = np.zeros((len(names),) * 2, np.float32)
         with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
@@ -112,7 +112,7 @@ def read_run(
             chosen, why = chosen_round(workdir, checkpoints, records, round_index)
             saved = {"state": target, "similarity_sum": similarity}
             restored, meta = checkpoints.restore_round(chosen, saved)
-        wanted = identity(config, federation)
+        wanted = identity(config, federation, model)
         check_identity(workdir / "checkpoints", meta, config, wanted)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -211,7 +211,7 @@ def measure(exported: Exported, kind: str) -> Counts:
     config, exact = exported.config, exported.model
     dtype, run = config.model.compute_dtype, exact
     if dtype != "float32":
-        run = models.build(config.model, exported.tasks, seed=config.seed)
+        run = models.build_classifier(config.model, exported.tasks, seed=config.seed)
     counts = {split: _count(exported, run, split, dtype=dtype) for split in exported.recorded}
     for split, accuracy in exported.recorded.items():
         _check_count(exported, counts[split], accuracy * counts[split].examples, split)

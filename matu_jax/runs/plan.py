@@ -11,11 +11,11 @@ from rich.console import Console
 
 from matu_jax import algorithms
 from matu_jax.config import Config
-from matu_jax.data import Task, prepared, selection
+from matu_jax.data import SOURCES, Task, prepared, selection
 from matu_jax.errors import UserError
 from matu_jax.messages.traffic import message_bits
-from matu_jax.models import Model
-from matu_jax.models.architectures import check_heads
+from matu_jax.models import MODELS, Model
+from matu_jax.models.architectures import check_architecture, check_heads
 from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.models.images import transform_of
 from matu_jax.runs.commandline import Source
@@ -49,27 +49,36 @@ def check_inputs(config: Config, source: Source) -> None:
                 f"{' and '.join(absent)}. Install with\n    pip install 'matu_jax[privacy]'"
             )
     try:
-        names = task_names(config)
-        data = config.data
-        generated = selection.is_generated(data.tasks, data.folders)
-        if not generated:
-            check_heads(config.model, names)
-        if not generated and data.source == "prepared":
-            transform = transform_of(config.model)
-            absent = prepared.missing(names, transform=transform, folders=data.folders)
-            if absent:
-                problems.append(
-                    f"data: {len(absent)} of {len(names)} datasets are not prepared "
-                    f"({', '.join(absent)}). Prepare them with\n"
-                    f"    {source.command('prepare')}\n"
-                    "  or try the experiment with stand-ins: --config.data=synthetic"
-                )
-        if config.model.architecture != "embedded" and config.model.checkpoint != "random":
+        problems += _lacking_data(config, source)
+        own = config.model.architecture in (*MODELS, "embedded")
+        if not own and config.model.checkpoint != "random":
             architecture_of(config.model)
     except ValueError as error:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _lacking_data(config: Config, source: Source) -> Iterator[str]:
+    """Yields what to say of data that is not there."""
+    data = config.data
+    if data.source in SOURCES:
+        check_architecture(config.model.architecture)
+        return
+    names = task_names(config)
+    if selection.is_generated(data.tasks, data.folders):
+        return
+    check_heads(config.model, names)
+    if data.source == "prepared":
+        transform = transform_of(config.model)
+        absent = prepared.missing(names, transform=transform, folders=data.folders)
+        if absent:
+            yield (
+                f"data: {len(absent)} of {len(names)} datasets are not prepared "
+                f"({', '.join(absent)}). Prepare them with\n"
+                f"    {source.command('prepare')}\n"
+                "  or try the experiment with stand-ins: --config.data=synthetic"
+            )
 
 
 def print_plan(

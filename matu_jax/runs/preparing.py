@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from matu_jax.config import Config
-from matu_jax.data import Transform, preparation, prepared, selection
+from matu_jax.data import SOURCES, Transform, preparation, prepared, selection
 from matu_jax.data.splits import counts
 from matu_jax.errors import UserError
 from matu_jax.models.architectures import check_heads
@@ -52,6 +52,9 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
       UserError: for an unknown dataset or architecture, or a directory that is not there.
     """
     data = config.data
+    if data.source in SOURCES:
+        console.print(f"config.data.source is {data.source!r}, your own: nothing to prepare.")
+        return True
     try:
         names = selection.resolve(data.tasks, data.folders)
         if selection.is_generated(data.tasks, data.folders):

@@ -24,7 +24,7 @@ from matu_jax.runs.recorder import Recorder
 from matu_jax.runs.results import write_results
 from matu_jax.runs.tables import result_table
 from matu_jax.simulation import hosts, rounds
-from matu_jax.simulation.federation import Federation, federate, identity
+from matu_jax.simulation.federation import Federation, algorithm_for, federate, identity
 from matu_jax.simulation.memory import fitted
 from matu_jax.simulation.placement import slot_mesh
 
@@ -120,9 +120,9 @@ def _built(
         try:
             federation = federate(config)
             model = models.build(config.model, federation.tasks, seed=config.seed)
-            algorithm, mesh = algorithms.build(config), slot_mesh()
+            algorithm, mesh = algorithm_for(config, model), slot_mesh()
             target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
-            meta = identity(config, federation) if hosts.is_first() else {}
+            meta = identity(config, federation, model) if hosts.is_first() else {}
             return federation, model, algorithm, mesh, target, meta
         except ValueError as error:
             raise UserError(str(error)) from None

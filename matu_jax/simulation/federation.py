@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, Int64
 
+from matu_jax import algorithms
 from matu_jax.aggregation import Slots
+from matu_jax.algorithms import Algorithm
 from matu_jax.data import (
+    SOURCES,
     ImageTask,
     Task,
     check_alike,
@@ -22,9 +25,11 @@ from matu_jax.data import (
     selection,
     synthetic,
 )
+from matu_jax.data.choices import DataConfig
 from matu_jax.data.partition import assign, partition
 from matu_jax.data.rendering import SIZE
-from matu_jax.models import base_fingerprint
+from matu_jax.errors import did_you_mean
+from matu_jax.models import Model, base_fingerprint
 from matu_jax.models.architectures import check_architecture
 from matu_jax.models.images import transform_of
 from matu_jax.scenarios import attacks, failures
@@ -48,14 +53,19 @@ class Federation(NamedTuple):
 
 
 def task_names(config: SimulationConfig) -> tuple[str, ...]:
-    """Names of the tasks that `config.data.tasks` stands for.
+    """Names of the images' tasks that `config.data.tasks` stands for.
 
     Raises:
       ValueError: for tasks of the embedded benchmark and a model that takes other images, or an
-        unknown architecture or dataset.
+        unknown architecture, source or dataset.
     """
     check_architecture(config.model.architecture)
     data = config.data
+    if data.source not in ("prepared", "synthetic"):
+        raise ValueError(
+            f"config.data.source: found {data.source!r}, no such source."
+            + did_you_mean(data.source, ["prepared", "synthetic", *SOURCES])
+        )
     generated = selection.is_generated(data.tasks, data.folders)
     if generated and transform_of(config.model).size != SIZE:
         raise ValueError(
@@ -67,12 +77,14 @@ def task_names(config: SimulationConfig) -> tuple[str, ...]:
     return selection.resolve(data.tasks, data.folders)
 
 
-def load_tasks(config: SimulationConfig) -> tuple[ImageTask, ...]:
+def load_tasks(config: SimulationConfig) -> tuple[Task, ...]:
     """Loads the tasks of an experiment, with their data.
 
     Raises:
       ValueError: for an unknown name, or a dataset that is not prepared.
     """
+    if config.data.source in SOURCES:
+        return _own_tasks(config.data)
     names, data = task_names(config), config.data
     if selection.is_generated(data.tasks, data.folders):
         return embedded.load(names)
@@ -88,6 +100,26 @@ def load_tasks(config: SimulationConfig) -> tuple[ImageTask, ...]:
         validation_fraction=data.validation_fraction,
         how=_how_to_prepare(config),
     )
+
+
+def _own_tasks(data: DataConfig) -> tuple[Task, ...]:
+    """The tasks of one of `SOURCES`, or those of them that are named."""
+    tasks = tuple(SOURCES[data.source](data))
+    where = f"config.data.source {data.source!r}: its function in SOURCES returned"
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise ValueError(f"{where} {type(task).__name__} among tasks, expected matu_jax.Task.")
+    by_name = {task.name: task for task in tasks}
+    if not tasks or len(by_name) < len(tasks):
+        names = ", ".join(task.name for task in tasks) or "none"
+        raise ValueError(f"{where} the tasks {names}; expected some, each of a name of its own.")
+    asked = [name.strip() for name in data.tasks.split(",") if name.strip()] or list(by_name)
+    for name in asked:
+        if name not in by_name or asked.count(name) > 1:
+            what = "more than once" if name in by_name else "no such task of this source"
+            hint = "" if name in by_name else did_you_mean(name, by_name)
+            raise ValueError(f"config.data.tasks: found {name!r}, {what}.{hint}")
+    return tuple(by_name[name] for name in asked)
 
 
 def _how_to_prepare(config: SimulationConfig) -> str:
@@ -184,12 +216,24 @@ def _labels(config: SimulationConfig, task: Task) -> Int[np.ndarray, "examples"]
     return np.zeros(num_examples(task.train), np.int32)
 
 
+def algorithm_for(config: SimulationConfig, model: Model) -> Algorithm:
+    """Builds the algorithm that a config names, with heads where the model trains some.
+
+    Raises:
+      ValueError: as `algorithms.build`.
+    """
+    algorithm = algorithms.build(config)
+    if model.trains_heads and not config.model.trains_heads:
+        algorithm = algorithms.with_heads(algorithm)
+    return algorithm
+
+
 def fingerprints(federation: Federation) -> dict[str, Any]:
     """What tells one state of each task's data from another, as JSON holds it."""
     return {task.name: task.fingerprint or fingerprint(task) for task in federation.tasks}
 
 
-def identity(config: SimulationConfig, federation: Federation) -> dict[str, Any]:
+def identity(config: SimulationConfig, federation: Federation, model: Model) -> dict[str, Any]:
     """What a run is of, as its checkpoints keep it: "config", and what "data" and "base" hold.
 
     `workdir.check_identity` compares with it.
@@ -200,5 +244,5 @@ def identity(config: SimulationConfig, federation: Federation) -> dict[str, Any]
     return {
         "config": dataclasses.asdict(config),
         "data": fingerprints(federation),
-        "base": base_fingerprint(config.model),
+        "base": base_fingerprint(config.model, model),
     }

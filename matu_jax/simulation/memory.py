@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from matu_jax.algorithms import Algorithm
 from matu_jax.data import example_bytes, example_shapes
-from matu_jax.models import Model
+from matu_jax.models import MODELS, Model
 from matu_jax.models.backbone import recomputed_bytes
 from matu_jax.simulation.batches import round_grid
 from matu_jax.simulation.choices import SimulationConfig
@@ -56,7 +56,8 @@ def predicted_bytes(
             shared.remove((leaf.shape, leaf.dtype))
         elif not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             activations += size(leaf)
-    activations += recomputed_bytes(config.model, local.batch_examples)
+    if config.model.architecture not in MODELS:  # whose remat is their own affair
+        activations += recomputed_bytes(config.model, local.batch_examples)
     cut = round_grid(config, federation, mesh)
     trained = cut.groups * cut.slots
     per_device = slots_at_once(mesh, cut.slots // mesh.size, local.parallel_slots)

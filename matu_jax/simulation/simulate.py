@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 
 from jax.sharding import Mesh
 
-from matu_jax import algorithms, fields
+from matu_jax import fields
 from matu_jax.data import Task
 from matu_jax.data.choices import DataConfig
 from matu_jax.models import Model
 from matu_jax.models.choices import ModelConfig
 from matu_jax.simulation.choices import SimulationConfig
-from matu_jax.simulation.federation import dealt_out
+from matu_jax.simulation.federation import algorithm_for, dealt_out
 from matu_jax.simulation.rounds import RoundResult, run
 
 
@@ -75,7 +75,5 @@ def simulate(
             )
     if not tasks:
         raise ValueError("tasks: found none, expected at least one.")
-    algorithm = algorithms.build(config)
-    if model.trains_heads:
-        algorithm = algorithms.with_heads(algorithm)
+    algorithm = algorithm_for(config, model)
     return run(config, algorithm, model, dealt_out(config, tasks), mesh=mesh)

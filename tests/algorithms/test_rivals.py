@@ -482,7 +482,7 @@ def tower(monkeypatch):
     tiny_clip.register(monkeypatch)
 
     def built():
-        return RUN.model, models.build(RUN.model, [tiny_clip.task()])
+        return RUN.model, models.build_classifier(RUN.model, [tiny_clip.task()])
 
     return built
 
@@ -541,7 +541,7 @@ def test_fed_lora_b_leaves_a_alone_but_not_the_head(tower):
 def run(name, **changes):
     config = dataclasses.replace(RUN, algorithm=name, **changes)
     federation = federation_of(config)
-    model = models.build(config.model, federation.tasks)
+    model = models.build_classifier(config.model, federation.tasks)
     algorithm = build(config)
     results = [
         tiny.kept(result)

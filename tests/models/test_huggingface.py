@@ -60,7 +60,7 @@ def folder(whole, tmp_path):
 
 def build(folder, tasks=(TASK,), **changes):
     options = {"architecture": "tiny_clip", "checkpoint": str(folder), "logit_scale": 0.0}
-    return models.build(ModelConfig(**{**options, **changes}), list(tasks))
+    return models.build_classifier(ModelConfig(**{**options, **changes}), list(tasks))
 
 
 def refusal(folder, tasks=(TASK,), **changes):

@@ -61,7 +61,7 @@ def task(name="digits", classes=10, size=32):
 
 
 def build(*tasks, seed=0, **changes):
-    return models.build(ModelConfig(**changes), list(tasks or [task()]), seed=seed)
+    return models.build_classifier(ModelConfig(**changes), list(tasks or [task()]), seed=seed)
 
 
 def logits(model, params=None, index=0, key=None):
@@ -347,4 +347,4 @@ def test_mistakes_in_heads_and_tasks_are_named(tiny_file):
     message = refused(task(), task("large", size=64))
     assert "task 'large': images are [64, 64, 3]" in message
     with pytest.raises(ValueError, match="tasks: found none"):
-        models.build(ModelConfig(), [])
+        models.build_classifier(ModelConfig(), [])

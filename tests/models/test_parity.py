@@ -46,7 +46,7 @@ def clip(request, tmp_path_factory):
 
 def build(folder, tasks=(TASK,), **changes):
     options = {"architecture": "tiny_clip", "checkpoint": str(folder), "logit_scale": 0.0}
-    return models.build(ModelConfig(**{**options, **changes}), list(tasks))
+    return models.build_classifier(ModelConfig(**{**options, **changes}), list(tasks))
 
 
 def relative(found, expected):

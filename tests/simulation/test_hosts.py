@@ -155,7 +155,7 @@ def lines(workdir):
 def final_state(experiment, workdir):
     config, *_ = train.parse(["train", experiment])
     federation = federate(config)
-    model = models.build(config.model, federation.tasks, seed=config.seed)
+    model = models.build_classifier(config.model, federation.tasks, seed=config.seed)
     state = jax.eval_shape(algorithms.build(config).init, model.base, federation.slots)
     zero = np.zeros((3, 3), np.float32)
     with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:

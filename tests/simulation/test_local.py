@@ -27,7 +27,7 @@ CONFIG = LocalConfig(steps=STEPS, batch_examples=BATCH, optimizer="sgd", learnin
 def model(tmp_path_factory):
     checkpoint = tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors")
     config = ModelConfig(checkpoint=checkpoint, lora_rank=2, lora_targets=("query", "mlp_in"))
-    return models.build(config, some_tasks())
+    return models.build_classifier(config, some_tasks())
 
 
 def some_tasks(images=32):
@@ -186,7 +186,7 @@ def test_dropout_is_drawn_from_seed_round_client_task_and_step():
     config = ModelConfig(
         checkpoint="random", lora_rank=2, lora_targets=("query",), lora_dropout=0.5
     )
-    model = models.build(config, some_tasks())
+    model = models.build_classifier(config, some_tasks())
 
     def vectors(position=None, chunk=STEPS, seed=0, parallel=0):
         parameters, downloads, usual, *rest = inputs(model)

@@ -149,7 +149,7 @@ def test_a_sharded_server_has_its_part_of_stacked_blocks(monkeypatch, changes):
         block_config = dataclasses.replace(getattr(config, block), **fields)
         config = dataclasses.replace(config, **{block: block_config})
     federation = federation_of(config)
-    model = models.build(config.model, federation.tasks)
+    model = models.build_classifier(config.model, federation.tasks)
     one = list(run(config, federation, model))
     here = []
 
@@ -234,7 +234,7 @@ def test_heads_of_both_kinds_in_one_run(federation, model, name, head):
         TINY.model, checkpoint="random", head=head, task_heads=(("hue/plaid", other),)
     )
     config = dataclasses.replace(TINY, algorithm=name, rounds=1, model=choices)
-    mixed = models.build(config.model, federation.tasks)
+    mixed = models.build_classifier(config.model, federation.tasks)
     (result,) = run(config, federation, mixed)
     assert np.isfinite(result.record["accuracy"]["test_mean"])
     slots = federation.slots
@@ -302,7 +302,7 @@ def test_predicted_memory_is_near_what_xla_needs(federation):
     config = dataclasses.replace(
         TINY, local=LocalConfig(steps=2, batch_examples=64), model=ModelConfig(checkpoint="random")
     )
-    model = models.build(config.model, federation.tasks)
+    model = models.build_classifier(config.model, federation.tasks)
     algorithm = algorithms.build(config)
     predicted = predicted_bytes(config, model, algorithm, federation, one_device())
     local = local_training(model, config.local, algorithm.local, one_device())
@@ -322,7 +322,7 @@ def test_predicted_memory_is_near_what_xla_needs(federation):
 
 def test_on_an_accelerator_as_many_slots_train_at_once_as_memory_allows(federation, monkeypatch):
     config = dataclasses.replace(TINY, model=ModelConfig(checkpoint="random"))
-    model = models.build(config.model, federation.tasks)
+    model = models.build_classifier(config.model, federation.tasks)
     algorithm, mesh = algorithms.build(config), one_device()
 
     def needed(count):
