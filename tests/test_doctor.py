@@ -45,7 +45,7 @@ def ask(tmp_path, capsys, monkeypatch):
     return ask
 
 
-def refused(model):
+def refused(*_):
     raise ValueError("a shard is cut off")
 
 
