@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matu_jax.json_files import replace_file
+from matu_jax.runs.log import measured_in
 from matu_jax.runs.tables import number
+from matu_jax.simulation.measures import measure_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,38 +32,38 @@ LEAST_SPREAD = 0.05  # around 1/2, of the colours of a similarity
 _FEW_TASKS = 10  # so many have room for a number in each cell, or a name beside each line
 
 
-def plot_accuracy(
+def plot_rounds(
     records: Sequence[Mapping[str, Any]],
     path: str | os.PathLike[str],
     *,
     title: str,
     chance: Mapping[str, float] | None = None,
 ) -> None:
-    """Draws accuracy over rounds to a PNG: means on test and validation, and every task's, faint.
+    """Draws a run's measure over rounds to a PNG: means on test and validation, every task's faint.
 
     A dotted line is what guessing would reach, in the mean over the tasks.
 
     Args:
-      records: a run's records, with "round" and "accuracy": {"validation_mean", "test_mean",
-        "test_per_task": {name: fraction}}, or None where nothing was evaluated.
+      records: a run's records, with "round" and, by the name of their measure, {"validation_mean",
+        "test_mean", "test_per_task": {name: value}}, or None where nothing was evaluated.
       path: the file to write.
       title: stands above the picture.
-      chance: by task, the accuracy of a guess, 1 / classes; None = no line.
+      chance: by task, what a guess reaches, such as 1 / classes; None = no line.
 
     Raises:
       ValueError: if no round was evaluated.
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    measured = [record for record in records if record.get("accuracy")]
+    measured = [record for record in records if measured_in(record)]
     if not measured:
-        raise ValueError("plot_accuracy: found no round with an accuracy; evaluate at least one.")
-    rounds = [record["round"] for record in measured]
-    accuracy = [record["accuracy"] for record in measured]
+        raise ValueError("plot_rounds: found no round that was measured; evaluate at least one.")
+    rounds, measure = [record["round"] for record in measured], measure_of(measured[-1])
+    found = [record[measure.name] for record in measured]
     figure = blank_figure(8, 5)
     axes = figure.add_subplot()
-    tasks = list(accuracy[-1]["test_per_task"])
-    per_task = np.array([[number(a["test_per_task"].get(t)) for t in tasks] for a in accuracy])
+    tasks = list(found[-1]["test_per_task"])
+    per_task = np.array([[number(a["test_per_task"].get(t)) for t in tasks] for a in found])
     marker = "o" if len(rounds) <= 30 else ""
     style = {"color": _FAINT, "linewidth": 0.9, "marker": marker, "markersize": 2}
     for i in range(len(tasks)):
@@ -74,19 +76,21 @@ def plot_accuracy(
         ("validation_mean", "validation, mean", _VALIDATION, "--"),
         ("test_mean", "test, mean", _TEST, "-"),
     ):
-        values = [number(a.get(key)) for a in accuracy]
+        values = [number(a.get(key)) for a in found]
         style = {"color": color, "linewidth": 2.2, "marker": marker, "markersize": 4}
         axes.plot(rounds, values, line, label=label, **style)
     if len(rounds) == 1:
         axes.set_xlim(rounds[0] - 1, rounds[0] + 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -0.02), min(max(high, low + 0.1), 1.02))
+    if measure.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(max(high, low + 0.1), 1.02))
     if len(tasks) <= _FEW_TASKS:
         _name_ends(axes, rounds[-1], dict(zip(tasks, per_task[-1], strict=True)))
     axes.set_xlabel("round")
-    axes.set_ylabel("accuracy")
+    better = "" if measure.higher_is_better else ", lower is better"
+    axes.set_ylabel(literal(measure.name + better))
     axes.set_title(literal(title), loc="left")
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)

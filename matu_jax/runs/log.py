@@ -1,17 +1,18 @@
 """What a run writes for programs: metrics.jsonl, its records, and summary.json."""
 
+import functools
 import hashlib
 import json
-import math
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, create_model
 
 from matu_jax.json_files import checked, parse_json, plain, read_json, regular_file, replace_file
+from matu_jax.simulation.measures import ACCURACY, Measure, measure_of
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -25,32 +26,54 @@ _Count = Annotated[int, Field(ge=0)]
 _Size = Annotated[_Finite, Field(ge=0)]
 
 
-SELECTION = "the round with the best mean validation accuracy, the first of equals"
+def selection(measure: Measure) -> str:
+    """By what rule `selected` chooses, in words."""
+    return f"the round with the best mean validation {measure.name}, the first of equals"
 
 
 def selected(records: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The record of the round that a run's results and exports speak of, by `SELECTION`.
+    """The record of the round that a run's results and exports speak of, see `selection`.
 
     Args:
-      records: a run's, with "accuracy": {"validation_mean", ...}, or None if nothing was measured.
+      records: a run's; by the name of their measure {"validation_mean", ...}, or None if nothing
+        was measured.
 
     Returns:
       One of them; None where none was measured.
     """
-    measured = [record for record in records if record["accuracy"]]
-
-    def rank(record: Mapping[str, Any]) -> float:
-        value = record["accuracy"]["validation_mean"]
-        return -math.inf if value is None else value
-
-    return max(measured, key=rank, default=None)
+    measured = [record for record in records if measured_in(record)]
+    return max(measured, key=_rank, default=None)
 
 
-class _Accuracy(BaseModel):
-    validation_mean: _Fraction | None
-    test_mean: _Fraction | None
-    test_per_task: dict[str, _Fraction | None]
-    test_per_slot: list[_Fraction | None]
+def measured_in(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a record holds under the name of its measure; None if nothing was measured."""
+    return record[measure_of(record).name]
+
+
+def _rank(record: Mapping[str, Any]) -> float:
+    return measure_of(record).rank((measured_in(record) or {})["validation_mean"])
+
+
+_N = TypeVar("_N")
+
+
+class _Measured(BaseModel, Generic[_N]):
+    validation_mean: _N | None
+    test_mean: _N | None
+    test_per_task: dict[str, _N | None]
+    test_per_slot: list[_N | None]
+
+
+class _Measure(BaseModel):
+    name: str
+    higher_is_better: bool
+    percent: bool
+
+
+class _Named(BaseModel):
+    """What says which of its fields holds what was measured; older versions lack it."""
+
+    measure: _Measure | None = None
 
 
 class _Record(BaseModel):
@@ -58,7 +81,6 @@ class _Record(BaseModel):
 
     round: int
     loss: _Finite | None
-    accuracy: _Accuracy | None
     similarity_auc: _Fraction | None
     clients: list[_Count]
     aggregated: bool
@@ -69,10 +91,10 @@ class _Record(BaseModel):
     seconds: dict[str, _Size]
 
 
-class _SummaryAccuracy(BaseModel):
-    mean: _Fraction | None
-    validation_mean: _Fraction | None
-    per_task: dict[str, _Fraction | None]
+class _Results(BaseModel, Generic[_N]):
+    mean: _N | None
+    validation_mean: _N | None
+    per_task: dict[str, _N | None]
 
 
 class _Traffic(BaseModel):
@@ -111,12 +133,11 @@ class _Summary(BaseModel):
     seed: int
     rounds: Annotated[int, Field(ge=1)]
     selected_round: _Count
-    accuracy: _SummaryAccuracy
     communication: _Traffic
     seconds: _Seconds
     similarity: _Similarity | None
     label_spaces: list[str]
-    chance: dict[str, _Fraction] | None = None  # older versions lack it, and what follows
+    chance: dict[str, _Finite] | None = None  # older versions lack it, and what follows
     metrics: str | None = None
     config: _Config
     server: _Kept
@@ -132,8 +153,25 @@ def read_summary(path: Path) -> dict[str, Any]:
         summary = read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    checked(_Summary, summary, f"{path}: damaged")
+    _check(_Summary, _Results, summary, f"{path}: damaged")
     return summary
+
+
+def _check(schema: type[BaseModel], of_metric: Any, found: Any, where: str) -> None:
+    """Checks a record or a summary, and in it what is held under the name of its measure."""
+    checked(_Named, found, where)
+    measure = measure_of(found)
+    # A part of 1, where accuracy says so of itself; what a metric of one's own returns is its own.
+    number = _Fraction if measure == ACCURACY else _Finite
+    kind = of_metric[number] if of_metric is _Results else of_metric[number] | None
+    checked(_with(schema, measure.name, kind), found, where)
+
+
+@functools.cache
+def _with(schema: type[BaseModel], name: str, kind: Any) -> type[BaseModel]:
+    """A schema with one field more."""
+    measured: Any = (kind, Field(alias=name))
+    return create_model(schema.__name__, __base__=schema, measured=measured)
 
 
 class MetricsLog:
@@ -200,7 +238,7 @@ class MetricsLog:
                     f"{self.path}, line {number}: found round {record['round']}, expected round "
                     f"{number}: each round from 1 to {count} once, in order"
                 )
-            checked(_Record, record, f"{self.path}, line {number}")
+            _check(_Record, _Measured, record, f"{self.path}, line {number}")
             records.append(record)
         return records
 

@@ -7,6 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from matu_jax.runs.log import measured_in
+from matu_jax.simulation.measures import measure_of
+
 
 def draws_bars(console: Console) -> bool:
     """Whether a console's output is looked at while it comes: colours can be had without that."""
@@ -54,7 +57,7 @@ class RoundProgress:
         """Shows a round that is done.
 
         Args:
-          record: with "round", "loss", "accuracy" and "seconds", as in metrics.jsonl.
+          record: as in metrics.jsonl.
         """
         now = time.perf_counter()
         taken, self._last = now - self._last, now
@@ -84,6 +87,5 @@ def duration(seconds: float) -> str:
 
 def _status(record: Mapping[str, Any]) -> str:
     loss = "no loss" if record["loss"] is None else f"loss {record['loss']:.3f}"
-    if record["accuracy"] is None:
-        return loss
-    return f"{loss}, accuracy {100 * record['accuracy']['test_mean']:.1f} %"
+    measure, measured = measure_of(record), measured_in(record)
+    return f"{loss}, {measure.name} {measure.text(measured['test_mean'])}" if measured else loss

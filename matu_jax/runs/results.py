@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ import jax
 import numpy as np
 
 from matu_jax.config import Config
-from matu_jax.data import image_tasks
 from matu_jax.errors import UserError
 from matu_jax.json_files import write_json
 from matu_jax.messages.traffic import Traffic
+from matu_jax.models import Model
 from matu_jax.runs import figures
-from matu_jax.runs.log import SELECTION, selected
+from matu_jax.runs.log import selected, selection
 from matu_jax.runs.provenance import commit, machine, versions
 from matu_jax.runs.recorder import Recorder
 from matu_jax.scenarios import attacks, privacy
 from matu_jax.simulation.federation import Federation, fingerprints
+from matu_jax.simulation.measures import main_measure, main_metrics, measure_named
 from matu_jax.simulation.relatedness import related, relatedness_auc
 
 _AUC = (
@@ -50,6 +52,7 @@ def write_results(
     config: Config,
     traffic: Traffic,
     federation: Federation,
+    model: Model,
     target: Any,
     recorder: Recorder,
 ) -> dict[str, Any]:
@@ -61,6 +64,7 @@ def write_results(
       config: the experiment.
       traffic: the algorithm's.
       federation: who held what.
+      model: what was measured.
       target: shapes of the algorithm's state.
       recorder: what the rounds have left.
 
@@ -72,11 +76,10 @@ def write_results(
     except ValueError as error:  # of another program, while this one ran
         raise UserError(f"{error}. The same command says how to go on.") from None
     similarity = recorder.similarity_sum / max(sum(r["aggregated"] for r in records), 1)
-    summary = _summary(config, federation, records, similarity)
+    summary = _summary(config, federation, model, records, similarity)
     summary["metrics"] = recorder.log.fingerprint  # so that results are read beside no others
     summary["config"] = dataclasses.asdict(config)
-    tasks = image_tasks(federation.tasks)
-    summary["chance"] = {task.name: 1 / task.num_classes for task in tasks}
+    summary["chance"] = _chance(federation, model)
     summary["label_spaces"] = [task.label_space for task in federation.tasks]
     if config.privacy.clip_norm:
         summary["privacy"] = _privacy(config, records)
@@ -88,8 +91,8 @@ def write_results(
         "kept_per_client": traffic.kept_per_client,
     }
     title = f"{name}: {config.algorithm}"
-    chance = summary["chance"]
-    figures.plot_accuracy(records, workdir / "accuracy.png", title=title, chance=chance)
+    picture = workdir / f"{_file_name(summary['measure']['name'])}.png"
+    figures.plot_rounds(records, picture, title=title, chance=summary["chance"])
     if summary["similarity"]:
         figures.plot_similarity(
             similarity,
@@ -100,6 +103,21 @@ def write_results(
         )
     write_json(workdir / "summary.json", summary)
     return summary
+
+
+def _chance(federation: Federation, model: Model) -> dict[str, float]:
+    """By task what guessing would reach, in its own main metric, where the task says so."""
+    main = main_metrics(model.metrics, federation.tasks)
+    return {
+        task.name: task.chance[name]
+        for task, name in zip(federation.tasks, main, strict=True)
+        if name in task.chance
+    }
+
+
+def _file_name(name: str) -> str:
+    """A metric's name as that of a file."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
 
 
 def _privacy(config: Config, records: list[dict]) -> dict:
@@ -135,13 +153,17 @@ def _liars(config: Config, federation: Federation) -> dict:
 
 
 def _summary(
-    config: Config, federation: Federation, records: list[dict[str, Any]], similarity: np.ndarray
+    config: Config,
+    federation: Federation,
+    model: Model,
+    records: list[dict[str, Any]],
+    similarity: np.ndarray,
 ) -> dict[str, Any]:
-    measured = [r for r in records if r["accuracy"] is not None]
     best = selected(records)
     if best is None:
-        raise UserError("metrics.jsonl: found no round with an accuracy, which the last one has.")
-    accuracy = best["accuracy"]
+        raise UserError("metrics.jsonl: found no round that was measured, as the last one is.")
+    by = main_measure(model.metrics, federation.tasks)
+    also = [measure_named(name, m) for name, m in model.metrics.items() if name != by.name]
     clients = sum(len(r["clients"]) for r in records)
     phases = sorted({phase for r in records for phase in r["seconds"]})
     by_round = [r["similarity_auc"] for r in records]
@@ -154,14 +176,10 @@ def _summary(
         "seed": config.seed,
         "rounds": config.rounds,
         "selected_round": best["round"],
-        "selection": SELECTION,
-        "accuracy": {
-            "mean": accuracy["test_mean"],
-            "per_task": accuracy["test_per_task"],
-            "per_slot": accuracy["test_per_slot"],
-            "validation_mean": accuracy["validation_mean"],
-            "last_round_mean": measured[-1]["accuracy"]["test_mean"],
-        },
+        "selection": selection(by),
+        "measure": by._asdict(),
+        "also": [measure._asdict() for measure in also],
+        **{measure.name: _results(measure.name, best, records) for measure in (by, *also)},
         "communication": {
             "uplink_bits_per_client_round": sum(r["uplink_bits"] for r in records) / clients,
             "downlink_bits_per_client_round": sum(r["downlink_bits"] for r in records) / clients,
@@ -195,6 +213,18 @@ def _summary(
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
+    }
+
+
+def _results(name: str, best: Mapping[str, Any], records: list[dict]) -> dict[str, Any]:
+    """What a metric has reached in the run's best round."""
+    found = best[name]
+    return {
+        "mean": found["test_mean"],
+        "per_task": found["test_per_task"],
+        "per_slot": found["test_per_slot"],
+        "validation_mean": found["validation_mean"],
+        "last_round_mean": [r[name] for r in records if r[name]][-1]["test_mean"],
     }
 
 

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from matu_jax.simulation.measures import Measure, measure_of
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def result_table(summary: Mapping[str, Any]) -> "Table":
-    """The table at the end of a run: test accuracy per task and on average, traffic and time."""
+    """The table at the end of a run: what each task and their mean reach, traffic and time."""
     from rich.table import Table
 
     communication = summary["communication"]
@@ -26,12 +28,16 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
         f"{human_bits(communication['downlink_bits_per_client_round'])} down\n"
         f"{seconds:.0f} seconds in all\n{share} the algorithm's own",
     )
+    measures = [measure_of(summary), *(Measure(**also) for also in summary.get("also", []))]
     table.add_column("task")
-    table.add_column("test accuracy", justify="right")
-    per_task = list(summary["accuracy"]["per_task"].items())
-    for i, (name, value) in enumerate(per_task):
-        table.add_row(_text(name), _percent(value), end_section=i == len(per_task) - 1)
-    table.add_row("mean", _percent(summary["accuracy"]["mean"]), style="bold")
+    for measure in measures:
+        table.add_column(_text(f"test {measure.name}"), justify="right")
+    tasks = list(summary[measures[0].name]["per_task"])
+    for name in tasks:
+        values = (m.text(summary[m.name]["per_task"].get(name)) for m in measures)
+        table.add_row(_text(name), *values, end_section=name == tasks[-1])
+    means = (measure.text(summary[measure.name]["mean"]) for measure in measures)
+    table.add_row("mean", *means, style="bold")
     return table
 
 

@@ -102,7 +102,7 @@ def train(
         if not first:
             return {}
         summary = write_results(
-            workdir, name, config, algorithm.traffic, federation, target, recorder
+            workdir, name, config, algorithm.traffic, federation, model, target, recorder
         )
         console.print(result_table(summary))
         console.print(f"Results: {workdir}")

@@ -15,7 +15,8 @@ from matu_jax.config import Config, upgraded
 from matu_jax.errors import UserError
 from matu_jax.json_files import checked, is_unfinished, read_json, write_json
 from matu_jax.runs.checkpoints import Checkpoints, unreadable
-from matu_jax.runs.log import SELECTION, MetricsLog, read_summary, selected
+from matu_jax.runs.log import MetricsLog, read_summary, selected, selection
+from matu_jax.simulation.measures import measure_of
 
 LOCK = ".lock"
 
@@ -260,10 +261,11 @@ def chosen_round(
         return given, "as asked for"
     best = selected(records)
     if best is None:
-        return there[-1], "the last one saved; no accuracy was measured"
+        return there[-1], "the last one saved; nothing was measured"
+    how = selection(measure_of(best))
     if best["round"] not in there:
         raise UserError(
-            f"--workdir {workdir}: round {best['round']}, {SELECTION}, has no checkpoint, as in "
+            f"--workdir {workdir}: round {best['round']}, {how}, has no checkpoint, as in "
             f"runs of older versions. {choices}; take one with --round {there[-1]}."
         )
     if os.path.lexists(workdir / "summary.json"):
@@ -271,10 +273,10 @@ def chosen_round(
         if told != best["round"]:
             raise UserError(
                 f"--workdir {workdir}: summary.json speaks of round {told}, and of the rounds up "
-                f"to the newest checkpoint, {best['round']} is {SELECTION}: a checkpoint is "
+                f"to the newest checkpoint, {best['round']} is {how}: a checkpoint is "
                 f"missing or damaged. Bring it back, or take another, such as --round {there[-1]}."
             )
-    return best["round"], SELECTION
+    return best["round"], how
 
 
 def is_locked(workdir: Path) -> bool:

@@ -15,6 +15,7 @@ from matu_jax.models import Metric, Model
 from matu_jax.models.contract import check_sums
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import Federation
+from matu_jax.simulation.measures import SCORE, main_metrics
 from matu_jax.simulation.placement import (
     ROWS,
     WHOLE,
@@ -269,9 +270,10 @@ def summed(
 def per_task(
     per_slot: Float[np.ndarray, "slots"], task: Int[np.ndarray, "slots"], num_tasks: int
 ) -> Float64[np.ndarray, "{num_tasks}"]:
-    """Mean over the slots of each task: float64 `[tasks]`; NaN for a task without a slot."""
-    total = np.bincount(task, weights=per_slot, minlength=num_tasks)
-    count = np.bincount(task, minlength=num_tasks)
+    """Mean over each task's slots that have a number: float64 `[tasks]`; NaN where none has."""
+    there = ~np.isnan(per_slot)
+    total = np.bincount(task[there], weights=per_slot[there], minlength=num_tasks)
+    count = np.bincount(task[there], minlength=num_tasks)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
@@ -302,8 +304,9 @@ def measuring(
 ) -> Callable[[Callable[[np.ndarray], PyTree]], dict[str, Any]]:
     """Makes the function that evaluates: (slots -> vectors, in `ROWS`) to what a record holds.
 
-    That is, by metric: "validation_mean" and "test_mean", the means over tasks; "..._per_task", by
-    name; and "..._per_slot", a list.
+    That is, by metric, and for `measures.SCORE` where tasks are measured by several:
+    "validation_mean" and "test_mean", the means over the tasks that are measured by it;
+    "..._per_task", by name; and "..._per_slot", a list.
 
     Args:
       config: says which examples are measured, and how many at once.
@@ -323,8 +326,16 @@ def measuring(
         if len(whole.pieces) == 1
     }
 
+    main = main_metrics(model.metrics, tasks)
+    measured_by = [set(task.metrics or model.metrics) for task in tasks]
+
+    def of_metric(name: str, sums: PyTree) -> np.ndarray:
+        per_slot = values(model.metrics[name], sums)
+        asked = [name in measured_by[task] for task in slots.task]
+        return np.where(asked, per_slot, np.nan)
+
     def measure(vectors_of: Callable[[np.ndarray], PyTree]) -> dict[str, Any]:
-        measured: dict[str, dict[str, Any]] = {name: {} for name in model.metrics}
+        measured: dict[str, dict[str, Any]] = {}
         for split, whole in sets.items():
             sums = summed(
                 program,
@@ -335,19 +346,29 @@ def measuring(
                 mesh,
                 resident=resident.get(split),
             )
-            for name, metric in model.metrics.items():
-                per_slot = values(metric, sums[name])
-                by_task = per_task(per_slot, slots.task, len(tasks))
-                measured[name] |= {
-                    f"{split}_mean": float(np.nanmean(by_task)),
-                    f"{split}_per_task": {
-                        task.name: float(a) for task, a in zip(tasks, by_task, strict=True)
-                    },
-                    f"{split}_per_slot": per_slot.tolist(),
-                }
+            found = {name: of_metric(name, sums[name]) for name in model.metrics}
+            if len(set(main)) > 1:
+                own = [found[main[task]][slot] for slot, task in enumerate(slots.task)]
+                found[SCORE] = np.array(own)
+            for name, per_slot in found.items():
+                part = _of_split(split, per_slot, slots.task, [task.name for task in tasks])
+                measured[name] = measured.get(name, {}) | part
         return measured
 
     return measure
+
+
+def _of_split(
+    split: str, per_slot: np.ndarray, task: np.ndarray, names: Sequence[str]
+) -> dict[str, Any]:
+    """What a record holds of a metric on a split; NaN where nothing was measured."""
+    by_task = per_task(per_slot, task, len(names))
+    there = by_task[~np.isnan(by_task)]
+    return {
+        f"{split}_mean": float(there.mean()) if there.size else float("nan"),
+        f"{split}_per_task": dict(zip(names, by_task.tolist(), strict=True)),
+        f"{split}_per_slot": per_slot.tolist(),
+    }
 
 
 def values(

@@ -22,6 +22,7 @@ from matu_jax.simulation.clock import Clock
 from matu_jax.simulation.evaluate import measuring
 from matu_jax.simulation.federation import Federation
 from matu_jax.simulation.hosts import agreed
+from matu_jax.simulation.measures import main_measure
 from matu_jax.simulation.memory import fitted
 from matu_jax.simulation.placement import (
     ROWS,
@@ -38,10 +39,47 @@ from matu_jax.simulation.relatedness import related, relatedness_auc
 from matu_jax.trees import PyTree
 
 RECORD = frozenset(
-    {"round", "loss", "similarity_auc", "clients", "aggregated", "dropped", "seconds"}
+    {"round", "loss", "measure", "similarity_auc", "clients", "aggregated", "dropped", "seconds"}
     | {f"{way}link_{what}" for way in ("up", "down") for what in ("bits", "frame_bits")}
 )
 """What a round's record holds besides metrics."""
+
+SUMMARY = frozenset(
+    (
+        "against_ours",
+        "algorithm",
+        "also",
+        "chance",
+        "commands",
+        "commit",
+        "communication",
+        "config",
+        "curve",
+        "data_fingerprint",
+        "date",
+        "label",
+        "label_spaces",
+        "liars",
+        "machine",
+        "metrics",
+        "overhead",
+        "overrides",
+        "privacy",
+        "rounds",
+        "rounds_to_95",
+        "score",
+        "seed",
+        "selected_round",
+        "selection",
+        "server",
+        "server_state_bytes",
+        "server_state_per_client",
+        "similarity",
+        "slots",
+        "versions",
+    )
+)
+"""What a run's summary, or an arm of a comparison, holds besides metrics."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +91,8 @@ class RoundResult:
       make_state: makes `state`.
       make_vectors: makes `vectors`.
       record: what metrics.jsonl holds of the round, as plain Python values; with what was measured
-        under the name of each metric, see `evaluate.measuring`, or None if nothing was.
+        under the name of each metric, see `evaluate.measuring`, or None if nothing was. "measure"
+        says by which of them the run is measured, see `measures.Measure`.
       similarity: float32 `[tasks, tasks]` as the server measured it, or None.
     """
 
@@ -120,12 +159,14 @@ def run(
                 f"config.attack.kind: found {config.attack.kind!r}, but the uploads of "
                 f"{config.algorithm!r} have no masks and scales; choose another kind."
             )
-    if not model.metrics or RECORD & model.metrics.keys():
+    taken = RECORD | SUMMARY
+    if not model.metrics or taken & model.metrics.keys():
         raise ValueError(
             f"model.metrics: found {', '.join(model.metrics) or 'none'}; expected at least one, "
-            "and none of the names that a round's record has already: "
-            f"{', '.join(sorted(RECORD))}."
+            "and none of the names that records and summaries have already: "
+            f"{', '.join(sorted(taken))}."
         )
+    main_measure(model.metrics, federation.tasks)
     if config.privacy.clip_norm:
         privacy.grid_step(config.privacy, changes_of(model.base, federation.slots))
     return _rounds(config, algorithm, model, federation, mesh or slot_mesh(), start)
@@ -148,7 +189,7 @@ def _rounds(
     state = programs.start(saved)
     train = _training(config, programs, federation, mesh, parameters, done)
     measure = measuring(config, model, federation, mesh, parameters)
-    messages = None
+    messages, by = None, main_measure(model.metrics, federation.tasks)
     for index in range(done, config.rounds):
         clock, attendance = Clock(), Attendance(config, federation, index)
 
@@ -175,7 +216,7 @@ def _rounds(
         clock.lap("exchange", state)
         del trained, uploads, noise  # evaluation has their room
 
-        measured: dict[str, Any] = dict.fromkeys(model.metrics)
+        measured: dict[str, Any] = dict.fromkeys((*model.metrics, by.name))
         if (index + 1) % config.evaluation.every_rounds == 0 or index + 1 == config.rounds:
             measured = measure(functools.partial(programs.evaluated, state, slots))
             clock.lap("evaluation")
@@ -185,6 +226,7 @@ def _rounds(
         record = {
             "round": index + 1,
             "loss": float(np.mean(kept)) if kept.size else None,
+            "measure": by._asdict(),
             **measured,
             "similarity_auc": None
             if similarity is None

@@ -39,7 +39,7 @@ def accuracy_records(tasks, rounds, every=1):
 @pytest.mark.parametrize(("tasks", "rounds", "every"), [(8, 10, 1), (30, 40, 5), (1, 1, 1)])
 def test_accuracy_picture_holds_what_was_measured(tmp_path, figures, tasks, rounds, every):
     records = list(accuracy_records(tasks, rounds, every))
-    run_figures.plot_accuracy(records, tmp_path / "accuracy.png", title="a title")
+    run_figures.plot_rounds(records, tmp_path / "accuracy.png", title="a title")
     (axes,) = figures[0].axes
     lines = {line.get_label(): line for line in axes.lines}
     measured = [r for r in records if r["accuracy"]]
@@ -63,7 +63,7 @@ def test_accuracy_picture_holds_what_was_measured(tmp_path, figures, tasks, roun
 def test_chance_is_a_line_of_its_own_and_in_sight(tmp_path, figures):
     records = list(accuracy_records(3, 4))
     chance = {"task 0": 1 / 2, "task 1": 1 / 10, "task 2": 1 / 100, "of no curve": 1.0}
-    run_figures.plot_accuracy(records, tmp_path / "a.png", title="t", chance=chance)
+    run_figures.plot_rounds(records, tmp_path / "a.png", title="t", chance=chance)
     (axes,) = figures[0].axes
     (line,) = (line for line in axes.lines if line.get_label() == "chance, mean")
     np.testing.assert_allclose(line.get_ydata(), (0.5 + 0.1 + 0.01) / 3)
@@ -78,7 +78,7 @@ def test_dollars_in_names_are_no_mathematics(tmp_path, figures):
         "test_mean": 0.5,
         "test_per_task": dict.fromkeys(names, 0.5),
     }
-    run_figures.plot_accuracy([{"round": 1, "accuracy": accuracy}], tmp_path / "a.png", title=title)
+    run_figures.plot_rounds([{"round": 1, "accuracy": accuracy}], tmp_path / "a.png", title=title)
     run_figures.plot_similarity(np.eye(2), names, names, tmp_path / "s.png", title=title)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -96,7 +96,7 @@ def test_similarities_that_are_noise_stay_pale(tmp_path, figures):
 def test_names_beside_the_lines_do_not_cover_each_other(tmp_path, figures):
     ends = {f"task {i}": 0.95 + i / 1000 for i in range(8)} | {"low": 0.3}
     measured = {"validation_mean": 0.9, "test_mean": 0.9, "test_per_task": ends}
-    run_figures.plot_accuracy([{"round": 1, "accuracy": measured}], tmp_path / "a.png", title="t")
+    run_figures.plot_rounds([{"round": 1, "accuracy": measured}], tmp_path / "a.png", title="t")
     (axes,) = figures[0].axes
     boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines to them
     assert len(boxes) == 9
@@ -106,13 +106,13 @@ def test_names_beside_the_lines_do_not_cover_each_other(tmp_path, figures):
 def test_a_task_without_a_value_leaves_a_gap(tmp_path, figures):
     records = list(accuracy_records(3, 2))
     records[1]["accuracy"]["test_per_task"]["task 1"] = None
-    run_figures.plot_accuracy(records, tmp_path / "accuracy.png", title="t")
+    run_figures.plot_rounds(records, tmp_path / "accuracy.png", title="t")
     assert np.isnan(figures[0].axes[0].lines[1].get_ydata()[1])
 
 
 def test_accuracy_picture_needs_one_evaluation(tmp_path):
-    with pytest.raises(ValueError, match="no round with an accuracy"):
-        run_figures.plot_accuracy([{"round": 1, "accuracy": None}], tmp_path / "a.png", title="t")
+    with pytest.raises(ValueError, match="no round that was measured"):
+        run_figures.plot_rounds([{"round": 1, "accuracy": None}], tmp_path / "a.png", title="t")
 
 
 def similarity_case(tasks):

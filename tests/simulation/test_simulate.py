@@ -165,7 +165,7 @@ NO_NAN = {"x": np.zeros((3, 2), np.float32), "y": np.zeros(3, np.float32)}
             r"model.loss: returned float32\[5\], expected one float",
         ),
         ({}, replaced(metrics={}), "model.metrics: found none"),
-        ({}, replaced(metrics={"loss": R2}), "none of the names that a round's record has"),
+        ({}, replaced(metrics={"loss": R2}), "none of the names that records and summaries have"),
         ({}, replaced(metrics={"mean": MEAN}), r"model.metrics: mean/all: found \[\], expected"),
     ],
 )
