@@ -6,7 +6,7 @@
                               again. Default: runs/<config>
     --settings A,B            only these settings; likewise --arms and --seeds
     --tune                    searches every arm's own fields, with the same number of trials each,
-                              on validation accuracy, and writes what it found beside FILE
+                              on validation, and writes what it found beside FILE
 
 How far it is goes to standard error: a bar on a terminal, elsewhere a line a round.
 

@@ -23,9 +23,10 @@ from scipy import stats
 from matu_jax import compare
 from matu_jax.comparison import plan
 from matu_jax.comparison.collect import collect
-from matu_jax.comparison.tuning import search
+from matu_jax.comparison.tuning import Tried, search
 from matu_jax.config import Config
 from matu_jax.runs.commandline import Source, read_words
+from matu_jax.simulation.measures import ACCURACY, Measure
 
 FILE = """
 from matu_jax.comparison.plan import Comparison, Setting
@@ -201,27 +202,43 @@ def test_a_part_keeps_what_it_is_measured_by():
         plan.part(comparison(), seeds="x")
 
 
+def tried(measure, by=ACCURACY):
+    def trial(fields):
+        value = measure(fields)
+        return Tried(value, by.rank(value))
+
+    return trial
+
+
+def test_a_search_goes_down_where_lower_is_better():
+    perplexity = Measure("perplexity", higher_is_better=False)
+    best, trials = search({"rate": (1.0,)}, 3, tried(lambda fields: fields["rate"], perplexity))
+    assert best == {"fields": {"rate": 0.5}, "validation": 0.5}
+    assert len(trials) == 3
+
+
 def test_search_spends_the_same_on_everyone_and_finds_the_best():
     def measure(fields):
         return -abs(math.log(fields["rate"] / 0.02)) - (fields.get("mu", 2) - 2) ** 2
 
     for fields in ({"rate": (0.003, 0.001, 0.01)}, {"rate": (0.003, 0.001, 0.01), "mu": (1, 2)}):
-        best, trials = search(fields, 6, measure)
+        best, trials = search(fields, 6, tried(measure))
         assert len(trials) == 6
         assert len({tuple(t["fields"].items()) for t in trials}) == 6
-        assert best["rate"] == pytest.approx(0.02)
-        assert best == max(trials, key=lambda t: t["validation"])["fields"]
-        assert best.get("mu", 2) == 2
+        assert best["fields"]["rate"] == pytest.approx(0.02)
+        assert best == max(trials, key=lambda t: t["validation"])
+        assert best["fields"].get("mu", 2) == 2
 
 
 def test_search_survives_a_run_that_diverges():
-    best, _ = search({"rate": (1.0, 0.1)}, 2, lambda f: math.nan if f["rate"] == 1 else 0.3)
-    assert best == {"rate": 0.1}
+    diverges = tried(lambda fields: math.nan if fields["rate"] == 1 else 0.3)
+    best, _ = search({"rate": (1.0, 0.1)}, 2, diverges)
+    assert best["fields"] == {"rate": 0.1}
 
 
 def test_search_with_one_value_looks_around_it():
-    best, trials = search({"rate": (1.0,)}, 3, lambda f: f["rate"])
-    assert best == {"rate": 2.0}
+    best, trials = search({"rate": (1.0,)}, 3, tried(lambda fields: fields["rate"]))
+    assert best["fields"] == {"rate": 2.0}
     assert [t["fields"]["rate"] for t in trials] == [1.0, 2.0, 0.5]
 
 

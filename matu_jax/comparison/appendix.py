@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from matu_jax.comparison.arms import number_at, verdict_of
+from matu_jax.comparison.arms import number, number_at, verdict_of
 from matu_jax.comparison.collect import FEWEST_SEEDS, LEVEL, TOO_FEW
 from matu_jax.comparison.html import (
     Block,
@@ -17,8 +17,9 @@ from matu_jax.comparison.html import (
     Row,
     Table,
 )
-from matu_jax.comparison.words import NONE, counted, fields_words, listed, or_none, percent
+from matu_jax.comparison.words import NONE, counted, fields_words, listed, or_none
 from matu_jax.config import upgraded
+from matu_jax.simulation.measures import ACCURACY, measure_of
 
 
 def significance(settings: Sequence[Mapping[str, Any]], ours: str) -> Iterator[Block]:
@@ -50,10 +51,11 @@ def significance(settings: Sequence[Mapping[str, Any]], ours: str) -> Iterator[B
     used = "; ".join(
         f"“{name}”: {listed(map(str, counts))} pairs" for name, counts in pairs.items() if counts
     )
+    names = listed(dict.fromkeys(measure_of(setting).name for setting in settings))
     yield Paragraph(
         [
             f"Each arm is compared with {ours} by the Wilcoxon signed-rank test. A pair is one "
-            f"task with one seed: the arm’s accuracy there, and that of {ours}. The test ranks the "
+            f"task with one seed: the arm’s {names} there, and that of {ours}. The test ranks the "
             "differences by size and asks how often they would be as one-sided as they are if the "
             "two arms were equally good: that is p. Below "
             f"{LEVEL} is called a difference, the rest a tie.",
@@ -71,30 +73,41 @@ def significance(settings: Sequence[Mapping[str, Any]], ours: str) -> Iterator[B
     )
 
 
-def tuning(found: Mapping[str, Any] | None) -> Iterator[Block]:
-    """Tells how fields were chosen, and every trial; `found` is comparison.json's "tuning"."""
+def tuning(
+    found: Mapping[str, Any] | None, settings: Sequence[Mapping[str, Any]]
+) -> Iterator[Block]:
+    """Tells how fields were chosen, and every trial.
+
+    Args:
+      found: comparison.json's "tuning".
+      settings: its "settings", which say by what the trials were measured.
+    """
     yield Heading(2, "Tuning")
     if not found:
         yield Paragraph(["No arm was tuned for this comparison: fields are as configured."])
         return
     trials = found.get("trials_per_algorithm")
+    there = [s for s in settings if s.get("name") == found.get("setting")] or [*settings, {}]
+    measure = measure_of(there[0])
+    validation = f"validation {measure.name}"
+    tested = "test images" if measure == ACCURACY else "test examples"
     yield Paragraph(
         [
             f"Fields were chosen in setting “{found.get('setting') or NONE}” with seed "
-            f"{or_none(found.get('seed'))}, by validation accuracy alone; test images had no "
+            f"{or_none(found.get('seed'))}, by {validation} alone; {tested} had no "
             f"part in it. Trials per algorithm: {or_none(trials)}, the same for all."
         ]
     )
     arms = found.get("arms") or {}
     yield Table(
         ["What tuning chose for each arm."],
-        ["arm", "chosen", "validation accuracy", "trials"],
+        ["arm", "chosen", validation, "trials"],
         [
             Row(
                 [
                     [str(label)],
                     list(fields_words(arm.get("chosen"))),
-                    [percent(arm.get("validation"))],
+                    [measure.text(number(arm.get("validation")))],
                     [str(len(arm.get("trials") or []))],
                 ]
             )
@@ -107,17 +120,21 @@ def tuning(found: Mapping[str, Any] | None) -> Iterator[Block]:
             [
                 [str(label)],
                 list(fields_words(trial.get("fields"))),
-                [percent(trial.get("validation"))],
+                [measure.text(number(trial.get("validation")))],
             ]
         )
         for label, arm in arms.items()
         for trial in arm.get("trials") or []
     ]
     if rows:
-        header = ["arm", "fields", "validation accuracy"]
+        header = ["arm", "fields", validation]
         yield Details(
             f"All {counted(len(rows), 'trial')}",
-            [Table(["Every trial; “–” is one that gave no accuracy."], header, rows, left=2)],
+            [
+                Table(
+                    [f"Every trial; “–” is one that gave no {measure.name}."], header, rows, left=2
+                )
+            ],
         )
 
 

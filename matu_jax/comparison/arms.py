@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matu_jax.comparison.collect import verdict
+from matu_jax.simulation.measures import measure_of
 
 
 def number(value: Any) -> float | None:
@@ -20,9 +21,14 @@ def total_traffic(arm: Mapping[str, Any]) -> float | None:
     return None if up is None or down is None else up + down
 
 
-def mean_accuracy(arm: Mapping[str, Any]) -> float | None:
-    """The arm's test accuracy, a fraction; the mean over tasks and seeds."""
-    return number((arm.get("accuracy") or {}).get("mean"))
+def results_of(arm: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an arm holds under the name of its measure; nothing where it has no result."""
+    return arm.get(measure_of(arm).name) or {}
+
+
+def mean_result(arm: Mapping[str, Any]) -> float | None:
+    """What an arm reaches on the test split, by its measure; the mean over tasks and seeds."""
+    return number(results_of(arm).get("mean"))
 
 
 def verdict_of(arm: Mapping[str, Any]) -> str:
@@ -35,24 +41,23 @@ def verdict_of(arm: Mapping[str, Any]) -> str:
 
 def seeds_measured(arm: Mapping[str, Any]) -> int:
     """How many seeds an arm has a result of."""
-    measured = (arm.get("accuracy") or {}).get("per_seed") or []
+    measured = results_of(arm).get("per_seed") or []
     return sum(value is not None for value in measured)
 
 
 def best_first(setting: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The arms by falling accuracy; those without one last."""
+    """The arms from the best to the worst; those without a result last."""
+    return sorted(setting.get("arms") or [], key=lambda arm: -rank(arm))
 
-    def place(arm: Mapping[str, Any]) -> tuple[bool, float]:
-        mean = mean_accuracy(arm)
-        return (mean is None, -(mean or 0.0))
 
-    return sorted(setting.get("arms") or [], key=place)
+def rank(arm: Mapping[str, Any]) -> float:
+    """A number that is the higher, the better an arm is; the lowest without a result."""
+    return measure_of(arm).rank(mean_result(arm))
 
 
 def is_best(arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether no arm is more accurate; False for an arm without an accuracy."""
-    means = [mean for mean in map(mean_accuracy, arms) if mean is not None]
-    return bool(means) and mean_accuracy(arm) == max(means)
+    """Whether no arm is better; False for an arm without a result."""
+    return mean_result(arm) is not None and rank(arm) == max(map(rank, arms))
 
 
 def number_at(mapping: Mapping[str, Any], block: str, key: str) -> float | None:

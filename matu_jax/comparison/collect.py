@@ -11,11 +11,12 @@ from scipy import stats
 from matu_jax.comparison.plan import Comparison, Run, arms_of, runs
 from matu_jax.runs.commandline import Source
 from matu_jax.runs.log import MetricsLog, read_summary
+from matu_jax.simulation.measures import ACCURACY, Measure, measure_of
 
 FEWEST_SEEDS = 5  # from which a difference can be told from the luck of the draw
 LEVEL = 0.05  # of significance
 TOO_FEW = "too few seeds to tell"
-_NEAR = 0.95  # of the reference's accuracy
+_NEAR = 0.95  # of what the reference reaches; of what it goes down to, 1 / 0.95
 
 
 def collect(
@@ -34,11 +35,13 @@ def collect(
       tuning: what the search's file holds.
 
     Returns:
-      Plain values; see `comparison.report` for their use. Accuracies are fractions, of the test
-      split at the round with the best validation accuracy; std is the sample's, over seeds.
+      Plain values; see `comparison.report` for their use. What an arm is measured by, its
+      "measure", is held under that metric's name: of the test split, at the round that is best on
+      validation; std is the sample's, over seeds.
 
     Raises:
-      ValueError: if a run's files are damaged, with what to do.
+      ValueError: if a run's files are damaged, or arms of a setting are measured by different
+        metrics, with what to do.
     """
     results = {run: _result(run.folder(workdir)) for run in runs(comparison)}
     return {
@@ -99,7 +102,8 @@ def _setting(
         (arm, seed): by_run[Run(name, arm, seed)] for arm in labels for seed in comparison.seeds
     }
     there = [result for result in results.values() if result]
-    tasks = list(there[0]["summary"]["accuracy"]["per_task"]) if there else []
+    measure = _measure(name, {run: by_run[Run(name, *run)] for run in results})
+    tasks = list(there[0]["summary"][measure.name]["per_task"]) if there else []
     arms = []
     for label in labels:
         found = {seed: results[label, seed] for seed in comparison.seeds}
@@ -109,6 +113,7 @@ def _setting(
         "name": name,
         "description": setting.description,
         "overrides": dict(setting.fields),
+        "measure": measure._asdict(),
         "tasks": tasks,
         "chance": _mean(list((there[0]["summary"].get("chance") or {}).values()))
         if there
@@ -121,6 +126,20 @@ def _setting(
         ],
         "arms": arms,
     }
+
+
+def _measure(setting: str, results: Mapping[tuple[str, int], dict[str, Any] | None]) -> Measure:
+    """What all runs of a setting are measured by."""
+    found = {run: measure_of(result["summary"]) for run, result in results.items() if result}
+    for (arm, seed), measure in found.items():
+        first = next(iter(found.values()))
+        if measure != first:
+            raise ValueError(
+                f"settings[{setting!r}]: arm {arm!r}, seed {seed}, is measured by {measure.name}, "
+                f"others by {first.name}, which cannot be compared. Give all arms of a setting one "
+                "model.metrics, and tasks with the same first metric."
+            )
+    return next(iter(found.values()), ACCURACY)
 
 
 def _result(folder: Path) -> dict[str, Any] | None:
@@ -149,13 +168,14 @@ def _arm(
 ) -> dict[str, Any]:
     there = [result for result in found.values() if result]
     summaries = [result["summary"] for result in there]
-    per_seed = [r["summary"]["accuracy"]["mean"] if r else None for r in found.values()]
-    tasks = summaries[0]["accuracy"]["per_task"]
+    measure = measure_of(summaries[0])
+    per_seed = [r["summary"][measure.name]["mean"] if r else None for r in found.values()]
+    tasks = summaries[0][measure.name]["per_task"]
     curves = {
         seed: {
-            r["round"]: r["accuracy"]["test_mean"]
+            r["round"]: r[measure.name]["test_mean"]
             for r in result["records"]
-            if r["accuracy"] and r["accuracy"]["test_mean"] is not None
+            if r[measure.name] and r[measure.name]["test_mean"] is not None
         }
         for seed, result in found.items()
         if result
@@ -165,10 +185,11 @@ def _arm(
     reached = []
     for seed, curve in curves.items():
         reference = results.get((comparison.reference, seed))
-        best = reference["summary"]["accuracy"]["mean"] if reference else None
-        if best is not None:
-            goal = _NEAR * best
-            reached.append(next((at for at, mean in curve.items() if mean >= goal), None))
+        best = reference["summary"][measure.name]["mean"] if reference else None
+        if best is not None and best > 0:
+            goal = _NEAR * best if measure.higher_is_better else best / _NEAR
+            near = (at for at, mean in curve.items() if measure.rank(mean) >= measure.rank(goal))
+            reached.append(next(near, None))
     rounds = [r for r in reached if r is not None]
     kinds = ("local_training", "client_unify", "server_aggregation", "total")
     bits = summaries[0]["communication"]
@@ -180,19 +201,28 @@ def _arm(
             source.command("compare", settings=setting, arms=label, seeds=str(seed))
             for seed in comparison.seeds
         ],
-        "accuracy": {
+        "measure": measure._asdict(),
+        measure.name: {
             "mean": _mean(per_seed),
             "std": _std(per_seed),
             "per_seed": per_seed,
-            "validation_mean": _mean([s["accuracy"]["validation_mean"] for s in summaries]),
+            "validation_mean": _mean([s[measure.name]["validation_mean"] for s in summaries]),
             "per_task": {
                 task: {
-                    "mean": _mean([s["accuracy"]["per_task"][task] for s in summaries]),
-                    "std": _std([s["accuracy"]["per_task"][task] for s in summaries]),
+                    "mean": _mean([s[measure.name]["per_task"][task] for s in summaries]),
+                    "std": _std([s[measure.name]["per_task"][task] for s in summaries]),
                 }
                 for task in tasks
             },
         },
+        "also": [
+            also
+            | {
+                "mean": _mean([s[also["name"]]["mean"] for s in summaries]),
+                "std": _std([s[also["name"]]["mean"] for s in summaries]),
+            }
+            for also in summaries[0].get("also", [])
+        ],
         "curve": {
             "rounds": common,
             "mean": [_mean(values) for values in points],
@@ -228,6 +258,8 @@ def _similarity(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _against_ours(comparison, label, found, results) -> dict[str, Any] | None:
     """Wilcoxon's signed-rank test over all pairs of a task and a seed (Wilcoxon 1945).
 
+    A difference is positive where the arm is better than ours.
+
     The rank correlation (matched pairs, Kerby 2014) is 1 where the arm is better in all pairs and
     -1 where ours is; its sign is the one that the p-value speaks of, which may differ from that of
     the mean difference.
@@ -239,9 +271,10 @@ def _against_ours(comparison, label, found, results) -> dict[str, Any] | None:
         ours = results.get((comparison.ours, seed))
         if result and ours:
             seeds += 1
-            mine, theirs = (r["summary"]["accuracy"]["per_task"] for r in (ours, result))
+            measure = measure_of(ours["summary"])
+            mine, theirs = (r["summary"][measure.name]["per_task"] for r in (ours, result))
             differences += [
-                theirs[task] - mine[task]
+                measure.rank(theirs[task]) - measure.rank(mine[task])
                 for task in mine
                 if None not in (mine[task], theirs.get(task))
             ]
@@ -268,8 +301,8 @@ def verdict(tested: Mapping[str, Any] | None, seeds: int) -> str:
     """What ours does to an arm, in a word.
 
     Args:
-      tested: with "difference" (the arm's accuracy minus ours) and "p_value"; "rank_correlation",
-        where it is known.
+      tested: with "difference" (by which the arm is better than ours) and "p_value";
+        "rank_correlation", where it is known.
       seeds: from how many.
 
     Returns:

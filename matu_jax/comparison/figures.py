@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from matu_jax.comparison.arms import mean_accuracy, number, total_traffic
+from matu_jax.comparison.arms import mean_result, number, rank, results_of, total_traffic
 from matu_jax.comparison.drawing import (
     FAINT,
     GRID,
@@ -28,14 +28,16 @@ from matu_jax.comparison.drawing import (
     words_width,
 )
 from matu_jax.comparison.labels import place_labels
+from matu_jax.comparison.words import lower_words
 from matu_jax.runs import figures
 from matu_jax.runs.tables import human_bits
+from matu_jax.simulation.measures import measure_of
 
 _SIDE_BY_SIDE = 10  # so many tasks have room for two matrices in one row
 
 
 def traffic(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> Drawing | None:
-    """Draws accuracy over total traffic, with the Pareto front; None if no arm has both.
+    """Draws what arms reach over total traffic, with the Pareto front; None if no arm has both.
 
     The axis of traffic is logarithmic. Arms that send nothing stand at its left, behind a line.
 
@@ -44,20 +46,20 @@ def traffic(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> 
       ours: label of the arm to stress.
       reference: label of the arm to be measured by.
     """
-    found = [(total_traffic(arm), mean_accuracy(arm), arm) for arm in arms]
+    found = [(total_traffic(arm), mean_result(arm), arm) for arm in arms]
     points = [(b, mean, arm) for b, mean, arm in found if b is not None and mean is not None]
     if not points:
         return None
     figure = new_figure(WIDTH, 4.8)
     axes = figure.add_subplot()
     places = _traffic_axis(axes, [bits for bits, _, _ in points])
-    lowest_of_row, front = -math.inf, []
-    for x, (_, y, _) in sorted(
-        zip(places, points, strict=True), key=lambda pair: (pair[0], -pair[1][1])
+    measure, best, front = measure_of(points[0][2]), -math.inf, []
+    for x, (_, y, arm) in sorted(
+        zip(places, points, strict=True), key=lambda pair: (pair[0], -rank(pair[1][2]))
     ):
-        if y > lowest_of_row:
+        if rank(arm) > best:
             front.append((x, y))
-            lowest_of_row = y
+            best = rank(arm)
     x, y = zip(*front, strict=True)
     style: Any = {"color": "#9db8cf", "linewidth": 4, "alpha": 0.55, "zorder": 1}
     label = "Pareto front: nothing is better with as little traffic"
@@ -65,7 +67,7 @@ def traffic(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> 
     labels = []
     for place, (_, mean, arm) in zip(places, points, strict=True):
         color = color_of(arm["label"], ours, reference)
-        spread = number(arm["accuracy"].get("std"))
+        spread = number(results_of(arm).get("std"))
         error: Any = {"color": color, "elinewidth": 0.9, "alpha": 0.7, "zorder": 2}
         if spread:
             axes.errorbar([place], [mean], yerr=[spread], fmt="none", **error)
@@ -73,13 +75,16 @@ def traffic(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> 
         style = {"marker": "D" if arm["label"] == reference else "o", "color": color, "zorder": 3}
         axes.plot([place], [mean], markersize=7 if stressed else 5.5, **style)
         labels.append((place, mean, short_name(arm["label"]), color, stressed))
-    percent_axis(axes.yaxis)
+    if measure.percent:
+        percent_axis(axes.yaxis)
+    if not measure.higher_is_better:
+        axes.yaxis.set_inverted(True)
     axes.margins(y=0.12)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8.5)
-    axes.set_ylabel("test accuracy", fontsize=9)
+    axes.set_ylabel(figures.literal(f"test {measure.name}{lower_words(measure)}"), fontsize=9)
     axes.set_xlabel("total traffic of a run (log scale), less is better", fontsize=9)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     place_labels(figure, axes, labels)
@@ -89,13 +94,13 @@ def traffic(arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str) -> 
 def curves(
     arms: Sequence[Mapping[str, Any]], *, ours: str, reference: str, chance: float | None = None
 ) -> Drawing | None:
-    """Draws accuracy over rounds, a panel per arm; None if no arm has a curve.
+    """Draws what arms reach over rounds, a panel per arm; None if no arm has a curve.
 
     Args:
       arms: `comparison["settings"][i]["arms"]`.
       ours: label of the arm to show in every panel.
       reference: label of the other arm to show in every panel.
-      chance: the accuracy of guessing, in the mean over tasks; None = no line.
+      chance: what guessing reaches, in the mean over tasks; None = no line.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -128,11 +133,14 @@ def curves(
         mean + np.nan_to_num(side * std) for _, mean, std in lines.values() for side in (-1, 1)
     ]
     guessed = [] if chance is None else [chance]
-    low, high = accuracy_limits([*guessed, *(value for edge in edges for value in edge)])
-    first.set_ylim(low, high)
-    percent_axis(first.yaxis)
+    values = [*guessed, *(value for edge in edges for value in edge)]
+    measure = measure_of(arms[0])
+    if measure.percent:
+        first.set_ylim(*accuracy_limits(values))
+        percent_axis(first.yaxis)
     figure.supxlabel("round", fontsize=9)
-    figure.supylabel("test accuracy, mean over tasks", fontsize=9)
+    words = f"test {measure.name}, mean over tasks{lower_words(measure)}"
+    figure.supylabel(figures.literal(words), fontsize=9)
     names = {ours: f"{short_name(ours)} (ours)", reference: f"{short_name(reference)} (reference)"}
     order = [
         key for key in dict.fromkeys(("± std", ours, reference, "others", "chance")) if key in shown
@@ -198,10 +206,11 @@ def _panel(
 def per_task(
     arms: Sequence[Mapping[str, Any]], tasks: Sequence[str], *, ours: str, reference: str
 ) -> Drawing | None:
-    """Draws each arm's accuracy on each task as a table in colours; None if there is no number.
+    """Draws what each arm reaches on each task, in colours; None if there is no number.
 
-    A cell's number is the accuracy in percent. Its colour is the difference to the reference on
-    the same task, or the accuracy itself where the reference was not measured.
+    A cell's number is the result, in percent where its measure is read so. Its colour is by how
+    much it is better than the reference on the same task, or the result itself where the reference
+    was not measured.
 
     Args:
       arms: `comparison["settings"][i]["arms"]`, from left to right.
@@ -214,19 +223,21 @@ def per_task(
     labels = [arm["label"] for arm in arms]
     cells = np.full((len(tasks) + 1, len(arms)), np.nan)
     for column, arm in enumerate(arms):
-        accuracy = arm.get("accuracy") or {}
-        measured = accuracy.get("per_task") or {}
+        measured = results_of(arm).get("per_task") or {}
         cells[:-1, column] = to_array([(measured.get(task) or {}).get("mean") for task in tasks])
-        cells[-1, column] = np.nan if (mean := mean_accuracy(arm)) is None else mean
+        cells[-1, column] = np.nan if (mean := mean_result(arm)) is None else mean
     if not np.isfinite(cells).any():
         return None
     against = cells[:, labels.index(reference)] if reference in labels else np.nan
     difference = cells - np.reshape(against, (-1, 1))
     compared = bool(np.isfinite(difference).any())
-    paint = 100 * (difference if compared else cells)
+    measure = measure_of(arms[0])
+    factor = 100 if measure.percent else 1
+    sign = 1 if measure.higher_is_better else -1
+    paint = factor * (sign * difference if compared else cells)
     spread = np.abs(paint[np.isfinite(paint) & (paint != 0)])
     # A quarter of the cells may be off the scale, so that bad arms leave the others a colour.
-    limit = max(float(np.quantile(spread, 0.75)), 2.0) if compared and spread.size else 100.0
+    limit = _colour_limit(spread, compared=compared, percent=measure.percent)
     colours = colormaps["RdBu" if compared else "Blues"].resampled(SHADES)
     colours = colours.with_extremes(bad="#f1f1f1")
 
@@ -244,7 +255,7 @@ def per_task(
     for (row, column), value in np.ndenumerate(cells):
         shade = image.cmap(image.norm(paint[row, column]))
         dark = np.isfinite(paint[row, column]) and np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.5
-        text = f"{100 * value:.0f}" if np.isfinite(value) else "–"
+        text = _cell(value, percent=measure.percent)
         axes.text(
             column,
             row,
@@ -269,11 +280,31 @@ def per_task(
     extend = "both" if compared and spread.max(initial=0) > limit else "neither"
     style: Any = {"location": "bottom", "shrink": 0.8, "aspect": 28, "pad": 0.02}
     bar = figure.colorbar(image, ax=axes, extend=extend, **style)
-    words = f"points above or below {short_name(reference)}" if compared else "test accuracy, %"
+    words = f"test {measure.name}" + ", %" * measure.percent
+    if compared:
+        unit = "points" if measure.percent else measure.name
+        words = f"{unit} {'above or below' if sign > 0 else 'better or worse than'} "
+        words += short_name(reference)
     bar.set_label(words, fontsize=8)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
     return to_drawing(figure)
+
+
+def _colour_limit(spread: np.ndarray, *, compared: bool, percent: bool) -> float:
+    """Where the scale of colours ends."""
+    if compared and spread.size:
+        return max(float(np.quantile(spread, 0.75)), 2.0 if percent else 1e-3)
+    return 100.0 if percent or not spread.size else float(spread.max())
+
+
+def _cell(value: float, *, percent: bool) -> str:
+    """A result in a cell of the table in colours."""
+    if not np.isfinite(value):
+        return "–"
+    if percent:
+        return f"{100 * value:.0f}"
+    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3g}"
 
 
 def similarity(

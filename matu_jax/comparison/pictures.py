@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from matu_jax.comparison import figures
-from matu_jax.comparison.arms import best_first, mean_accuracy, number, total_traffic
+from matu_jax.comparison.arms import best_first, mean_result, number, total_traffic
 from matu_jax.comparison.drawing import Drawing
 from matu_jax.comparison.html import Block, Bold, Inline, Paragraph, Picture
-from matu_jax.comparison.words import accuracy_words, left_out_words
+from matu_jax.comparison.words import left_out_words, lower_words, result_words
+from matu_jax.simulation.measures import ACCURACY, measure_of
 
 _Arms = Sequence[Mapping[str, Any]]
 
@@ -49,19 +50,22 @@ def _picture(file: str, drawing: Drawing | None, alt: str, caption: Inline, lack
 def _of_traffic(
     drawn: Any, setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
 ) -> Block:
-    summary = "; ".join(f"{arm['label']} {accuracy_words(arm)}" for arm in arms)
+    measure = measure_of(setting)
+    better = "more accurate" if measure == ACCURACY else "better"
+    summary = "; ".join(f"{arm['label']} {result_words(arm)}" for arm in arms)
     return _picture(
         f"{prefix}_traffic",
         drawn.traffic(arms, ours=ours, reference=reference),
-        f"Scatter plot for setting {setting['name']}: test accuracy over total traffic. {summary}.",
+        f"Scatter plot for setting {setting['name']}: test {measure.name} over total traffic. "
+        f"{summary}.",
         [
-            Bold("Accuracy against traffic."),
-            " Each point is an arm: the higher the more accurate, the further to the left the less "
+            Bold(f"{_first(measure.name)} against traffic."),
+            f" Each point is an arm: the higher the {better}, the further to the left the less "
             "is sent. Arms on the pale line (the Pareto front) are the ones to choose from: no "
             "other arm is better without sending more. Bars are ± std over seeds.",
-            left_out_words(arms, lambda arm: None in (total_traffic(arm), mean_accuracy(arm))),
+            left_out_words(arms, lambda arm: None in (total_traffic(arm), mean_result(arm))),
         ],
-        "No arm has both an accuracy and a traffic to draw.",
+        f"No arm has both {measure.name} and traffic to draw.",
     )
 
 
@@ -69,46 +73,50 @@ def _of_rounds(
     drawn: Any, setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
 ) -> Block:
     chance = number(setting.get("chance"))
+    measure = measure_of(setting)
     repeated = (
         f"{ours} is repeated" if ours == reference else f"{ours} and {reference} are repeated"
     )
     return _picture(
         f"{prefix}_rounds",
         drawn.curves(arms, chance=chance, ours=ours, reference=reference),
-        f"A panel per arm of setting {setting['name']}: accuracy over rounds.",
+        f"A panel per arm of setting {setting['name']}: {measure.name} over rounds.",
         [
-            Bold("Accuracy over rounds."),
+            Bold(f"{_first(measure.name)} over rounds{lower_words(measure)}."),
             " One panel per arm, all on the same scale: the thick line is that arm, its band is "
             f"± std over seeds. {repeated} in each panel for comparison."
-            + (" The dotted line is chance: guessing." if setting.get("chance") else ""),
+            + (" The dotted line is chance: guessing." if chance is not None else ""),
             left_out_words(
                 arms,
                 lambda arm: all(v is None for v in (arm.get("curve") or {}).get("mean") or []),
             ),
         ],
-        "No accuracy over rounds was recorded.",
+        f"No {measure.name} over rounds was recorded.",
     )
 
 
 def _of_tasks(
     drawn: Any, setting: Mapping[str, Any], arms: _Arms, prefix: str, ours: str, reference: str
 ) -> Block:
-    measured = any(arm["label"] == reference and mean_accuracy(arm) is not None for arm in arms)
+    measure = measure_of(setting)
+    better = "more accurate" if measure == ACCURACY else "higher"
+    measured = any(arm["label"] == reference and mean_result(arm) is not None for arm in arms)
     return _picture(
         f"{prefix}_tasks",
         drawn.per_task(arms, _tasks(setting), ours=ours, reference=reference),
-        f"Table in colours for setting {setting['name']}: accuracy of each arm (columns) on each "
-        "task (rows).",
+        f"Table in colours for setting {setting['name']}: {measure.name} of each arm (columns) on "
+        "each task (rows).",
         [
-            Bold("Accuracy per task."),
-            " The number is the test accuracy in %, the mean over seeds. ",
+            Bold(f"{_first(measure.name)} per task{lower_words(measure)}."),
+            f" The number is the test {measure.name}{' in %' * measure.percent}, the mean over "
+            "seeds. ",
             f"The colour compares with {reference} on the same task: blue is better, red is "
             "worse, white is equal; the darkest colours stand for all differences from there on. "
             if measured
-            else f"The darker the blue, the more accurate ({reference} was not measured here). ",
+            else f"The darker the blue, the {better} ({reference} was not measured here). ",
             "Arms stand in the order of the table above.",
         ],
-        "No accuracy per task was recorded.",
+        f"No {measure.name} per task was recorded.",
     )
 
 
@@ -141,3 +149,8 @@ def _of_similarity(
 
 def _tasks(setting: Mapping[str, Any]) -> list[str]:
     return [str(task) for task in setting.get("tasks") or []]
+
+
+def _first(name: str) -> str:
+    """A metric's name at the beginning of a sentence."""
+    return name[:1].upper() + name[1:]

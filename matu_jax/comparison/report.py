@@ -6,7 +6,7 @@ Everything told is computed from `comparison.json` alone, and equal input gives 
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from matu_jax.comparison.appendix import commands, conditions, significance, tun
 from matu_jax.comparison.arms import (
     best_first,
     is_best,
-    mean_accuracy,
+    mean_result,
     number_at,
     seeds_measured,
     verdict_of,
@@ -37,17 +37,19 @@ from matu_jax.comparison.html import (
     to_markdown,
 )
 from matu_jax.comparison.pictures import pictures
-from matu_jax.comparison.tables import result_notes, result_table, similarity_table
+from matu_jax.comparison.tables import also_table, result_notes, result_table, similarity_table
 from matu_jax.comparison.words import (
     NONE,
-    accuracy_words,
     counted,
     fields_words,
     listed,
+    lower_words,
     missing_words,
     percent_of,
+    result_words,
 )
 from matu_jax.json_files import replace_file
+from matu_jax.simulation.measures import ACCURACY, SCORE, Measure, measure_of
 
 
 def write(comparison: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
@@ -118,9 +120,10 @@ def _document(comparison: Mapping[str, Any], *, draw: bool = True) -> Iterator[B
         chosen = shlex.quote(f"--settings={setting['name']}")
         yield Listing(f"{comparison.get('command') or NONE} {chosen}")
         yield from pictures(setting, prefix, ours, reference, draw=draw)
+        yield from also_table(setting)
         yield from similarity_table(arms)
     yield from significance(settings, ours)
-    yield from tuning(comparison.get("tuning"))
+    yield from tuning(comparison.get("tuning"), settings)
     yield from conditions(comparison)
     yield from commands(comparison)
 
@@ -141,6 +144,7 @@ def _lead(comparison: Mapping[str, Any]) -> Iterator[Block]:
         if part
     )
     commit = comparison.get("commit")
+    names = listed(measure.name for measure in _measures(settings))
     yield Paragraph(
         [
             f"{counted(len(arms), 'arm')} compared in {counted(len(settings), 'setting')} ",
@@ -159,12 +163,30 @@ def _lead(comparison: Mapping[str, Any]) -> Iterator[Block]:
         [
             "An arm is one algorithm with its own values of the fields. The arms of a setting "
             "share its tasks, clients and rounds unless an arm’s own fields, listed with the "
-            "commands at the end, say otherwise. The accuracy of a task is the share of its test "
-            "images that is labelled correctly after the run’s best round, chosen by the mean "
-            "accuracy on validation images; an arm’s accuracy is the mean over tasks and seeds, "
-            "and ± is the standard deviation over seeds."
+            f"commands at the end, say otherwise. {_measured_by(settings)}; an arm’s {names} is "
+            "the mean over tasks and seeds, and ± is the standard deviation over seeds."
         ]
     )
+
+
+def _measured_by(settings: Sequence[Mapping[str, Any]]) -> str:
+    """Says what the arms of all settings are measured by."""
+    measures = _measures(settings)
+    if measures == [ACCURACY]:
+        return (
+            "The accuracy of a task is the share of its test images that is labelled correctly "
+            "after the run’s best round, chosen by the mean accuracy on validation images"
+        )
+    names = listed(measure.name + lower_words(measure) for measure in measures)
+    own = " (of each task its own first metric)" if SCORE in [m.name for m in measures] else ""
+    return (
+        f"Tasks are measured by {names}{own}, on their test examples after the run’s best round, "
+        "chosen by the mean over tasks on validation examples"
+    )
+
+
+def _measures(settings: Sequence[Mapping[str, Any]]) -> list[Measure]:
+    return list(dict.fromkeys(map(measure_of, settings))) or [ACCURACY]
 
 
 def _in_short(setting: Mapping[str, Any], ours: str, reference: str) -> Iterator[Inline]:
@@ -175,26 +197,29 @@ def _in_short(setting: Mapping[str, Any], ours: str, reference: str) -> Iterator
     if not best:
         yield ["No arm has a result yet."]
         return
-    seeds = min(seeds_measured(arm) for arm in arms if mean_accuracy(arm) is not None)
-    word = "Best" if seeds >= FEWEST_SEEDS else "Highest accuracy"
+    seeds = min(seeds_measured(arm) for arm in arms if mean_result(arm) is not None)
+    measure = measure_of(best[0])
+    extreme = "Highest" if measure.higher_is_better else "Lowest"
+    word = "Best" if seeds >= FEWEST_SEEDS else f"{extreme} {measure.name}"
     for arm in best:
-        yield [f"{word}: ", Bold(arm["label"]), " with ", Bold(accuracy_words(arm)), "."]
+        yield [f"{word}: ", Bold(arm["label"]), " with ", Bold(result_words(arm)), "."]
     by_label = {arm["label"]: arm for arm in arms}
     our, their = by_label.get(ours) or {}, by_label.get(reference) or {}
-    if mean_accuracy(our) is None:
+    if mean_result(our) is None:
         yield [Bold(ours), " (ours) has no result here."]
         return
-    if ours != reference and mean_accuracy(their):
+    if ours != reference and (mean_result(their) or 0) > 0:
         up, down = (
             percent_of(*(number_at(arm, "communication", key) for arm in (our, their)))
             for key in ("uplink_bits_per_client_round", "downlink_bits_per_client_round")
         )
         differs = down not in (up, NONE)
         sent = f"{up} of its uplink" + (f" and {down} of its downlink" if differs else "")
+        share = percent_of(mean_result(our), mean_result(their))
         yield [
             Bold(ours),
-            f" (ours) reaches {accuracy_words(our)}: ",
-            f"{percent_of(mean_accuracy(our), mean_accuracy(their))} of the accuracy of ",
+            f" (ours) reaches {result_words(our)}: ",
+            f"{share} of the {measure.name} of ",
             Bold(reference),
             " (reference)",
             f" with {sent} per client and round." if up != NONE else ".",

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from matu_jax.comparison import plan, report
 from matu_jax.comparison.collect import collect
-from matu_jax.comparison.tuning import search
+from matu_jax.comparison.tuning import Tried, search
 from matu_jax.config import Config
 from matu_jax.errors import UserError
 from matu_jax.json_files import remove_unfinished, write_json
@@ -23,6 +23,7 @@ from matu_jax.runs.provenance import machine, versions
 from matu_jax.runs.training import train
 from matu_jax.runs.workdir import disk_errors, opened
 from matu_jax.simulation.attendance import StoppedError
+from matu_jax.simulation.measures import measure_of
 
 
 class Runner:
@@ -72,8 +73,9 @@ class Runner:
         seconds = time.perf_counter() - started
         if fresh:
             jax.clear_caches()
-            accuracy = summary["accuracy"]["mean"]
-            self._bar.console.print(f"{name}: {100 * accuracy:.1f} % in {seconds:.0f} s")
+            measure = measure_of(summary)
+            reached = measure.text(summary[measure.name]["mean"])
+            self._bar.console.print(f"{name}: {measure.name} {reached} in {seconds:.0f} s")
         self._bar.advance(self._job)
         return summary
 
@@ -113,7 +115,7 @@ def tune(comparison: plan.Comparison, source: Source, workdir: Path, console: Co
         for label in comparison.arms:
             run = plan.Run(setting, label, comparison.tuning_seed)
 
-            def measure(fields: dict[str, Any], run: plan.Run = run) -> float:
+            def tried(fields: dict[str, Any], run: plan.Run = run) -> Tried:
                 config = plan.run_config(comparison, run, fields)
                 last = dataclasses.replace(config.evaluation, every_rounds=config.rounds)
                 config = dataclasses.replace(config, evaluation=last)
@@ -121,12 +123,17 @@ def tune(comparison: plan.Comparison, source: Source, workdir: Path, console: Co
                 name = plan.folder_name(",".join(words))
                 folder = workdir / "tuning" / plan.folder_name(run.arm) / name
                 summary = runner.run(config, f"{run.arm} {' '.join(words)}", folder)
-                return summary["accuracy"]["validation_mean"]
+                measure = measure_of(summary)
+                value = summary[measure.name]["validation_mean"]
+                return Tried(value, measure.rank(value))
 
             fields = {**comparison.search, **comparison.own_search.get(label, {})}
-            chosen, trials = search(fields, comparison.trials, measure)
-            best = max(trial["validation"] for trial in trials)
-            found["arms"][label] = {"chosen": chosen, "validation": best, "trials": trials}
+            best, trials = search(fields, comparison.trials, tried)
+            found["arms"][label] = {
+                "chosen": best["fields"],
+                "validation": best["validation"],
+                "trials": trials,
+            }
     found |= {
         "setting": setting,
         "seed": comparison.tuning_seed,

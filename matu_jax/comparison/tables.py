@@ -6,7 +6,8 @@ from typing import Any
 from matu_jax.comparison.arms import (
     best_first,
     is_best,
-    mean_accuracy,
+    mean_result,
+    number,
     number_at,
     total_traffic,
     verdict_of,
@@ -15,40 +16,48 @@ from matu_jax.comparison.collect import FEWEST_SEEDS, TOO_FEW
 from matu_jax.comparison.html import Block, Bold, Paragraph, Row, Table
 from matu_jax.comparison.words import (
     NONE,
-    accuracy_words,
     against_words,
     decimals,
+    difference_word,
+    lower_words,
     percent_of,
+    result_words,
     rounds_words,
     seconds_words,
+    spread_words,
     with_unit,
 )
 from matu_jax.runs.tables import human_bits, human_bytes
+from matu_jax.simulation.measures import Measure, measure_of
 
-_RESULT_HEADER = (
-    "arm",
-    "test accuracy",
-    "of reference’s accuracy",
-    "uplink, per client and round",
-    "downlink, per client and round",
-    "total traffic",
-    "server state",
-    "rounds to 95 % of reference",
-    "points against ours (p-value)",
-    "local training, s",
-    "client unify, s",
-    "server,\u00a0s",
-)
+
+def _result_header(measure: Measure) -> tuple[str, ...]:
+    return (
+        "arm",
+        f"test {measure.name}",
+        f"of reference’s {measure.name}",
+        "uplink, per client and round",
+        "downlink, per client and round",
+        "total traffic",
+        "server state",
+        "rounds to 95 % of reference",
+        f"{difference_word(measure)} against ours (p-value)",
+        "local training, s",
+        "client unify, s",
+        "server,\u00a0s",
+    )
 
 
 def result_table(setting: Mapping[str, Any], ours: str, reference: str) -> Table:
-    """The arms of a setting with their accuracy, traffic, state and time, best first."""
+    """The arms of a setting with what they reach, their traffic, state and time, best first."""
     arms = best_first(setting)
     by_label = {arm["label"]: arm for arm in arms}
-    goal = mean_accuracy(by_label[reference]) if reference in by_label else None
+    goal = mean_result(by_label[reference]) if reference in by_label else None
+    goal = goal if (goal or 0) > 0 else None  # of a negative number there are no parts
+    measure = measure_of(setting)
     rows = []
     for arm in arms:
-        label, accuracy = arm["label"], accuracy_words(arm)
+        label, reached = arm["label"], result_words(arm)
         role = {reference: "reference", ours: "ours"}.get(label, "")
         best = is_best(arm, arms)
         up, down = (
@@ -62,8 +71,8 @@ def result_table(setting: Mapping[str, Any], ours: str, reference: str) -> Table
             Row(
                 [
                     [Bold(label) if best else label, f" ({role})" if role else ""],
-                    [Bold(accuracy) if best else accuracy],
-                    [percent_of(mean_accuracy(arm), goal)],
+                    [Bold(reached) if best else reached],
+                    [percent_of(mean_result(arm), goal)],
                     *([with_unit(human_bits, sent)] for sent in (up, down, total_traffic(arm))),
                     [marked],
                     [rounds_words(arm.get("rounds_to_95"))],
@@ -76,8 +85,8 @@ def result_table(setting: Mapping[str, Any], ours: str, reference: str) -> Table
             )
         )
     return Table(
-        [f"Every arm of “{setting['name']}”, best first. The best accuracy is in bold."],
-        _RESULT_HEADER,
+        [f"Every arm of “{setting['name']}”, best first. The best {measure.name} is in bold."],
+        _result_header(measure),
         rows,
     )
 
@@ -88,11 +97,18 @@ def result_notes(
     """Says what the columns and marks of the result table mean."""
     tested = any(verdict_of(arm) not in (TOO_FEW, "untested") for arm in arms)
     explained = "; p-values are explained below" if tested else ""
+    measure = measure_of(arms[0] if arms else {})
+    name, word = measure.name, difference_word(measure).capitalize()
+    minus = f"the arm’s {name} minus that of {ours}"
+    near = f"with 95 % of the {name} of {reference}"
+    if not measure.higher_is_better:
+        minus = f"the {name} of {ours} minus that of the arm"
+        near = f"with a {name} of at most that of {reference} divided by 0.95"
     notes = [
-        f"Points against ours: the arm’s accuracy minus that of {ours}, so that a negative "
+        f"{word} against ours: {minus}, so that a negative "
         f"number means that {ours} is better{explained}. Total traffic: up and "
-        "down, all clients and rounds of one run. Rounds to 95 %: the first round with 95 % of "
-        f"the accuracy of {reference}, the mean over the seeds that got there, and in brackets how "
+        f"down, all clients and rounds of one run. Rounds to 95 %: the first round {near}, "
+        "the mean over the seeds that got there, and in brackets how "
         "many did if not all. Seconds (s) are those of one run."
     ]
     if any(arm.get("server_state_per_client") for arm in arms):
@@ -107,6 +123,28 @@ def result_notes(
     if seeds == 1:
         notes.append(" There is one seed, so no ± can be given.")
     yield Paragraph(notes, "note")
+
+
+def also_table(setting: Mapping[str, Any]) -> Iterator[Block]:
+    """What else the arms were measured by; nothing where there is one metric alone."""
+    arms = best_first(setting)
+    names = list(dict.fromkeys(also["name"] for arm in arms for also in arm.get("also") or []))
+    rows, header = [], ["arm"]
+    for arm in arms:
+        found = {also["name"]: also for also in arm.get("also") or []}
+        row = [[arm["label"]]]
+        for name in names:
+            also = found.get(name, {})
+            about = {key: also[key] for key in Measure._fields if key in also}
+            measure = Measure(**(about or {"name": name}))
+            row.append([spread_words(measure, number(also.get("mean")), number(also.get("std")))])
+            title = f"test {name}{lower_words(measure)}"
+            if also and title not in header:
+                header.append(title)
+        rows.append(Row(row))
+    if names:
+        caption = "Other metrics, each the mean over the tasks that are measured by it."
+        yield Table([caption], header, rows)
 
 
 def similarity_table(arms: Sequence[Mapping[str, Any]]) -> Iterator[Block]:

@@ -7,32 +7,47 @@ a logarithmic scale) the gaps beside the best value of the first field, which is
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Tried(NamedTuple):
+    """What a trial has shown: a value on validation, and its rank, the higher the better."""
+
+    value: float | None
+    rank: float
 
 
 def search(
-    fields: Mapping[str, tuple[Any, ...]], trials: int, measure: Callable[[dict[str, Any]], float]
+    fields: Mapping[str, tuple[Any, ...]],
+    trials: int,
+    tried: Callable[[dict[str, Any]], Tried],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Searches for the values with the highest measure.
+    """Searches for the values of the highest rank.
 
     Args:
       fields: values to try by field; those of the first are positive numbers.
-      trials: how many times `measure` is called; fewer only if nothing new is left to try.
-      measure: values by field to a validation accuracy; NaN counts as the worst.
+      trials: how many times `tried` is called; fewer only if nothing new is left to try.
+      tried: values by field to what they have shown.
 
     Returns:
-      The best values, and all trials in order: {"fields": ..., "validation": ...}.
+      The best trial, and all of them in order: {"fields": ..., "validation": ...}.
     """
     done: list[dict[str, Any]] = []
+    ranks: list[float] = []
 
     def score(values: dict[str, Any]) -> float:
-        for trial in done:
+        for trial, rank in zip(done, ranks, strict=True):
             if trial["fields"] == values:
-                return _rank(trial["validation"])
+                return rank
         if len(done) >= trials:
             return -math.inf
-        done.append({"fields": dict(values), "validation": measure(dict(values))})
-        return _rank(done[-1]["validation"])
+        value, rank = tried(dict(values))
+        done.append({"fields": dict(values), "validation": value})
+        ranks.append(rank)
+        return rank
+
+    def best_trial() -> dict[str, Any]:
+        return done[max(range(len(done)), key=lambda i: ranks[i])]
 
     best = {name: values[0] for name, values in fields.items()}
     for name, values in fields.items():
@@ -40,17 +55,13 @@ def search(
     first = next(iter(fields))
     while len(done) < trials:
         before = len(done)
-        tried = sorted({trial["fields"][first] for trial in done})
-        place, value = tried.index(best[first]), best[first]
-        above = tried[place + 1] / value if place + 1 < len(tried) else 4.0
-        below = tried[place - 1] / value if place else 0.25
+        known = sorted({trial["fields"][first] for trial in done})
+        place, value = known.index(best[first]), best[first]
+        above = known[place + 1] / value if place + 1 < len(known) else 4.0
+        below = known[place - 1] / value if place else 0.25
         for ratio in (above, below):
             score(best | {first: float(f"{value * math.sqrt(ratio):.2g}")})
         if len(done) == before:
             break
-        best = max((trial["fields"] for trial in done), key=score)
-    return dict(max((trial["fields"] for trial in done), key=score)), done
-
-
-def _rank(value: float | None) -> float:
-    return -math.inf if value is None or math.isnan(value) else value
+        best = best_trial()["fields"]
+    return best_trial(), done

@@ -4,10 +4,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from matu_jax.comparison.arms import mean_accuracy, number, number_at, verdict_of
+from matu_jax.comparison.arms import mean_result, number, number_at, results_of, verdict_of
 from matu_jax.comparison.collect import TOO_FEW
 from matu_jax.comparison.html import Code
 from matu_jax.config import renamed
+from matu_jax.simulation.measures import Measure, measure_of
 
 NONE = "–"
 
@@ -30,17 +31,26 @@ def left_out_words(arms: Iterable[Mapping[str, Any]], lacks: Any) -> str:
     return f" Not measured, so not shown: {listed(labels)}." if labels else ""
 
 
-def accuracy_words(arm: Mapping[str, Any]) -> str:
-    """The arm's accuracy and its deviation over seeds: `84.1 ± 0.3 %`."""
-    mean, std = mean_accuracy(arm), number_at(arm, "accuracy", "std")
-    if mean is None:
-        return NONE
-    return f"{100 * mean:.1f} %" if std is None else f"{100 * mean:.1f} ± {100 * std:.1f} %"
+def result_words(arm: Mapping[str, Any]) -> str:
+    """What an arm reaches and its deviation over seeds: `84.1 ± 0.3 %`, `0.452 ± 0.011`."""
+    return spread_words(measure_of(arm), mean_result(arm), number(results_of(arm).get("std")))
 
 
-def percent(value: Any) -> str:
-    """A fraction in percent."""
-    return NONE if (found := number(value)) is None else f"{100 * found:.1f} %"
+def spread_words(measure: Measure, mean: float | None, std: float | None) -> str:
+    """A mean and its deviation, as its measure is read."""
+    if mean is None or std is None:
+        return measure.text(mean)
+    return f"{measure.number(mean)} ± {measure.number(std)}" + " %" * measure.percent
+
+
+def difference_word(measure: Measure) -> str:
+    """What differences are counted in: points, hundredths of a measure that is read in percent."""
+    return "points" if measure.percent else measure.name
+
+
+def lower_words(measure: Measure) -> str:
+    """Says of a measure of which lower values are better that they are."""
+    return "" if measure.higher_is_better else ", lower is better"
 
 
 def percent_of(part: float | None, whole: float | None) -> str:
@@ -49,16 +59,17 @@ def percent_of(part: float | None, whole: float | None) -> str:
 
 
 def against_words(arm: Mapping[str, Any]) -> str:
-    """The arm's accuracy minus that of ours, in points, and what the test says of it."""
+    """By how much the arm is better than ours, and what the test says of it."""
     difference, p = (
         number_at(arm, "against_ours", "difference"),
         number_at(arm, "against_ours", "p_value"),
     )
     if difference is None:
         return NONE
-    points = (
-        f"{100 * difference:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
-    )
+    percent = measure_of(arm).percent
+    points = f"{100 * difference:+.1f}" if percent else f"{difference:+.3f}"
+    points = points.replace("-", "−")
+    points = points[1:] if not float(points[1:]) else points
     said = verdict_of(arm)
     if p is None or said == TOO_FEW:
         return points

@@ -153,18 +153,23 @@ def read_summary(path: Path) -> dict[str, Any]:
         summary = read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    _check(_Summary, _Results, summary, f"{path}: damaged")
+    kinds = _Results[_Fraction], _Results[_Finite]
+    _check(_Summary, kinds, summary, f"{path}: damaged")
     return summary
 
 
-def _check(schema: type[BaseModel], of_metric: Any, found: Any, where: str) -> None:
-    """Checks a record or a summary, and in it what is held under the name of its measure."""
+def _check(schema: type[BaseModel], kinds: tuple[Any, Any], found: Any, where: str) -> None:
+    """Checks a record or a summary, and in it what is held under the name of its measure.
+
+    Args:
+      schema: of the rest.
+      kinds: of what is held there: parts of 1, as accuracy is, or any numbers.
+      found: the record or summary.
+      where: what to call it in errors.
+    """
     checked(_Named, found, where)
     measure = measure_of(found)
-    # A part of 1, where accuracy says so of itself; what a metric of one's own returns is its own.
-    number = _Fraction if measure == ACCURACY else _Finite
-    kind = of_metric[number] if of_metric is _Results else of_metric[number] | None
-    checked(_with(schema, measure.name, kind), found, where)
+    checked(_with(schema, measure.name, kinds[measure != ACCURACY]), found, where)
 
 
 @functools.cache
@@ -238,7 +243,8 @@ class MetricsLog:
                     f"{self.path}, line {number}: found round {record['round']}, expected round "
                     f"{number}: each round from 1 to {count} once, in order"
                 )
-            _check(_Record, _Measured, record, f"{self.path}, line {number}")
+            kinds = _Measured[_Fraction] | None, _Measured[_Finite] | None
+            _check(_Record, kinds, record, f"{self.path}, line {number}")
             records.append(record)
         return records
 

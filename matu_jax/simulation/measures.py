@@ -56,8 +56,8 @@ def main_metrics(metrics: Mapping[str, Metric], tasks: Sequence[Task]) -> list[s
         for name in task.metrics:
             if name not in metrics:
                 raise ValueError(
-                    f"task {task.name!r}: metrics: found {name!r}, which the model lacks; it has "
-                    f"{', '.join(metrics)}.{did_you_mean(name, metrics)}"
+                    f"task {task.name!r}: metrics: found {name!r}, which the model lacks."
+                    f"{did_you_mean(name, metrics)}"
                 )
     return [task.metrics[0] if task.metrics else next(iter(metrics)) for task in tasks]
 
