@@ -9,6 +9,9 @@ What a task's client was measured with, in one of three formats:
 and beside it head.safetensors ("weight" [classes, features]; "bias" of a trained head or
 "logit_scale" of a zero-shot one) and a model card, README.md: how it was made, how to load it.
 
+Of a model of the experiment's own (`matu_jax.models.MODELS`) there is safetensors alone: the task
+vector, the parameters that it makes of the base, and the card.
+
 The round is the one that the run's results speak of, the best on validation, or --round. Data, base
 checkpoint and state have to be the run's, byte for byte. Then the model is measured as the run did:
 it must get as many validation and test examples right as the run recorded, up to those that are
@@ -28,9 +31,12 @@ from pathlib import Path
 from rich.console import Console
 
 from matu_jax.errors import UserError
+from matu_jax.models import MODELS
+from matu_jax.runs import model_folder, own_model
 from matu_jax.runs.commandline import Parser, check_words, run_file, run_program
-from matu_jax.runs.exported import read_run
-from matu_jax.runs.model_folder import FORMATS, write
+from matu_jax.runs.exported import exported
+from matu_jax.runs.model_folder import FORMATS
+from matu_jax.runs.saved import read_slot
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
         "--config",
         type=Path,
         metavar="FILE",
-        help="an experiment file to execute first, where it registers algorithms, architectures or "
-        "datasets",
+        help="an experiment file to execute first, where it registers algorithms, architectures, "
+        "models, sources or datasets",
     )
 
     def work(console: Console) -> None:
@@ -68,17 +74,21 @@ def main(argv: Sequence[str]) -> int:
         if options.config:
             run_file(options.config)  # for what it registers; the config is the run's own
         try:
-            exported = read_run(options.workdir, options.task, options.client, options.round)
+            slot = read_slot(options.workdir, options.task, options.client, options.round)
         except OSError as error:
             raise UserError(f"{error.filename or options.workdir}: {error.strerror}") from None
         try:
-            write(exported, options.format, options.out, console.print)
+            if slot.config.model.architecture in MODELS:
+                own_model.write(slot, options.format, options.out, console.print)
+            else:
+                model_folder.write(exported(slot), options.format, options.out, console.print)
         except OSError as error:
             raise UserError(f"--out {options.out}: {error}") from None
+        client = slot.federation.slots.client[slot.row]
         console.print(
-            f"{options.out}: task {exported.task.name}, client {exported.client}, after round "
-            f"{exported.round}, as {options.format}. README.md there says how to load it.\n"
-            f"Round {exported.round} of {exported.config.rounds}: {exported.why}."
+            f"{options.out}: task {options.task}, client {client}, after round "
+            f"{slot.round}, as {options.format}. README.md there says how to load it.\n"
+            f"Round {slot.round} of {slot.config.rounds}: {slot.why}."
         )
 
     return run_program(work, interrupted="Interrupted. Nothing is left in --out.")

@@ -541,7 +541,8 @@ def test_one_example_more_or_less_is_an_error(long_run):
     measure(exported, "safetensors")
     for split, examples in (("validation", 60), ("test", 60)):
         for change in (-1, 1):
-            recorded = exported.recorded | {split: exported.recorded[split] + change / examples}
+            changed = exported.recorded[split] + change / examples
+            recorded = {**exported.recorded, split: changed}
             with pytest.raises(export.UserError, match=f"{split} examples rightly, but"):
                 measure(dataclasses.replace(exported, recorded=recorded), "safetensors")
 
@@ -684,10 +685,11 @@ def test_links_are_named_as_they_were_given(tmp_path, clip_folder):
 
 def test_what_a_card_quotes_keeps_its_form():
     card = model_card(
-        "t", {"base_model": "a: [b"}, {"task": "a|b\nc"}, loading="", classify="", settings={}
+        "t", {"base_model": "a: [b"}, {"task": "a|b\nc"}, code={"Load it": "load()"}, settings={}
     )
     assert 'base_model: "a: [b"\n' in card
     assert "| task | a\\|b c |\n" in card
+    assert "Load it:\n\n```python\nload()\n```\n" in card
 
 
 def test_results_and_exports_cannot_speak_of_different_rounds(long_run, tmp_path):

@@ -118,9 +118,14 @@ def check_architecture(name: str) -> None:
 
     Raises:
       ValueError: if it is neither "embedded", nor in `ARCHITECTURES` or `MODELS`, nor one of
-        `FAMILIES`.
+        `FAMILIES`; or if `MODELS` takes the name of another.
     """
-    known = ["embedded", *ARCHITECTURES, *FAMILIES, *MODELS]
+    built_in = ["embedded", *ARCHITECTURES, *FAMILIES]
+    if name in MODELS and name in built_in:
+        raise ValueError(
+            f"MODELS[{name!r}]: is the name of an architecture of the package; choose another."
+        )
+    known = [*built_in, *MODELS]
     if name not in known:
         raise ValueError(
             f"config.model.architecture: found {name!r}, no such architecture."

@@ -277,8 +277,7 @@ def model_card(
     header: Mapping[str, str],
     rows: Mapping[str, str],
     *,
-    loading: str,
-    classify: str,
+    code: Mapping[str, str],
     settings: Mapping[str, Any],
 ) -> str:
     """The text of a model card, README.md.
@@ -287,8 +286,7 @@ def model_card(
       title: its heading.
       header: what the Hugging Face Hub reads, as YAML.
       rows: a table of two columns.
-      loading: Python code that loads the model.
-      classify: Python code that uses the head.
+      code: in Python, by what it does.
       settings: the run's configuration.
     """
 
@@ -302,9 +300,8 @@ def model_card(
     table = "".join(f"| {key} | {cell(value)} |\n" for key, value in rows.items())
     return (
         f"---\n{head}---\n\n# {title}\n\n| | |\n|---|---|\n{table}\n"
-        f"Load it:\n\n```python\n{loading}\n```\n\nClassify with head.safetensors (class names in "
-        f"its metadata):\n\n```python\n{classify}\n```\n\n"
-        f"The run's configuration:\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
+        + "".join(f"{what}:\n\n```python\n{lines}\n```\n\n" for what, lines in code.items())
+        + f"The run's configuration:\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
     )
 
 

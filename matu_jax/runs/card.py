@@ -14,7 +14,7 @@ from matu_jax.runs.provenance import versions
 def measured_on(exported: Exported) -> str:
     """How many examples are measured, such as "20 validation and 20 test"."""
     most, counts = exported.config.evaluation.max_examples, []
-    for split in exported.recorded | {"test": None}:
+    for split in {**exported.recorded, "test": None}:
         there = len(getattr(exported.task, split).labels)
         counts.append(f"{min(there, most or there)} {split}")
     return " and ".join(counts)
@@ -66,8 +66,12 @@ def model_card(exported: Exported, kind: str, loaded_by: str, measured: Counts) 
         f"{task.name}, fine-tuned with matu_jax",
         header,
         rows,
-        loading=_loading(exported, kind, loaded_by),
-        classify=_classify(exported, kind),
+        code={
+            "Load it": _loading(exported, kind, loaded_by),
+            "Classify with head.safetensors (class names in its metadata)": _classify(
+                exported, kind
+            ),
+        },
         settings=dataclasses.asdict(config),
     )
 

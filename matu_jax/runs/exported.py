@@ -1,26 +1,21 @@
-"""One task's model out of a run: read, measured again, written."""
+"""One task's image model out of a run: tower and head, measured again."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from matu_jax import algorithms, models
-from matu_jax.aggregation import Slots
+from matu_jax import models
 from matu_jax.config import Config
 from matu_jax.data import ImageTask, Split, image_tasks
-from matu_jax.errors import UserError, did_you_mean
+from matu_jax.errors import UserError
 from matu_jax.models import exporting
 from matu_jax.models.classification import ROUNDING, near_ties
-from matu_jax.runs.checkpoints import Checkpoints
-from matu_jax.runs.workdir import check_identity, chosen_round, config_of, records_of
+from matu_jax.runs.saved import SavedSlot, read_slot, sums_of
 from matu_jax.simulation.choices import SimulationConfig
-from matu_jax.simulation.evaluate import EvaluationSet, evaluation, summed
-from matu_jax.simulation.federation import Federation, federate, identity, task_names
-from matu_jax.simulation.placement import ROWS, WHOLE, placed, slot_mesh
 from matu_jax.trees import PyTree
 
 
@@ -62,7 +57,7 @@ class Exported:
     params: PyTree
     frozen: PyTree
     head: dict[str, np.ndarray]
-    recorded: dict[str, float]
+    recorded: Mapping[str, float]
     tasks: Sequence[ImageTask]
     number: int
     model: models.Classifier
@@ -76,82 +71,30 @@ class Exported:
 def read_run(
     workdir: Path, task_name: str, client: int | None = None, round_index: int | None = None
 ) -> Exported:
-    """Reads a task's model out of a run's checkpoint.
-
-    Args:
-      workdir: of the run.
-      task_name: one of its tasks.
-      client: one that holds the task; None = the holder with the best validation accuracy.
-      round_index: rounds completed; None = the round of the run's results, see `log.selected`.
+    """Reads the model of a task of images out of a run's checkpoint; see `saved.read_slot`.
 
     Raises:
-      UserError: if there is no such run, task, holder or round, the run's data or checkpoint is not
-        there, or its algorithm trains a linearised model.
+      UserError: as `read_slot`.
     """
-    config = config_of(workdir)
+    return exported(read_slot(workdir, task_name, client, round_index))
+
+
+def exported(slot: SavedSlot) -> Exported:
+    """Parts a slot's task vector into the tower's and the head's.
+
+    Raises:
+      UserError: if the run's model is one of `models.MODELS`, or its tasks are no images.
+    """
+    config, federation, row = slot.config, slot.federation, slot.row
+    number = int(federation.slots.task[row])
+    # Kernels are wanted as they were given, and nothing is trained.
+    exact = dataclasses.replace(config.model, compute_dtype="float32", remat=False)
     try:
-        algorithm = _registered(config)
-        if algorithm.local.linearised:
-            raise UserError(
-                f"--workdir {workdir}: config.algorithm {config.algorithm} trains the model's "
-                "first-order expansion around its base, which is no checkpoint, adapter or sum of "
-                "parameters: the same numbers in the ordinary model are another function. It "
-                "cannot be exported; train with another algorithm, such as fedavg."
-            )
-        federation = federate(config)
-        names = [task.name for task in federation.tasks]
-        if task_name not in names:
-            raise UserError(f"--task {task_name}: no such task.{did_you_mean(task_name, names)}")
-        # Kernels are wanted as they were given, and nothing is trained.
-        exact = dataclasses.replace(config.model, compute_dtype="float32", remat=False)
-        model = models.build_classifier(exact, federation.tasks, seed=config.seed)
-        target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
-        similarity = np.zeros((len(names),) * 2, np.float32)
-        with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-            records = records_of(workdir, checkpoints, config)
-            chosen, why = chosen_round(workdir, checkpoints, records, round_index)
-            saved = {"state": target, "similarity_sum": similarity}
-            restored, meta = checkpoints.restore_round(chosen, saved)
-        wanted = identity(config, federation, model)
-        check_identity(workdir / "checkpoints", meta, config, wanted)
+        tasks = image_tasks(federation.tasks)
+        model = models.build_classifier(exact, tasks, seed=config.seed)
     except ValueError as error:
         raise UserError(str(error)) from None
-    accuracies = [record["accuracy"] for record in records if record["round"] == chosen]
-    measured = accuracies[0] if accuracies else None
-    row = _holder(federation.slots, names.index(task_name), client, measured, task_name)
-    vectors = jax.jit(algorithm.evaluated or algorithm.download)
-    vector = jax.tree.map(
-        lambda x: np.asarray(x[row]), vectors(restored["state"], federation.slots)
-    )
-    return _exported(
-        config,
-        federation,
-        model,
-        vector,
-        row,
-        round=chosen,
-        why=why,
-        recorded={
-            split: measured[f"{split}_per_slot"][row]
-            for split in ("validation", "test")
-            if measured and measured[f"{split}_per_slot"][row] is not None
-        },
-    )
-
-
-def _exported(
-    config: Config,
-    federation: Federation,
-    model: models.Classifier,
-    vector: PyTree,
-    row: int,
-    **about: Any,
-) -> Exported:
-    """Parts a slot's task vector into the tower's and the head's."""
-    slots = federation.slots
-    number = int(slots.task[row])
-    tasks = image_tasks(federation.tasks)
-    task = tasks[number]
+    task, vector = tasks[number], slot.vector
     params = jax.tree.map(lambda a, b: np.asarray(a) + b, model.base, vector)
     if "trained" in model.frozen and bool(model.frozen["trained"][number]):
         kernel, bias = params["head"]["kernel"], params["head"]["bias"]
@@ -169,28 +112,18 @@ def _exported(
     return Exported(
         config=config,
         task=task,
-        client=int(slots.client[row]),
+        client=int(federation.slots.client[row]),
+        round=slot.round,
+        why=slot.why,
         vector=vector,
         params=params,
         frozen=jax.tree.map(np.asarray, model.frozen["backbone"]),
         head=head,
+        recorded=slot.recorded.get("accuracy", {}),
         tasks=tasks,
         number=number,
         model=model,
-        **about,
     )
-
-
-def _registered(config: Config) -> algorithms.Algorithm:
-    """The algorithm; says what to do about what only the experiment's file knows."""
-    try:
-        task_names(config)
-        return algorithms.build(config)
-    except ValueError as error:
-        raise UserError(
-            f"{error}\nIf the run's experiment file registers an algorithm, architecture or "
-            "dataset of its own, give that file to --config."
-        ) from None
 
 
 def measure(exported: Exported, kind: str) -> Counts:
@@ -279,57 +212,14 @@ def count_slot(
     """Measures one slot's parameters as a round does: the same examples in the same batches.
 
     Args:
-      config: says which examples are measured, and how many at once.
+      config: as in `saved.sums_of`.
       model: what is evaluated; its base does not matter.
       splits: one per task of the run.
       task: the slot's.
       params: of the slot, base and task vector added.
       rounding: as in `classification.ROUNDING`.
     """
-    mesh = slot_mesh(jax.local_devices()[:1])
-    whole = EvaluationSet(
-        splits,
-        np.array([task]),
-        mesh,
-        batch_examples=config.evaluation.batch_examples,
-        max_examples=config.evaluation.max_examples,
-        seed=config.seed,
-    )
     metrics = {"accuracy": model.metrics["accuracy"], "near": near_ties(rounding)}
-    program = jax.jit(evaluation(model, metrics, mesh))
-    nothing = jax.tree.map(np.zeros_like, params)  # to which the whole parameters are added
-    shared: tuple[Any, ...] = placed((nothing, model.frozen), mesh, WHOLE)
-    vectors = placed(jax.tree.map(lambda x: np.asarray(x)[None], params), mesh, ROWS)
-    sums = summed(program, shared, whole, lambda _: vectors, np.array([task]), mesh)
-    right, examples = (int(sums["accuracy"][name][0]) for name in ("right", "examples"))
-    return Counts(right, examples, int(sums["near"][0]))
-
-
-def _holder(slots: Slots, task: int, client: int | None, measured: dict | None, name: str) -> int:
-    """The slot whose model is taken."""
-    for split in ("validation_per_slot", "test_per_slot"):
-        if measured is None:
-            break
-        found = len(measured.get(split) or ())
-        if found != len(slots.task):
-            raise UserError(
-                f"metrics.jsonl: {split}: found {found} numbers, expected {len(slots.task)}, one "
-                "for each slot of this federation. Bring the file back."
-            )
-    rows = np.flatnonzero(slots.task == task)
-    holders = slots.client[rows].tolist()
-    if client is not None:
-        if client not in holders:
-            raise UserError(
-                f"--client {client}: does not hold task {name}; clients "
-                f"{', '.join(map(str, holders))} do."
-            )
-        return int(rows[holders.index(client)])
-    if measured is None:
-        return int(rows[0])
-
-    def rank(row: int) -> float:
-        value = measured["validation_per_slot"][row]
-        return -np.inf if value is None else value  # a slot of which nothing was measured
-
-    return int(max(rows.tolist(), key=rank))
+    sums = sums_of(config, model, metrics, splits, task, params)
+    right, examples = (int(sums["accuracy"][name]) for name in ("right", "examples"))
+    return Counts(right, examples, int(sums["near"]))

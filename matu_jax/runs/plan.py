@@ -15,13 +15,13 @@ from matu_jax.data import SOURCES, Task, prepared, selection
 from matu_jax.errors import UserError
 from matu_jax.messages.traffic import message_bits
 from matu_jax.models import MODELS, Model
-from matu_jax.models.architectures import check_architecture, check_heads
+from matu_jax.models.architectures import check_heads
 from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.models.images import transform_of
 from matu_jax.runs.commandline import Source
 from matu_jax.runs.tables import human_bits, human_bytes, plan_table
 from matu_jax.scenarios import privacy
-from matu_jax.simulation.federation import Federation, task_names
+from matu_jax.simulation.federation import Federation, check_names, task_names
 from matu_jax.simulation.memory import memory_there, predicted_bytes
 from matu_jax.simulation.placement import own_devices
 
@@ -62,8 +62,8 @@ def check_inputs(config: Config, source: Source) -> None:
 def _lacking_data(config: Config, source: Source) -> Iterator[str]:
     """Yields what to say of data that is not there."""
     data = config.data
+    check_names(config)
     if data.source in SOURCES:
-        check_architecture(config.model.architecture)
         return
     names = task_names(config)
     if selection.is_generated(data.tasks, data.folders):

@@ -374,9 +374,9 @@ def _check_base(directory: Path, meta: dict[str, Any], fingerprint: str | None) 
     """
     if meta.get("base", fingerprint) != fingerprint:
         raise UserError(
-            f"{directory}: config.model.checkpoint holds other tensors than when this run began, "
-            "and task vectors are differences from those. Bring the checkpoint back as it was, or "
-            "remove that folder to start from round 0 with the one of now."
+            f"{directory}: config.model.checkpoint, or a model of your own, holds other tensors "
+            "than when this run began, and task vectors are differences from those. Bring them "
+            "back as they were, or remove that folder to start from round 0 with those of now."
         )
 
 

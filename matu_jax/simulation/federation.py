@@ -77,6 +77,18 @@ def task_names(config: SimulationConfig) -> tuple[str, ...]:
     return selection.resolve(data.tasks, data.folders)
 
 
+def check_names(config: SimulationConfig) -> None:
+    """Checks that the model and the tasks which a config names are known.
+
+    Raises:
+      ValueError: as `task_names`.
+    """
+    if config.data.source in SOURCES:
+        check_architecture(config.model.architecture)
+    else:
+        task_names(config)
+
+
 def load_tasks(config: SimulationConfig) -> tuple[Task, ...]:
     """Loads the tasks of an experiment, with their data.
 
@@ -84,6 +96,7 @@ def load_tasks(config: SimulationConfig) -> tuple[Task, ...]:
       ValueError: for an unknown name, or a dataset that is not prepared.
     """
     if config.data.source in SOURCES:
+        check_names(config)
         return _own_tasks(config.data)
     names, data = task_names(config), config.data
     if selection.is_generated(data.tasks, data.folders):
@@ -104,6 +117,10 @@ def load_tasks(config: SimulationConfig) -> tuple[Task, ...]:
 
 def _own_tasks(data: DataConfig) -> tuple[Task, ...]:
     """The tasks of one of `SOURCES`, or those of them that are named."""
+    if data.source in ("prepared", "synthetic"):
+        raise ValueError(
+            f"SOURCES[{data.source!r}]: is the name of a source of the package; choose another."
+        )
     tasks = tuple(SOURCES[data.source](data))
     where = f"config.data.source {data.source!r}: its function in SOURCES returned"
     for task in tasks:

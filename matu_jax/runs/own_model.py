@@ -1,0 +1,138 @@
+"""A model of one's own out of a run, as safetensors files with a card."""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from matu_jax.errors import UserError
+from matu_jax.models import exporting
+from matu_jax.runs.provenance import versions
+from matu_jax.runs.saved import SavedSlot, sums_of
+from matu_jax.simulation.measures import measure_named
+from matu_jax.trees import leaf_items
+
+_ROUNDING = 1e-3
+"""How far a metric may be from what the run recorded, as a part of it: another number of slots at
+once is another order of the same sums."""
+_EXAMPLES = 2
+"""How many examples rounding may put on the other side, where a metric is a part of 1."""
+
+
+def write(
+    slot: SavedSlot, kind: str, out: Path, say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Writes a slot's task vector, and the parameters that it makes of the base, into a new folder.
+
+    Before that it is measured: each metric has to be what the run recorded, up to rounding. Files
+    are read back and compared bit for bit.
+
+    Args:
+      slot: from `read_slot`.
+      kind: "safetensors".
+      out: the folder.
+      say: is told what is done.
+
+    Raises:
+      UserError: for another format, if the folder is there already, the slot is not what the run
+        measured, or a file reads back otherwise. Nothing is written then.
+    """
+    if kind != "safetensors":
+        raise UserError(
+            f"--format {kind}: the run is of a model of your own, "
+            f"{slot.config.model.architecture!r}, which nothing else loads. Use --format "
+            "safetensors."
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is there already. Give a new folder.")
+    say("Measuring first, as the run did.")
+    params = jax.tree.map(lambda a, b: np.asarray(a + b), slot.model.base, slot.vector)
+    rows = dict(_measured(slot, params))
+    about = {"task": _task(slot), "client": str(_client(slot)), "round": str(slot.round)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as unfinished:
+        folder = Path(unfinished) / "model"
+        folder.mkdir()
+        try:
+            for name, tree in (("task_vector", slot.vector), ("parameters", params)):
+                file = folder / f"{name}.safetensors"
+                exporting.save_checked(dict(leaf_items(tree)), file, about)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        (folder / "README.md").write_text(_card(slot, rows), encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+
+
+def _measured(slot: SavedSlot, params: object) -> Iterator[tuple[str, str]]:
+    """Measures the slot and yields what the card says of each metric and split.
+
+    Raises:
+      UserError: if one of them is not what the run recorded.
+    """
+    model, tasks = slot.model, slot.federation.tasks
+    number = int(slot.federation.slots.task[slot.row])
+    for split in ("validation", "test"):
+        asked = {name for name, recorded in slot.recorded.items() if split in recorded}
+        metrics = {name: metric for name, metric in model.metrics.items() if name in asked}
+        if not metrics:
+            continue
+        splits = [getattr(task, split) for task in tasks]
+        sums = sums_of(slot.config, model, metrics, splits, number, params)
+        examples = len(jax.tree.leaves(splits[number])[0])
+        for name, metric in metrics.items():
+            found, recorded = float(metric.value(sums[name])), slot.recorded[name][split]
+            near = _ROUNDING * max(abs(recorded), abs(found), 1e-3)
+            near = max(near, _EXAMPLES / examples if metric.percent else 0.0)
+            if not abs(found - recorded) <= near:
+                raise UserError(
+                    f"task {_task(slot)}: the model of client {_client(slot)} after round "
+                    f"{slot.round}: {split} {name} is {found:.6g}, but the run recorded "
+                    f"{recorded:.6g}. It is not the model that was measured, so nothing is "
+                    "written. Has the model's code, or an installed version, changed since? "
+                    "Versions then are in summary.json."
+                )
+            yield f"{split} {name}", measure_named(name, metric).text(found)
+
+
+def _task(slot: SavedSlot) -> str:
+    return slot.federation.tasks[int(slot.federation.slots.task[slot.row])].name
+
+
+def _client(slot: SavedSlot) -> int:
+    return int(slot.federation.slots.client[slot.row])
+
+
+def _card(slot: SavedSlot, measured: dict[str, str]) -> str:
+    config = slot.config
+    trained = sum(np.size(leaf) for leaf in jax.tree.leaves(slot.vector))
+    task = slot.federation.tasks[int(slot.federation.slots.task[slot.row])]
+    rows = {
+        "task": task.name,
+        "model": f"{config.model.architecture}, of the experiment's own",
+        "trained": f"{trained:,} parameters",
+        "algorithm": config.algorithm,
+        "rounds": f"{slot.round} of {config.rounds}: {slot.why}",
+        "clients": f"{config.data.clients}; this is the model of client {_client(slot)}",
+        **measured,
+        "data": f"{config.data.source}, {json.dumps(task.fingerprint or 'own arrays')}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    loading = (
+        "import safetensors.numpy\n\n"
+        "# What trained, by its path in the model's base: fine-tuned, and fine-tuned minus base.\n"
+        'parameters = safetensors.numpy.load_file("FOLDER/parameters.safetensors")\n'
+        'vector = safetensors.numpy.load_file("FOLDER/task_vector.safetensors")'
+    )
+    return exporting.model_card(
+        f"{task.name}, fine-tuned with matu_jax",
+        {"library_name": "matu_jax"},
+        rows,
+        code={"Load it": loading},
+        settings=dataclasses.asdict(config),
+    )

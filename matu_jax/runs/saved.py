@@ -1,0 +1,201 @@
+"""One slot's task vector out of a run: read from a checkpoint, and measured again."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from matu_jax import models
+from matu_jax.algorithms import ALGORITHMS, Algorithm
+from matu_jax.config import Config
+from matu_jax.errors import UserError, did_you_mean
+from matu_jax.models import Metric, Model
+from matu_jax.runs.checkpoints import Checkpoints
+from matu_jax.runs.log import selected
+from matu_jax.runs.workdir import check_identity, chosen_round, config_of, records_of
+from matu_jax.simulation.choices import SimulationConfig
+from matu_jax.simulation.evaluate import EvaluationSet, evaluation, summed
+from matu_jax.simulation.federation import (
+    Federation,
+    algorithm_for,
+    check_names,
+    federate,
+    identity,
+)
+from matu_jax.simulation.measures import measure_of
+from matu_jax.simulation.placement import ROWS, WHOLE, placed, slot_mesh
+from matu_jax.trees import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedSlot:
+    """What a client was measured with on one of its tasks.
+
+    Attributes:
+      config: the run's.
+      federation: the run's.
+      model: the run's.
+      row: of the slot.
+      round: rounds completed.
+      why: how this round was chosen.
+      vector: task vector, leaves `[...]`, numpy arrays.
+      recorded: by metric and split, what the run recorded of it; nothing where it did not measure.
+    """
+
+    config: Config
+    federation: Federation
+    model: Model
+    row: int
+    round: int
+    why: str
+    vector: PyTree
+    recorded: Mapping[str, Mapping[str, float]]
+
+
+def read_slot(
+    workdir: Path, task_name: str, client: int | None = None, round_index: int | None = None
+) -> SavedSlot:
+    """Reads a slot's task vector out of a run's checkpoint.
+
+    Args:
+      workdir: of the run.
+      task_name: one of its tasks.
+      client: one that holds the task; None = the holder that is best on validation.
+      round_index: rounds completed; None = the round of the run's results, see `log.selected`.
+
+    Raises:
+      UserError: if there is no such run, task, holder or round, the run's data or checkpoint is not
+        there, or its algorithm trains a linearised model.
+    """
+    config = config_of(workdir)
+    try:
+        _check_registered(config)
+        federation = federate(config)
+        names = [task.name for task in federation.tasks]
+        if task_name not in names:
+            raise UserError(f"--task {task_name}: no such task.{did_you_mean(task_name, names)}")
+        model = models.build(config.model, federation.tasks, seed=config.seed)
+        algorithm = algorithm_for(config, model)
+        _check_ordinary(workdir, config, algorithm)
+        target = jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
+        similarity = np.zeros((len(names),) * 2, np.float32)
+        with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+            records = records_of(workdir, checkpoints, config)
+            chosen, why = chosen_round(workdir, checkpoints, records, round_index)
+            saved = {"state": target, "similarity_sum": similarity}
+            restored, meta = checkpoints.restore_round(chosen, saved)
+        check_identity(workdir / "checkpoints", meta, config, identity(config, federation, model))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    record = selected([record for record in records if record["round"] == chosen])
+    row = _holder(federation, names.index(task_name), client, record)
+    vectors = jax.jit(algorithm.evaluated or algorithm.download)
+    vector = jax.tree.map(
+        lambda x: np.asarray(x[row]), vectors(restored["state"], federation.slots)
+    )
+    recorded = {name: _recorded(record[name], row) for name in model.metrics} if record else {}
+    return SavedSlot(config, federation, model, row, chosen, why, vector, recorded)
+
+
+def _check_registered(config: Config) -> None:
+    """Says what to do about what only the experiment's file knows."""
+    try:
+        check_names(config)
+        if config.algorithm not in ALGORITHMS:
+            raise ValueError(
+                f"config.algorithm: found {config.algorithm!r}, no such algorithm."
+                + did_you_mean(config.algorithm, ALGORITHMS)
+            )
+    except ValueError as error:
+        raise UserError(
+            f"{error}\nIf the run's experiment file registers an algorithm, architecture, model, "
+            "source or dataset of its own, give that file to --config."
+        ) from None
+
+
+def _check_ordinary(workdir: Path, config: Config, algorithm: Algorithm) -> None:
+    if algorithm.local.linearised:
+        raise UserError(
+            f"--workdir {workdir}: config.algorithm {config.algorithm} trains the model's "
+            "first-order expansion around its base, which is no checkpoint, adapter or sum of "
+            "parameters: the same numbers in the ordinary model are another function. It "
+            "cannot be exported; train with another algorithm, such as fedavg."
+        )
+
+
+def _recorded(measured: Mapping[str, Any], row: int) -> dict[str, float]:
+    """What a record holds of a slot, by split; without what was not measured."""
+    found = {split: measured[f"{split}_per_slot"][row] for split in ("validation", "test")}
+    return {split: value for split, value in found.items() if value is not None}
+
+
+def sums_of(
+    config: SimulationConfig,
+    model: Model,
+    metrics: Mapping[str, Metric],
+    splits: Sequence[PyTree],
+    task: int,
+    params: PyTree,
+) -> PyTree:
+    """Measures one slot's parameters as a round does: the same examples in the same batches.
+
+    Args:
+      config: says which examples are measured, and how many at once.
+      model: what is evaluated; its base does not matter.
+      metrics: what is measured of its outputs.
+      splits: one per task of the run.
+      task: the slot's.
+      params: of the slot, base and task vector added.
+
+    Returns:
+      By metric, leaves int64 or float64 `[...]`.
+    """
+    mesh = slot_mesh(jax.local_devices()[:1])
+    whole = EvaluationSet(
+        splits,
+        np.array([task]),
+        mesh,
+        batch_examples=config.evaluation.batch_examples,
+        max_examples=config.evaluation.max_examples,
+        seed=config.seed,
+    )
+    program = jax.jit(evaluation(model, metrics, mesh))
+    nothing = jax.tree.map(np.zeros_like, params)  # to which the whole parameters are added
+    shared: tuple[Any, ...] = placed((nothing, model.frozen), mesh, WHOLE)
+    vectors = placed(jax.tree.map(lambda x: np.asarray(x)[None], params), mesh, ROWS)
+    sums = summed(program, shared, whole, lambda _: vectors, np.array([task]), mesh)
+    return jax.tree.map(lambda x: x[0], sums)
+
+
+def _holder(
+    federation: Federation, task: int, client: int | None, record: Mapping[str, Any] | None
+) -> int:
+    """The slot whose model is taken."""
+    slots, name = federation.slots, federation.tasks[task].name
+    measure = measure_of(record or {})
+    measured = record[measure.name] if record else None
+    for split in ("validation_per_slot", "test_per_slot"):
+        if measured is None:
+            break
+        found = len(measured.get(split) or ())
+        if found != len(slots.task):
+            raise UserError(
+                f"metrics.jsonl: {split}: found {found} numbers, expected {len(slots.task)}, one "
+                "for each slot of this federation. Bring the file back."
+            )
+    rows = np.flatnonzero(slots.task == task)
+    holders = slots.client[rows].tolist()
+    if client is not None:
+        if client not in holders:
+            raise UserError(
+                f"--client {client}: does not hold task {name}; clients "
+                f"{', '.join(map(str, holders))} do."
+            )
+        return int(rows[holders.index(client)])
+    if measured is None:
+        return int(rows[0])
+    of_slots = measured["validation_per_slot"]  # None of a slot of which nothing was measured
+    return int(max(rows.tolist(), key=lambda row: measure.rank(of_slots[row])))

@@ -1,0 +1,280 @@
+"""Models that the package has never seen: trained, resumed, compared and exported."""
+
+import json
+import shutil
+import textwrap
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from matu_jax import compare, doctor, export, prepare, train
+from matu_jax.config import Config
+from matu_jax.data import SOURCES
+from matu_jax.models import MODELS
+
+EQUINOX = """
+    import equinox as eqx, jax, jax.numpy as jnp
+    from matu_jax.models import Model
+
+    def model(config, tasks, *, seed):
+        net = eqx.nn.MLP(4, 1, width_size=8, depth=1, key=jax.random.key(seed))
+        arrays, rest = eqx.partition(net, eqx.is_inexact_array)
+        leaves, tree = jax.tree.flatten(arrays)
+
+        def outputs(params, frozen, batch, task, key=None):
+            arrays = jax.tree.unflatten(tree, [params[str(i)] for i in range(len(leaves))])
+            return jax.vmap(eqx.combine(arrays, rest))(batch["x"])[:, 0]
+
+        def loss(params, frozen, batch, task, key=None):
+            return jnp.square(outputs(params, frozen, batch, task) - batch["y"]).mean()
+
+        base = {str(i): leaf for i, leaf in enumerate(leaves)}
+        return Model(base, {}, loss, outputs, {"r2": R2, "error": ERROR})
+"""
+
+LINEN = """
+    import jax, jax.numpy as jnp
+    from flax import linen as nn
+    from matu_jax.models import Model
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.Dropout(0.1, deterministic=not train)(nn.tanh(nn.Dense(8)(x)))
+            return nn.Dense(1)(x)[:, 0]
+
+    def model(config, tasks, *, seed):
+        net = Net()
+        variables = net.init(jax.random.key(seed), jnp.zeros((1, 4)))
+
+        def outputs(params, frozen, batch, task, key=None):
+            rngs = None if key is None else {"dropout": key}
+            return net.apply({"params": params}, batch["x"], train=key is not None, rngs=rngs)
+
+        def loss(params, frozen, batch, task, key=None):
+            return jnp.square(outputs(params, frozen, batch, task, key) - batch["y"]).mean()
+
+        metrics = {"error": ERROR, "r2": R2}
+        return Model(variables["params"], {}, loss, outputs, metrics, stochastic=True)
+"""
+
+TWO_TERMS = """
+    import jax, jax.numpy as jnp
+    from flax import nnx
+    from matu_jax.models.modules import of_nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.encoder, self.decoder = nnx.Linear(4, 3, rngs=rngs), nnx.Linear(3, 4, rngs=rngs)
+            self.head = nnx.Linear(3, 1, rngs=rngs)
+
+        def __call__(self, x):
+            code = nnx.tanh(self.encoder(x))
+            return self.head(code)[:, 0], jnp.square(self.decoder(code) - x).mean(axis=1)
+
+    def model(config, tasks, *, seed):
+        return of_nnx(
+            Net(nnx.Rngs(seed)),
+            nnx.Param,
+            outputs=lambda net, batch, task, key: net(batch["x"]),
+            loss=lambda out, batch: jnp.square(out[0] - batch["y"]).mean() + 0.1 * out[1].mean(),
+            metrics={"r2": metrics.r2(lambda out, batch: (out[0], batch["y"]))},
+        )
+"""
+
+FILE = """
+import numpy as np
+from matu_jax.config import Config, DataConfig, LocalConfig, ModelConfig
+from matu_jax.data import SOURCES, Task
+from matu_jax.models import MODELS, metrics
+
+R2 = metrics.r2(lambda found, batch: (found, batch["y"]))
+ERROR = metrics.mean_squared_error(lambda found, batch: (found, batch["y"]))
+
+def tasks(config):
+    rng = np.random.default_rng(config.seed)
+    def split(task, examples):
+        x = rng.normal(size=(examples, 4)).astype(np.float32)
+        return {{"x": x, "y": x[:, task] - 0.5 * x[:, 3]}}
+    return [
+        Task(f"column {{t}}", split(t, 64), split(t, 32), split(t, 32), chance={{"r2": 0.0}})
+        for t in range(3)
+    ]
+{model}
+SOURCES["columns"], MODELS["own"] = tasks, model
+
+EXPERIMENT = Config(
+    rounds=3,
+    data=DataConfig(source="columns", clients=3, tasks_per_client=2),
+    model=ModelConfig("own"),
+    local=LocalConfig(steps=10, learning_rate=0.03),
+)
+"""
+
+AS_AN_EXPERIMENT = "\ndef get_config():\n    return EXPERIMENT\n"
+AS_A_COMPARISON = """
+def get_config():
+    from matu_jax.comparison.plan import Comparison, Setting
+
+    return Comparison(
+        "Own",
+        EXPERIMENT,
+        settings={"a": Setting("Three columns.", {})},
+        arms={
+            "matu": {"algorithm": "matu"},
+            "per_task": {"algorithm": "per_task"},
+            "untrained": {"algorithm": "untrained", "rounds": 1, "local.steps": 1},
+        },
+        seeds=(0, 1),
+        search={"local.learning_rate": (0.01, 0.03)},
+        trials=2,
+        tuned="tuned.json",
+    )
+"""
+
+
+@pytest.fixture(params=[EQUINOX, LINEN, TWO_TERMS], ids=["equinox", "linen", "nnx"])
+def model(request, monkeypatch):
+    for registry, name in ((SOURCES, "columns"), (MODELS, "own")):
+        monkeypatch.setitem(registry, name, None)  # gone after the test
+    return textwrap.dedent(request.param)
+
+
+def written(folder, model, how, name="own.py"):
+    file = folder / name
+    file.write_text(FILE.format(model=model) + how)
+    return f"--config={file}"
+
+
+def what_was_seen(workdir):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def test_an_own_model_trains_resumes_and_is_exported(model, tmp_path, capsys):
+    config = written(tmp_path, model, AS_AN_EXPERIMENT)
+    whole, again, out = (tmp_path / name for name in ("whole", "again", "out"))
+    assert prepare.main(["prepare", config]) == 0
+    assert doctor.main(["doctor", config]) == 0
+    assert train.main(["train", config, f"--workdir={whole}"]) == 0
+    table = capsys.readouterr().out
+    measure = json.loads((whole / "summary.json").read_text())["measure"]
+    assert measure["name"] in ("r2", "error")
+    assert f"test {measure['name']}" in table
+    assert (whole / f"{measure['name']}.png").stat().st_size > 5000
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["r2"]["mean"] > 0.2
+    assert summary["chance"] == (
+        {f"column {t}": 0.0 for t in range(3)} if measure["name"] == "r2" else {}
+    )
+
+    words = ["train", config, f"--workdir={again}"]
+    assert train.main([*words, "--config.checkpoint.keep=3"]) == 0
+    shutil.rmtree(again / "checkpoints" / "3")
+    (again / "summary.json").unlink()
+    assert train.main([*words, "--config.checkpoint.keep=3"]) == 0
+    assert "Going on after round 2 of 3" in capsys.readouterr().out
+    assert what_was_seen(again) == what_was_seen(whole)
+
+    words = ["export", f"--workdir={whole}", "--task=column 1", f"--out={out}", config]
+    words = [w for word in words for w in word.split("=", 1)]
+    assert export.main(words) == 2
+    assert "--format merged: the run is of a model of your own, 'own'" in capsys.readouterr().err
+    assert export.main([*words, "--format", "safetensors"]) == 0
+    vector, parameters = (
+        safetensors.numpy.load_file(out / f"{name}.safetensors")
+        for name in ("task_vector", "parameters")
+    )
+    assert vector.keys() == parameters.keys()
+    assert all(np.abs(x).max() > 0 for x in vector.values())
+    assert f"| test {measure['name']} |" in (out / "README.md").read_text()
+
+
+def test_own_models_are_compared_by_their_own_metric(model, tmp_path, capsys):
+    config, workdir = written(tmp_path, model, AS_A_COMPARISON), tmp_path / "compared"
+    assert compare.main(["compare", config, "--tune", f"--workdir={workdir}"]) == 0
+    tuned = json.loads((tmp_path / "tuned.json").read_text())
+    assert compare.main(["compare", config, f"--workdir={workdir}"]) == 0
+    found = json.loads((workdir / "comparison.json").read_text())
+    (setting,) = found["settings"]
+    name, higher = setting["measure"]["name"], setting["measure"]["higher_is_better"]
+    best = max if higher else min
+    for arm in tuned["arms"].values():
+        values = [trial["validation"] for trial in arm["trials"]]
+        assert arm["validation"] == best(values)
+    arms = {arm["label"]: arm for arm in setting["arms"]}
+    reached = {label: arm[name]["mean"] for label, arm in arms.items()}
+    assert best(reached, key=reached.__getitem__) != "untrained"
+    sign = 1 if higher else -1
+    difference = sign * (reached["untrained"] - reached["matu"])
+    assert arms["untrained"]["against_ours"]["difference"] == pytest.approx(difference)
+    assert difference < 0
+    text = (workdir / "report.md").read_text()
+    assert f"| test {name} |" in text
+    assert "accuracy" not in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    start = next(i for i, row in enumerate(rows) if row.startswith("| arm | test"))
+    assert "untrained" in rows[start + 4]  # of three, best first
+    if name == "error":
+        assert "lower is better" in text
+        assert "| test r2 |" in text
+
+
+def test_a_base_or_data_that_changed_is_not_gone_on_with(model, tmp_path, capsys):
+    config, workdir = written(tmp_path, model, AS_AN_EXPERIMENT), f"--workdir={tmp_path}/run"
+    assert train.main(["train", config, workdir, "--config.rounds=1"]) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    for change, words in (
+        (("(seed)", "(seed + 1)"), "a model of your own, holds other tensors"),
+        (("0.5 * x", "0.25 * x"), "the data of this run has changed"),
+    ):
+        text = (FILE.format(model=model) + AS_AN_EXPERIMENT).replace(*change)
+        (tmp_path / "own.py").write_text(text)
+        assert train.main(["train", config, workdir, "--config.rounds=1"]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("MODELS['own'] = lambda *_, **__: 3", "its function in MODELS returned int"),
+        ("SOURCES['columns'] = lambda _: []", "returned the tasks none; expected some"),
+        (
+            "SOURCES['columns'] = lambda c: tasks(c) * 2",
+            "the tasks column 0, column 1, column 2, co",
+        ),
+        ("SOURCES['columns'] = lambda c: [3]", "returned int among tasks"),
+        ("SOURCES['prepared'] = SOURCES.pop('columns')", "no such source"),
+        ("MODELS['clip'] = model", None),
+    ],
+)
+def test_what_is_entered_wrongly_is_said(code, words, tmp_path, capsys, monkeypatch):
+    for registry, name in ((SOURCES, "columns"), (MODELS, "own")):
+        monkeypatch.setitem(registry, name, None)
+    for registry, name in ((SOURCES, "prepared"), (MODELS, "clip")):
+        monkeypatch.delitem(registry, name, raising=False)
+    config = written(tmp_path, textwrap.dedent(TWO_TERMS), code + AS_AN_EXPERIMENT)
+    more = [] if words else ["--config.model.architecture=clip"]
+    words = words or "MODELS['clip']: is the name of an architecture of the package"
+    try:
+        assert train.main(["train", config, f"--workdir={tmp_path}/run", *more]) == 2
+    finally:
+        SOURCES.pop("prepared", None)
+        MODELS.pop("clip", None)
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_some_of_a_sources_tasks_can_be_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(SOURCES, "columns", None)
+    monkeypatch.setitem(MODELS, "own", None)
+    config = written(tmp_path, textwrap.dedent(TWO_TERMS), AS_AN_EXPERIMENT)
+    words = ["train", config, "--config.rounds=1", "--config.data.tasks"]
+    assert (
+        train.main([*words[:-1], f"{words[-1]}=column 2, column 0", f"--workdir={tmp_path}/a"]) == 0
+    )
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert list(summary["r2"]["per_task"]) == ["column 2", "column 0"]
+    assert Config.from_json(summary["config"]).data.tasks == "column 2, column 0"
+    assert train.main([*words[:-1], f"{words[-1]}=column 9", f"--workdir={tmp_path}/b"]) == 2
+    assert "found 'column 9', no such task of this source" in capsys.readouterr().err
