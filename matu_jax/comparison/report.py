@@ -273,7 +273,8 @@ def _about(setting: Mapping[str, Any]) -> Iterator[Block]:
         rows = [
             Row([[Code(t)], [s]]) for t, s in zip(tasks, spaces or [NONE] * len(tasks), strict=True)
         ]
-        caption = "Tasks with the same label space ask the same question of other images."
+        others = "images" if measure_of(setting) == ACCURACY else "examples"
+        caption = f"Tasks with the same label space ask the same question of other {others}."
         yield Details(
             f"The {counted(len(tasks), 'task')}",
             [Table([caption], ["task", "label space"], rows, left=2)],

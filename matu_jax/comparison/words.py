@@ -55,7 +55,8 @@ def lower_words(measure: Measure) -> str:
 
 def percent_of(part: float | None, whole: float | None) -> str:
     """What percentage the part is of the whole; "–" where the whole is nothing or not known."""
-    return f"{100 * part / whole:.1f} %" if part is not None and whole else NONE
+    known = part is not None and whole and part / whole >= 0
+    return f"{100 * part / whole:.1f} %" if known else NONE
 
 
 def against_words(arm: Mapping[str, Any]) -> str:

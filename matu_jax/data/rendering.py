@@ -10,7 +10,7 @@ import numpy as np
 
 from matu_jax.data.sprites import CELL, SPRITE_TEXELS
 
-__all__ = ["SIZE", "Scene", "render", "texture_tiles"]
+__all__ = ["SIZE", "Maps", "Scene", "render", "render_with_maps", "texture_tiles"]
 
 SIZE = 32
 """Height and width of an image in pixels."""
@@ -34,6 +34,18 @@ class Scene(NamedTuple):
     ground_saturation: np.ndarray
     ground_value: np.ndarray
     contrast: np.ndarray
+
+
+class Maps(NamedTuple):
+    """What is where in images, uint8 `[count, SIZE, SIZE]` each.
+
+    Attributes:
+        opacity: Of the sprite, 255 where nothing of the ground is seen through it.
+        texture: Of the ground, beneath the sprite too; 255 where it is darkest.
+    """
+
+    opacity: np.ndarray
+    texture: np.ndarray
 
 
 _TILE = 128  # texels of a texture, periodic in both directions
@@ -60,6 +72,28 @@ def render(
     Returns:
         uint8 `[count, SIZE, SIZE, 3]`.
     """
+    return render_with_maps(rng, sprites, sprite_index, textures, scene)[0]
+
+
+def render_with_maps(
+    rng: np.random.Generator,
+    sprites: np.ndarray,
+    sprite_index: np.ndarray,
+    textures: np.ndarray,
+    scene: Scene,
+) -> tuple[np.ndarray, Maps]:
+    """The images of `render`, and what is where in them, for tasks that ask about every pixel.
+
+    Args:
+        rng: As for `render`.
+        sprites: As for `render`.
+        sprite_index: As for `render`.
+        textures: As for `render`.
+        scene: As for `render`.
+
+    Returns:
+        The images, uint8 `[count, SIZE, SIZE, 3]`, and their maps.
+    """
     count = len(sprite_index)
     texture_index = rng.integers(len(textures), size=count)
     sprite_map, sprite_origin = _affine(
@@ -82,14 +116,17 @@ def render(
     ground = _rgb(scene.ground, scene.ground_saturation, scene.ground_value)
     contrast = (scene.contrast / 255).astype(np.float32)[:, None, None]
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    maps = Maps(*(np.empty(images.shape[:3], np.uint8) for _ in Maps._fields))
     for start in range(0, count, _CHUNK):
         part = slice(start, min(start + _CHUNK, count))
         x, y = _texels(sprite_map[part], sprite_origin[part])
         for texel in (x, y):
             np.clip(texel, 0, CELL - 1, out=texel)  # the border of a cell is empty
-        opacity = _gather(sprites, sprite_index[part], x, y).astype(np.float32) / 255
+        maps.opacity[part] = _gather(sprites, sprite_index[part], x, y)
+        opacity = maps.opacity[part].astype(np.float32) / 255
         x, y = _texels(texture_map[part], texture_origin[part])
         texture = _gather(textures, texture_index[part], x & (_TILE - 1), y & (_TILE - 1))
+        maps.texture[part] = texture
         light = (1 - contrast[part] * texture) * (1 - opacity)
         grain = rng.random(light.shape, dtype=np.float32) * 16
         for channel in range(3):
@@ -98,7 +135,7 @@ def render(
             value *= 239
             value += grain
             images[part, ..., channel] = value
-    return images
+    return images, maps
 
 
 def _affine(

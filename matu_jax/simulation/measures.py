@@ -39,8 +39,10 @@ class Measure(NamedTuple):
     def number(self, value: float) -> str:
         """A value without its unit: in percent `"84.1"`."""
         if self.percent:
-            return f"{100 * value:.1f}"
-        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+            text = f"{100 * value:.1f}"
+        else:
+            text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+        return text.replace("-", "−")
 
 
 ACCURACY = Measure("accuracy", True, True)
