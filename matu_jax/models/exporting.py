@@ -123,27 +123,42 @@ def write_adapter(
             for layer, matrix in enumerate(np.asarray(pair[ours], np.float32)):
                 name = f"{prefix}.{layer}.{names[projection]}.{theirs}.weight"
                 tensors[f"base_model.model.{name}"] = matrix.T
-    if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
-        raise ValueError(
-            "every lora_B is zero: the adapter would change nothing. The run has not trained it."
-        )
-    save_checked(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     targets = "|".join(re.escape(names[projection]) for projection in adapters["blocks"])
     settings = {
-        "peft_type": "LORA",
         "base_model_name_or_path": base_model(config.checkpoint)[0],
         "revision": base_model(config.checkpoint)[1],
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "target_modules": rf"{re.escape(prefix)}\.\d+\.({targets})",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
         "task_type": None,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_peft(folder, tensors, settings)
     return model_class
+
+
+def write_peft(
+    folder: Path, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json.
+
+    Args:
+      folder: where they go.
+      tensors: by PEFT's names, such as "base_model.model.....lora_A.weight".
+      settings: of the config, besides what every LoRA adapter has.
+
+    Raises:
+      ValueError: if every lora_B is zero, so that the adapter would change nothing; or as
+        `save_checked`.
+    """
+    if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
+        raise ValueError(
+            "every lora_B is zero: the adapter would change nothing. The run has not trained it."
+        )
+    save_checked(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    common = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
+    text = json.dumps(common | dict(settings), indent=2)
+    (folder / "adapter_config.json").write_text(text + "\n")
 
 
 def merged_tower(params: PyTree, frozen: PyTree, config: ModelConfig) -> PyTree:
