@@ -113,7 +113,7 @@ def tasks(config):
             found.append(
                 Task(
                     f"{kind}/{style}",
-                    **splits,
+                    *splits.values(),
                     label_space=kind,
                     domain=style,
                     metrics=measured_by,

@@ -41,7 +41,7 @@ def tasks(config):
     return [
         Task(
             name,
-            **{part: split(rows, column) for part, rows in parts.items()},
+            *(split(rows, column) for rows in parts.values()),
             label_space=name,
             domain="diabetes",
             chance={"r2": 0.0},  # of the mean

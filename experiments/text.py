@@ -18,6 +18,7 @@ a minute or two on two cores, and is kept in the cache. Results: results/text/re
 import hashlib
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,7 @@ def tasks(config):
             rows = rng.permutation(np.concatenate(rows))[: SIZES[part]]
             splits[part] = {"bytes": rows}
         found.append(
-            Task(kind, **splits, label_space=kind, chance={"perplexity": float(VOCABULARY)})
+            Task(kind, *splits.values(), label_space=kind, chance={"perplexity": float(VOCABULARY)})
         )
     return found
 
@@ -230,7 +231,9 @@ def model(config, tasks, *, seed):
     """The decoder with adapters on all projections of its layers, which alone train."""
     provider = qwix.LoraProvider(module_path="layers/.*_proj", rank=RANK, alpha=ALPHA)
     example = jnp.zeros((1, TOKENS), jnp.int32)
-    adapted = qwix.apply_lora_to_model(pretrained(seed), provider, example, rngs=nnx.Rngs(seed))
+    adapted: Any = qwix.apply_lora_to_model(
+        pretrained(seed), provider, example, rngs=nnx.Rngs(seed)
+    )
 
     def total(logits, batch):
         found = surprise(logits, batch)

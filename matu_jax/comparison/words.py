@@ -55,8 +55,9 @@ def lower_words(measure: Measure) -> str:
 
 def percent_of(part: float | None, whole: float | None) -> str:
     """What percentage the part is of the whole; "–" where the whole is nothing or not known."""
-    known = part is not None and whole and part / whole >= 0
-    return f"{100 * part / whole:.1f} %" if known else NONE
+    if part is None or not whole or part / whole < 0:
+        return NONE
+    return f"{100 * part / whole:.1f} %"
 
 
 def against_words(arm: Mapping[str, Any]) -> str:

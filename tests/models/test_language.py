@@ -4,6 +4,7 @@ import importlib.util
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +208,7 @@ def test_lora_by_qwix_on_a_module_that_nobody_has_seen():
     plain = Net(nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
     provider = qwix.LoraProvider(module_path="first|last", rank=2, alpha=4.0)
-    module = qwix.apply_lora_to_model(plain, provider, x, rngs=nnx.Rngs(1))
+    module: Any = qwix.apply_lora_to_model(plain, provider, x, rngs=nnx.Rngs(1))
     r2 = metrics.r2(lambda found, batch: (found, batch["y"]))
     model = of_nnx(
         module,
