@@ -51,6 +51,9 @@ __all__ = [
     "upgraded",
 ]
 
+# Fields that earlier versions did not have, by block; they are as by default.
+ADDED = {"data": ("sites", "manifest")}
+
 # Fields of earlier versions, and what they are now.
 RENAMED = {
     "fedprox_mu": ("fedprox.mu",),
@@ -141,7 +144,15 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def upgraded(found: Any) -> Any:
     """What JSON has kept of a config, with the fields of earlier versions where they are now."""
-    if not isinstance(found, dict) or not found.keys() & RENAMED.keys():
+    if not isinstance(found, dict):
+        return found
+    for block, names in ADDED.items():
+        held = found.get(block)
+        if isinstance(held, Mapping):
+            default = getattr(Config(), block)
+            added = {name: getattr(default, name) for name in names}
+            found = {**found, block: {**added, **held}}
+    if not found.keys() & RENAMED.keys():
         return found
     upgraded = {name: value for name, value in found.items() if name not in RENAMED}
     for old in [name for name in RENAMED if name in found]:

@@ -90,9 +90,13 @@ class Task:
             rounds are chosen and methods compared. () = all of them.
         chance: By metric, what guessing would reach, where that is known.
 
+        sites: By split, whose each example is: names, one per example. A site is a client then,
+            and is measured on its own examples. {} = nobody's; they are dealt out at random.
+
     Raises:
         ValueError: If a split has no array or no example, its arrays differ in their number of
-            examples, one of them holds a NaN, or the splits differ in what an example is.
+            examples, one of them holds a NaN, the splits differ in what an example is, or not
+            every example has a site.
     """
 
     name: str
@@ -105,6 +109,7 @@ class Task:
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     metrics: tuple[str, ...] = field(default=(), kw_only=True)
     chance: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+    sites: Mapping[str, Sequence[str]] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         for part in SPLITS:
@@ -112,6 +117,13 @@ class Task:
         for part in SPLITS[1:]:
             where = f"task {self.name!r}: an example of split {part!r} against one of 'train'"
             _check_examples(getattr(self, part), self.train, where)
+        for part in SPLITS if self.sites else ():
+            found, expected = len(self.sites.get(part, ())), num_examples(getattr(self, part))
+            if found != expected:
+                raise ValueError(
+                    f"task {self.name!r}: sites: found {found} for the split {part!r}, expected "
+                    f"{expected}, one per example"
+                )
 
     def _check_split(self, where: str, split: PyTree) -> None:
         leaves = leaf_items(split)

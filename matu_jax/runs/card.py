@@ -15,7 +15,8 @@ def measured_on(exported: Exported) -> str:
     """How many examples are measured, such as "20 validation and 20 test"."""
     most, counts = exported.config.evaluation.max_examples, []
     for split in {**exported.recorded, "test": None}:
-        there = len(getattr(exported.task, split).labels)
+        splits, own = exported.slot.measured_on(split)
+        there = len(splits[own].labels)
         counts.append(f"{min(there, most or there)} {split}")
     return " and ".join(counts)
 
@@ -42,6 +43,8 @@ def model_card(exported: Exported, kind: str, loaded_by: str, measured: Counts) 
     recorded = "; the run did not measure this round"
     if exported.accuracy is not None:
         recorded = f"; recorded in training: {100 * exported.accuracy:.1f} %"
+    splits, own = exported.slot.measured_on("test")
+    examples = len(splits[own].labels)
     rows = {
         "task": f"{task.name}, {task.num_classes} classes",
         "base model": f"{model.checkpoint} ({model.architecture})",
@@ -54,7 +57,7 @@ def model_card(exported: Exported, kind: str, loaded_by: str, measured: Counts) 
         "clients": f"{data.clients}, tasks of each: {data.tasks_per_client}; this is the model of "
         f"client {exported.client}",
         "test accuracy": f"{100 * (measured.right / measured.examples):.1f} % of "
-        f"{measured.examples} of {len(task.test.labels)} test examples (of these files, in "
+        f"{measured.examples} of {examples} test examples (of these files, in "
         f"float32{recorded})",
         "images": images,
         "data": f"{data.source} {data.tasks or 'folders'}, "

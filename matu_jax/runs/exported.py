@@ -46,6 +46,7 @@ class Exported:
       tasks: of the run.
       number: of the task among them.
       model: the run's, computing in float32.
+      slot: what was read of the run.
     """
 
     config: Config
@@ -61,6 +62,7 @@ class Exported:
     tasks: Sequence[ImageTask]
     number: int
     model: models.Classifier
+    slot: SavedSlot
 
     @property
     def accuracy(self) -> float | None:
@@ -123,6 +125,7 @@ def exported(slot: SavedSlot) -> Exported:
         tasks=tasks,
         number=number,
         model=model,
+        slot=slot,
     )
 
 
@@ -194,9 +197,10 @@ def _count(
             kernel[:, : len(head["bias"])] = head["weight"].T
             bias[: len(head["bias"])] = head["bias"]
         params = {"shared": params, "head": {"kernel": kernel, "bias": bias}}
-    splits = [getattr(task, split) for task in exported.tasks]
+    splits, own = exported.slot.measured_on(split)
+    rounding = ROUNDING[dtype]
     return count_slot(
-        exported.config, model, splits, exported.number, params, rounding=ROUNDING[dtype]
+        exported.config, model, splits, own, exported.number, params, rounding=rounding
     )
 
 
@@ -204,6 +208,7 @@ def count_slot(
     config: SimulationConfig,
     model: models.Classifier,
     splits: Sequence[Split],
+    own: int,
     task: int,
     params: PyTree,
     *,
@@ -214,12 +219,13 @@ def count_slot(
     Args:
       config: as in `saved.sums_of`.
       model: what is evaluated; its base does not matter.
-      splits: one per task of the run.
+      splits: as in `saved.sums_of`.
+      own: as in `saved.sums_of`.
       task: the slot's.
       params: of the slot, base and task vector added.
       rounding: as in `classification.ROUNDING`.
     """
     metrics = {"accuracy": model.metrics["accuracy"], "near": near_ties(rounding)}
-    sums = sums_of(config, model, metrics, splits, task, params)
+    sums = sums_of(config, model, metrics, splits, own, task, params)
     right, examples = (int(sums["accuracy"][name]) for name in ("right", "examples"))
     return Counts(right, examples, int(sums["near"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from matu_jax.data import num_examples
 from matu_jax.errors import UserError
 from matu_jax.models import exporting
 from matu_jax.runs.provenance import versions
@@ -52,7 +53,7 @@ def write(
     say("Measuring first, as the run did.")
     params = jax.tree.map(lambda a, b: np.asarray(a + b), slot.model.base, slot.vector)
     rows = dict(_measured(slot, params))
-    about = {"task": _task(slot), "client": str(_client(slot)), "round": str(slot.round)}
+    about = {"task": _task(slot), "client": str(slot.client), "round": str(slot.round)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as unfinished:
         folder = Path(unfinished) / "model"
@@ -75,23 +76,22 @@ def _measured(slot: SavedSlot, params: object) -> Iterator[tuple[str, str]]:
     Raises:
       UserError: if one of them is not what the run recorded.
     """
-    model, tasks = slot.model, slot.federation.tasks
-    number = int(slot.federation.slots.task[slot.row])
+    model = slot.model
     for split in ("validation", "test"):
         asked = {name for name, recorded in slot.recorded.items() if split in recorded}
         metrics = {name: metric for name, metric in model.metrics.items() if name in asked}
         if not metrics:
             continue
-        splits = [getattr(task, split) for task in tasks]
-        sums = sums_of(slot.config, model, metrics, splits, number, params)
-        examples = len(jax.tree.leaves(splits[number])[0])
+        splits, own = slot.measured_on(split)
+        sums = sums_of(slot.config, model, metrics, splits, own, slot.task, params)
+        examples = num_examples(splits[own])
         for name, metric in metrics.items():
             found, recorded = float(metric.value(sums[name])), slot.recorded[name][split]
             near = _ROUNDING * max(abs(recorded), abs(found), 1e-3)
             near = max(near, _EXAMPLES / examples if metric.percent else 0.0)
             if not abs(found - recorded) <= near:
                 raise UserError(
-                    f"task {_task(slot)}: the model of client {_client(slot)} after round "
+                    f"task {_task(slot)}: the model of client {slot.client} after round "
                     f"{slot.round}: {split} {name} is {found:.6g}, but the run recorded "
                     f"{recorded:.6g}. It is not the model that was measured, so nothing is "
                     "written. Has the model's code, or an installed version, changed since? "
@@ -101,24 +101,20 @@ def _measured(slot: SavedSlot, params: object) -> Iterator[tuple[str, str]]:
 
 
 def _task(slot: SavedSlot) -> str:
-    return slot.federation.tasks[int(slot.federation.slots.task[slot.row])].name
-
-
-def _client(slot: SavedSlot) -> int:
-    return int(slot.federation.slots.client[slot.row])
+    return slot.federation.tasks[slot.task].name
 
 
 def _card(slot: SavedSlot, measured: dict[str, str]) -> str:
     config = slot.config
     trained = sum(np.size(leaf) for leaf in jax.tree.leaves(slot.vector))
-    task = slot.federation.tasks[int(slot.federation.slots.task[slot.row])]
+    task = slot.federation.tasks[slot.task]
     rows = {
         "task": task.name,
         "model": f"{config.model.architecture}, of the experiment's own",
         "trained": f"{trained:,} parameters",
         "algorithm": config.algorithm,
         "rounds": f"{slot.round} of {config.rounds}: {slot.why}",
-        "clients": f"{config.data.clients}; this is the model of client {_client(slot)}",
+        "clients": f"{config.data.clients}; this is the model of client {slot.client}",
         **measured,
         "data": f"{config.data.source}, {json.dumps(task.fingerprint or 'own arrays')}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),

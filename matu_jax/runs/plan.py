@@ -63,7 +63,7 @@ def _lacking_data(config: Config, source: Source) -> Iterator[str]:
     """Yields what to say of data that is not there."""
     data = config.data
     check_names(config)
-    if data.source in SOURCES:
+    if data.source in SOURCES or data.sites or data.manifest:
         return
     names = task_names(config)
     if selection.is_generated(data.tasks, data.folders):

@@ -55,6 +55,12 @@ def prepare(config: Config, console: Console, *, dry_run: bool = False) -> bool:
     if data.source in SOURCES:
         console.print(f"config.data.source is {data.source!r}, your own: nothing to prepare.")
         return True
+    if data.sites or data.manifest:
+        console.print(
+            f"{data.sites or data.manifest}: images are read and resized when a run begins, once; "
+            "nothing to prepare."
+        )
+        return True
     try:
         names = selection.resolve(data.tasks, data.folders)
         if selection.is_generated(data.tasks, data.folders):

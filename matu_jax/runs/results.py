@@ -223,6 +223,7 @@ def _results(name: str, best: Mapping[str, Any], records: list[dict]) -> dict[st
         "mean": found["test_mean"],
         "per_task": found["test_per_task"],
         "per_slot": found["test_per_slot"],
+        **({"per_site": found["test_per_site"]} if "test_per_site" in found else {}),
         "validation_mean": found["validation_mean"],
         "last_round_mean": [r[name] for r in records if r[name]][-1]["test_mean"],
     }

@@ -24,6 +24,7 @@ from matu_jax.simulation.federation import (
     check_names,
     federate,
     identity,
+    measured,
 )
 from matu_jax.simulation.measures import measure_of
 from matu_jax.simulation.placement import ROWS, WHOLE, placed, slot_mesh
@@ -53,6 +54,21 @@ class SavedSlot:
     why: str
     vector: PyTree
     recorded: Mapping[str, Mapping[str, float]]
+
+    def measured_on(self, split: str) -> tuple[list[PyTree], int]:
+        """What the slot is measured on, as `sums_of` takes it: splits, and which of them."""
+        splits, which = measured(self.federation, split)
+        return splits, int(which[self.row])
+
+    @property
+    def task(self) -> int:
+        """The task's position."""
+        return int(self.federation.slots.task[self.row])
+
+    @property
+    def client(self) -> int:
+        """Whose it is."""
+        return int(self.federation.slots.client[self.row])
 
 
 def read_slot(
@@ -137,6 +153,7 @@ def sums_of(
     model: Model,
     metrics: Mapping[str, Metric],
     splits: Sequence[PyTree],
+    own: int,
     task: int,
     params: PyTree,
 ) -> PyTree:
@@ -146,7 +163,8 @@ def sums_of(
       config: says which examples are measured, and how many at once.
       model: what is evaluated; its base does not matter.
       metrics: what is measured of its outputs.
-      splits: one per task of the run.
+      splits: from `SavedSlot.measured_on`.
+      own: which of them is the slot's.
       task: the slot's.
       params: of the slot, base and task vector added.
 
@@ -156,7 +174,7 @@ def sums_of(
     mesh = slot_mesh(jax.local_devices()[:1])
     whole = EvaluationSet(
         splits,
-        np.array([task]),
+        np.array([own]),
         mesh,
         batch_examples=config.evaluation.batch_examples,
         max_examples=config.evaluation.max_examples,

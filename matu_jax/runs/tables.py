@@ -36,6 +36,10 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     for name in tasks:
         values = (m.text(summary[m.name]["per_task"].get(name)) for m in measures)
         table.add_row(_text(name), *values, end_section=name == tasks[-1])
+    sites = list(summary[measures[0].name].get("per_site", ()))
+    for name in sites:
+        values = (m.text(summary[m.name]["per_site"].get(name)) for m in measures)
+        table.add_row(_text(f"site {name}"), *values, end_section=name == sites[-1])
     means = (measure.text(summary[measure.name]["mean"]) for measure in measures)
     table.add_row("mean", *means, style="bold")
     return table

@@ -14,7 +14,7 @@ from matu_jax.data.feed import BUDGET_BYTES, prefetched
 from matu_jax.models import Metric, Model
 from matu_jax.models.contract import check_sums
 from matu_jax.simulation.choices import SimulationConfig
-from matu_jax.simulation.federation import Federation
+from matu_jax.simulation.federation import Federation, measured
 from matu_jax.simulation.measures import SCORE, main_metrics
 from matu_jax.simulation.placement import (
     ROWS,
@@ -70,7 +70,7 @@ class EvaluationSet:
       pieces: what `load` takes.
 
     Raises:
-      ValueError: if a split is empty.
+      ValueError: if all splits are empty.
     """
 
     def __init__(
@@ -85,9 +85,8 @@ class EvaluationSet:
         parallel_slots: int = 0,
         budget_bytes: int = BUDGET_BYTES,
     ):
-        empty = [i for i, split in enumerate(splits) if not num_examples(split)]
-        if empty:
-            raise ValueError(f"evaluation: task {empty[0]} has no examples in this split.")
+        if not any(map(num_examples, splits)):
+            raise ValueError("evaluation: there is no example in this split.")
         self._splits = splits
         counts = [num_examples(split) for split in splits]
         self._order = [
@@ -283,8 +282,7 @@ def evaluation_sets(
     """The validation and the test splits of all tasks, cut into pieces."""
     return {
         split: EvaluationSet(
-            [getattr(task, split) for task in federation.tasks],
-            federation.slots.task,
+            *measured(federation, split),
             mesh,
             batch_examples=config.evaluation.batch_examples,
             max_examples=config.evaluation.max_examples,
@@ -306,7 +304,8 @@ def measuring(
 
     That is, by metric, and for `measures.SCORE` where tasks are measured by several:
     "validation_mean" and "test_mean", the means over the tasks that are measured by it;
-    "..._per_task", by name; and "..._per_slot", a list.
+    "..._per_task", by name; "..._per_slot", a list; and, where data belongs to sites,
+    "..._per_site", by name, the mean over a site's tasks.
 
     Args:
       config: says which examples are measured, and how many at once.
@@ -335,7 +334,7 @@ def measuring(
         return np.where(asked, per_slot, np.nan)
 
     def measure(vectors_of: Callable[[np.ndarray], PyTree]) -> dict[str, Any]:
-        measured: dict[str, dict[str, Any]] = {}
+        found_by: dict[str, dict[str, Any]] = {}
         for split, whole in sets.items():
             sums = summed(
                 program,
@@ -351,24 +350,27 @@ def measuring(
                 own = [found[main[task]][slot] for slot, task in enumerate(slots.task)]
                 found[SCORE] = np.array(own)
             for name, per_slot in found.items():
-                part = _of_split(split, per_slot, slots.task, [task.name for task in tasks])
-                measured[name] = measured.get(name, {}) | part
-        return measured
+                part = _of_split(split, per_slot, federation)
+                found_by[name] = found_by.get(name, {}) | part
+        return found_by
 
     return measure
 
 
-def _of_split(
-    split: str, per_slot: np.ndarray, task: np.ndarray, names: Sequence[str]
-) -> dict[str, Any]:
+def _of_split(split: str, per_slot: np.ndarray, federation: Federation) -> dict[str, Any]:
     """What a record holds of a metric on a split; NaN where nothing was measured."""
-    by_task = per_task(per_slot, task, len(names))
+    slots, names = federation.slots, [task.name for task in federation.tasks]
+    by_task = per_task(per_slot, slots.task, len(names))
     there = by_task[~np.isnan(by_task)]
-    return {
+    found = {
         f"{split}_mean": float(there.mean()) if there.size else float("nan"),
         f"{split}_per_task": dict(zip(names, by_task.tolist(), strict=True)),
         f"{split}_per_slot": per_slot.tolist(),
     }
+    if federation.sites:
+        by_site = per_task(per_slot, slots.client, len(federation.sites)).tolist()
+        found[f"{split}_per_site"] = dict(zip(federation.sites, by_site, strict=True))
+    return found
 
 
 def values(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Int, Int64
 
@@ -15,6 +16,7 @@ from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm
 from matu_jax.data import (
     SOURCES,
+    SPLITS,
     ImageTask,
     Task,
     check_alike,
@@ -34,6 +36,7 @@ from matu_jax.models.architectures import check_architecture
 from matu_jax.models.images import transform_of
 from matu_jax.scenarios import attacks, failures
 from matu_jax.simulation.choices import SimulationConfig
+from matu_jax.trees import PyTree
 
 
 class Federation(NamedTuple):
@@ -43,6 +46,7 @@ class Federation(NamedTuple):
       tasks: all tasks, with their data.
       slots: client, task and number of training examples of every slot, as numpy arrays.
       indices: per slot, positions in its task's train split.
+      sites: names of the clients, where data belongs to sites; else none.
       trace: who sends nothing when, from `config.failures.trace`: {round: {client: reason}}.
     """
 
@@ -50,6 +54,7 @@ class Federation(NamedTuple):
     slots: Slots
     indices: list[Int64[np.ndarray, "_"]]
     trace: Mapping[int, Mapping[int, str]] = MappingProxyType({})
+    sites: tuple[str, ...] = ()
 
 
 def task_names(config: SimulationConfig) -> tuple[str, ...]:
@@ -83,7 +88,7 @@ def check_names(config: SimulationConfig) -> None:
     Raises:
       ValueError: as `task_names`.
     """
-    if config.data.source in SOURCES:
+    if config.data.source in SOURCES or config.data.sites or config.data.manifest:
         check_architecture(config.model.architecture)
     else:
         task_names(config)
@@ -98,6 +103,8 @@ def load_tasks(config: SimulationConfig) -> tuple[Task, ...]:
     if config.data.source in SOURCES:
         check_names(config)
         return _own_tasks(config.data)
+    if config.data.sites or config.data.manifest:
+        return _tasks_of_sites(config)
     names, data = task_names(config), config.data
     if selection.is_generated(data.tasks, data.folders):
         return embedded.load(names)
@@ -137,6 +144,22 @@ def _own_tasks(data: DataConfig) -> tuple[Task, ...]:
             hint = "" if name in by_name else did_you_mean(name, by_name)
             raise ValueError(f"config.data.tasks: found {name!r}, {what}.{hint}")
     return tuple(by_name[name] for name in asked)
+
+
+def _tasks_of_sites(config: SimulationConfig) -> tuple[Task, ...]:
+    """The tasks of folders of sites, or of a manifest."""
+    from matu_jax.data import manifest, rows, sites  # here, since they load Pillow
+
+    check_names(config)
+    data = config.data
+    return rows.tasks_of(
+        manifest.read(data.manifest) if data.manifest else sites.read(data.sites),
+        data.manifest or data.sites,
+        wanted=data.tasks,
+        transform=transform_of(config.model),
+        validation_fraction=data.validation_fraction,
+        seed=data.seed,
+    )
 
 
 def _how_to_prepare(config: SimulationConfig) -> str:
@@ -186,6 +209,8 @@ def dealt_out(
     data = config.data
     trace = _trace(config) if trace is None else trace
     check_alike(tasks)
+    if any(task.sites for task in tasks):
+        return _of_sites(config, tasks, trace)
     try:
         client, task = assign(
             data.clients, data.tasks_per_client, len(tasks), data.seed, data.assignment or None
@@ -204,8 +229,64 @@ def dealt_out(
             f"config.data (clients, tasks_per_client, assignment, examples_per_slot, "
             f"dirichlet_alpha) cannot be dealt out: {error}. Tasks: {names}."
         ) from None
+    return _held(config, tasks, client, task, indices, trace)
+
+
+def _of_sites(
+    config: SimulationConfig, tasks: Sequence[Task], trace: Mapping[int, Mapping[int, str]]
+) -> Federation:
+    """A client per site, which holds what it has."""
+    data, default = config.data, DataConfig()
+    for task in tasks:
+        if not task.sites:
+            raise ValueError(
+                f"task {task.name!r}: has no sites, and other tasks have; give all of them some."
+            )
+    sites = tuple(sorted({site for task in tasks for site in task.sites["train"]}))
+    for task in tasks:
+        for part in SPLITS[1:]:
+            if unknown := sorted({*task.sites[part]} - {*task.sites["train"]}):
+                raise ValueError(
+                    f"task {task.name!r}: site {unknown[0]!r} has examples in {part!r} and none in "
+                    "'train'. Give it some, or leave these out."
+                )
+    if data.clients != len(sites):
+        raise ValueError(
+            f"config.data.clients: found {data.clients}, but the data belongs to {len(sites)} "
+            f"sites ({', '.join(sites)}), each of which is a client. Set config.data.clients = "
+            f"{len(sites)}."
+        )
+    for name in ("assignment", "examples_per_slot", "dirichlet_alpha"):
+        if getattr(data, name) != getattr(default, name):
+            raise ValueError(
+                f"config.data.{name}: found {getattr(data, name)!r}, which is about dealing out, "
+                f"but the data belongs to sites; leave it at {getattr(default, name)!r}."
+            )
+    for task in tasks:
+        _labels(config, task)  # there have to be some where an attack flips them
+    held = [np.array(list(task.sites["train"])) for task in tasks]
+    pairs = [
+        (client, task)
+        for client, site in enumerate(sites)
+        for task in range(len(tasks))
+        if (held[task] == site).any()
+    ]
+    client, task = (np.array(numbers) for numbers in zip(*pairs, strict=True))
+    indices = [np.flatnonzero(held[task] == sites[client]) for client, task in pairs]
+    return _held(config, tasks, client, task, indices, trace)._replace(sites=sites)
+
+
+def _held(
+    config: SimulationConfig,
+    tasks: Sequence[Task],
+    client: Int64[np.ndarray, "slots"],
+    task: Int64[np.ndarray, "slots"],
+    indices: list[Int64[np.ndarray, "_"]],
+    trace: Mapping[int, Mapping[int, str]],
+) -> Federation:
+    """The federation in which every slot has so many examples."""
     weight = np.array([len(rows) for rows in indices], np.float32)
-    slots = Slots(client, task, weight, data.clients, len(tasks))
+    slots = Slots(client, task, weight, config.data.clients, len(tasks))
     holders = np.bincount(slots.task, minlength=slots.num_tasks)
     if config.attack.kind != "none" and not attacks.liars(config.attack, slots, config.seed).any():
         raise ValueError(
@@ -243,6 +324,26 @@ def algorithm_for(config: SimulationConfig, model: Model) -> Algorithm:
     if model.trains_heads and not config.model.trains_heads:
         algorithm = algorithms.with_heads(algorithm)
     return algorithm
+
+
+def measured(federation: Federation, split: str) -> tuple[list[PyTree], Int64[np.ndarray, "slots"]]:
+    """What slots are measured on: splits, and which of them is each slot's.
+
+    A task's split is that of all its slots; where data belongs to sites, each has its own part.
+
+    Args:
+      federation: who holds what.
+      split: "validation" or "test".
+    """
+    tasks, slots = federation.tasks, federation.slots
+    splits = [getattr(task, split) for task in tasks]
+    if not federation.sites:
+        return splits, slots.task
+    own = []
+    for client, task in zip(slots.client, slots.task, strict=True):
+        rows = np.array(list(tasks[task].sites[split])) == federation.sites[client]
+        own.append(jax.tree.map(lambda x, rows=rows: x[rows], splits[task]))
+    return own, np.arange(len(own))
 
 
 def fingerprints(federation: Federation) -> dict[str, Any]:

@@ -1,0 +1,157 @@
+"""A table of examples, a CSV file with a header, whose rows say whose they are.
+
+| column | |
+|---|---|
+| `label` | a class name, or a number to predict |
+| `path` | an image, relative to the file's folder; or else |
+| any other column | a feature, a number |
+| `task` | optional; without it the file's name |
+| `site` | optional; without it examples are dealt out at random |
+| `split` | optional: train, validation (or val, valid), test; where it is empty, drawn |
+| `group` | optional, such as a patient, who is in one split alone; empty = the row's own |
+
+UTF-8. An image that stands in several tasks is one group, and so are equal features.
+"""
+
+import csv
+import math
+import os
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+
+from matu_jax.data import SPLITS
+from matu_jax.data.rows import Row, check_groups
+from matu_jax.data.selection import SPLITS as SPLIT_NAMES
+from matu_jax.json_files import regular_file
+
+COLUMNS = ("path", "label", "site", "task", "split", "group")
+"""What is no feature."""
+
+
+def read(file: str | os.PathLike[str]) -> list[Row]:
+    """Reads a manifest.
+
+    Raises:
+        ValueError: With file and line, for what is missing, twice, or no number, and for a group in
+            two splits.
+    """
+    path = Path(file)
+    try:
+        with regular_file(path).open(encoding="utf-8-sig", newline="") as stream:
+            table = csv.reader(stream, strict=True)
+            header = [name.strip() for name in next(table, [])]
+            features = _check_header(header, path)
+            rows = [
+                _row(dict(zip(header, values, strict=True)), features, path, table.line_num)
+                for values in _lines(table, header, path)
+            ]
+    except OSError as error:
+        raise ValueError(f"config.data.manifest: {path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no UTF-8 ({error.reason}). Save it as UTF-8.") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: is no CSV: {error}.") from None
+    if not rows:
+        raise ValueError(f"{path}: found a header and no row, expected one per example.")
+    _check_once(rows, path)
+    kinds = {type(row.label) for row in rows}
+    if not rows[0].path and kinds == {float, str}:
+        rows = [row._replace(label=_text(row.label)) for row in rows]
+    check_groups(rows, str(path))
+    return rows
+
+
+def _check_header(header: list[str], path: Path) -> list[str]:
+    """The names of the features."""
+    where = f"{path}, line 1"
+    features = [name for name in header if name not in COLUMNS]
+    if not any(header):
+        raise ValueError(f"{where}: found no header, expected names of columns such as path,label.")
+    for name in header:
+        if not name or header.count(name) > 1:
+            raise ValueError(f"{where}: found the column {name!r} {header.count(name)} times.")
+    if "label" not in header:
+        raise ValueError(f"{where}: found {', '.join(header)}, but no column `label`.")
+    if ("path" in header) == bool(features):
+        found = f"`path` and {', '.join(features)}" if features else "neither"
+        raise ValueError(
+            f"{where}: found {found}, expected a column `path` of images, or columns of features "
+            f"(all but {', '.join(COLUMNS)}), and not both."
+        )
+    return features
+
+
+def _lines(table, header: list[str], path: Path) -> Iterator[list[str]]:
+    for values in table:
+        if not any(values):
+            continue
+        if len(values) != len(header):
+            raise ValueError(
+                f"{path}, line {table.line_num}: found {len(values)} values, expected "
+                f"{len(header)}, one per column."
+            )
+        yield [value.strip() for value in values]
+
+
+def _row(values: dict[str, str], features: list[str], path: Path, line: int) -> Row:
+    where = f"{path}, line {line}"
+    for name in ("label", "path", "site", "task"):
+        if values.get(name) == "":
+            raise ValueError(f"{where}: `{name}` is empty; give it, or leave the row out.")
+    split = values.get("split", "").lower()
+    if split and split not in SPLIT_NAMES:
+        raise ValueError(
+            f"{where}: split: found {split!r}, expected one of {', '.join(SPLIT_NAMES)}, or "
+            "nothing to have it drawn."
+        )
+    label: str | float = values["label"]
+    image = path.parent / values["path"] if "path" in values else None
+    if image is None:
+        label = _number(values["label"], where, "label") if _is_number(values["label"]) else label
+    numbers = tuple(_number(values[name], where, name) for name in features)
+    group: Hashable = values.get("group") or (os.path.normpath(image) if image else numbers)
+    return Row(
+        f"line {line}",
+        values.get("task", path.stem),
+        values.get("site", ""),
+        label,
+        (SPLIT_NAMES[split],) if split else SPLITS,
+        group,
+        image,
+        numbers,
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(text: str, where: str, name: str) -> float:
+    if not _is_number(text) or not math.isfinite(float(text)):
+        raise ValueError(
+            f"{where}: `{name}`: found {text!r}, expected a finite number. Leave the row out, or "
+            "put a number there."
+        )
+    return float(text)
+
+
+def _text(label: str | float) -> str:
+    """A label of numbers as a class name, where other labels are names."""
+    return f"{label:g}" if isinstance(label, float) else str(label)
+
+
+def _check_once(rows: list[Row], path: Path) -> None:
+    seen: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if row.path is None:
+            return
+        first = seen.setdefault((row.task, os.path.normpath(row.path)), row)
+        if first is not row:
+            raise ValueError(
+                f"{path}, {row.where}: {row.path} stands in {first.where} of the task already. "
+                "Remove one of the rows."
+            )

@@ -1,0 +1,253 @@
+"""Tables of examples: columns, splits by group, and what is wrong with file and line."""
+
+import collections
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from matu_jax.data import SPLITS, ImageTask, Transform, manifest, rows, sites
+
+SMALL = Transform(8)
+
+
+def tasks_of(found, name="m.csv", **changes):
+    options = {"transform": SMALL, "validation_fraction": 0.2, "seed": 0}
+    return rows.tasks_of(found, name, **{**options, **changes})
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MATU_JAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        pixels = rng.integers(0, 256, (10, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def written(folder, text, name="m.csv"):
+    file = folder / name
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_images_with_everything_given(pictures):
+    lines = ["path,label,site,task,split,group"]
+    for i in range(24):
+        split = ("train", "val", "test")[i // 2 % 3]
+        lines.append(f"{i}.png,{'ab'[i % 2]},north,eyes,{split},p{i}")
+    (task,) = tasks_of(manifest.read(written(pictures, "\ufeff" + "\n".join(lines) + "\n")))
+    assert isinstance(task, ImageTask)
+    assert (task.name, task.class_names) == ("eyes", ("a", "b"))
+    assert [len(getattr(task, part).labels) for part in SPLITS] == [8, 8, 8]
+    assert task.sites == {part: ["north"] * 8 for part in SPLITS}
+    with Image.open(pictures / "1.png") as picture:
+        from matu_jax.data import images
+
+        expected = images.apply(picture.convert("RGB"), SMALL)
+    np.testing.assert_array_equal(task.train.images[1], expected)
+    assert task.train.labels[:2].tolist() == [0, 1]
+
+
+def test_images_are_read_again_where_a_file_has_changed(pictures):
+    file = written(pictures, "path,label\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(24)))
+    (before,) = tasks_of(manifest.read(file))
+    (same,) = tasks_of(manifest.read(file))
+    assert before.fingerprint == same.fingerprint
+    for i in range(24):
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(pictures / f"{i}.png")
+    (after,) = tasks_of(manifest.read(file))
+    assert after.fingerprint != before.fingerprint
+    assert after.train.images[..., 1:].max() == 0
+    assert before.sites == {}  # nobody's: dealt out
+
+
+def test_features_and_numbers_are_a_regression(tmp_path):
+    text = "age,dose,label,task\n"
+    text += "".join(f"{i},{i / 2},{-i},{'ab'[i % 2]}\n" for i in range(40))
+    one, other = tasks_of(manifest.read(written(tmp_path, text)))
+    assert (one.name, other.name) == ("a", "b")
+    for part in SPLITS:
+        split = getattr(one, part)
+        assert (split["x"].dtype, split["y"].dtype) == (np.float32, np.float32)
+        np.testing.assert_array_equal(split["y"], -split["x"][:, 0])
+    assert sum(len(getattr(one, part)["y"]) for part in SPLITS) == 20
+
+
+def test_features_and_words_are_classes(tmp_path):
+    text = "x,label\n" + "".join(f"{i},{('no', 'yes', '3')[i % 3]}\n" for i in range(30))
+    (task,) = tasks_of(manifest.read(written(tmp_path, text, "flu.csv")))
+    assert task.name == "flu"
+    assert task.notes == ("classes: 0 = 3, 1 = no, 2 = yes",)
+    assert task.train["y"].dtype == np.int32
+    np.testing.assert_array_equal(task.train["y"], (task.train["x"][:, 0].astype(int) + 1) % 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 12), st.sampled_from("AB"), st.sampled_from("xy")),
+        min_size=30,
+        max_size=80,
+    ),
+    st.integers(0, 99),
+)
+def test_groups_never_straddle_splits(drawn, seed):
+    found = [
+        rows.Row(f"line {i}", task, site, float(i), SPLITS, group, None, (float(i),))
+        for i, (group, task, site) in enumerate(drawn)
+    ]
+    splits = rows._divided(found, 0.2, seed)
+    by_group = collections.defaultdict(set)
+    for row, split in zip(found, splits, strict=True):
+        by_group[row.group].add(split)
+    assert all(len(each) == 1 for each in by_group.values())
+    assert splits == rows._divided(found, 0.2, seed)
+
+
+def test_shares_are_kept_task_by_task_and_site_by_site():
+    found = [
+        rows.Row(f"line {i}", "AB"[i % 2], "xyz"[i % 3], 0.0, SPLITS, i, None, (0.0,))
+        for i in range(600)
+    ]
+    splits = rows._divided(found, 0.25, 3)
+    counted = collections.Counter(
+        (row.task, row.site, split) for row, split in zip(found, splits, strict=True)
+    )
+    for task in "AB":
+        for site in "xyz":
+            assert [counted[task, site, split] for split in SPLITS] == [60, 20, 20]
+
+
+def test_a_group_with_a_split_takes_those_without_one_along():
+    found = [
+        rows.Row("line 2", "t", "", 0.0, ("test",), "p", None, (0.0,)),
+        *(rows.Row(f"line {i}", "t", "", 0.0, SPLITS, "p", None, (0.0,)) for i in range(3, 9)),
+    ]
+    assert rows._divided(found, 0.2, 0) == ["test"] * 7
+
+
+GIVEN = "path,label,site,task,split,group\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "line 1: found no header"),
+        (GIVEN, "found a header and no row"),
+        ("path\n0.png\n", "line 1: found path, but no column `label`"),
+        ("path,label,age\n0.png,a,3\n", "found `path` and age, expected a column `path` of images"),
+        ("label,site\na,b\n", "found neither, expected a column"),
+        ("path,label,label\n0.png,a,a\n", "found the column 'label' 2 times"),
+        ("path,label\n0.png\n", "line 2: found 1 values, expected 2"),
+        ("path,label\n0.png,\n", "line 2: `label` is empty"),
+        ("path,label,site\n0.png,a,\n", "line 2: `site` is empty"),
+        ("path,label,split\n0.png,a,tset\n", "line 2: split: found 'tset', expected one of train"),
+        ("x,label\n1,2\nnan,3\n", "line 3: `x`: found 'nan', expected a finite number"),
+        ("x,label\n1,nan\n", "line 2: `label`: found 'nan', expected a finite number"),
+        ("x,label\nold,1\n", "line 2: `x`: found 'old'"),
+        (
+            "path,label\n0.png,a\n./0.png,b\n",
+            "line 3: .*0.png stands in line 2 of the task already",
+        ),
+        (
+            GIVEN + "0.png,a,s,t,train,p\n1.png,a,s,t,test,p\n",
+            "line 3: is in test, and line 2, of the same group 'p', in train",
+        ),
+        (
+            GIVEN + "0.png,a,s,t,train,\n0.png,a,s,u,test,\n",
+            "line 3: is in test, and line 2, of the same group",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_line(text, words, pictures):
+    with pytest.raises(ValueError, match=words):
+        manifest.read(written(pictures, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            GIVEN + "0.png,a,s,t,train,\n1.png,b,s,t,val,\n2.png,a,n,t,test,\n",
+            "line 4: site 'n' has an example of task 't' in test, and none in train; sites that "
+            "have: s",
+        ),
+        (GIVEN + "0.png,a,s,t,train,\n1.png,b,s,t,test,\n", "none of them in the split 'validati"),
+        ("path,label\n0.png,a\n1.png,b\nno.png,c\n3.png,b\n", "line 4: .*no.png: No such file"),
+        (
+            "path,label\n0.png,a\n1.png,b\nm.csv,c\n3.png,b\n",
+            "cannot be used: 1\n  line 4: .*m.csv",
+        ),
+    ],
+)
+def test_what_is_wrong_with_examples_is_said(text, words, pictures):
+    with pytest.raises(ValueError, match=words):
+        tasks_of(manifest.read(written(pictures, text)))
+
+
+def test_a_file_that_is_not_there_and_one_that_is_no_text(tmp_path):
+    with pytest.raises(ValueError, match=r"manifest: .*none\.csv: No such file"):
+        manifest.read(tmp_path / "none.csv")
+    (tmp_path / "m.csv").write_bytes(b"path,label\n\xff,a\n")
+    with pytest.raises(ValueError, match="no UTF-8"):
+        manifest.read(tmp_path / "m.csv")
+
+
+def picture(path, level):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 9), (level, level, level)).save(path)
+
+
+def test_folders_of_sites(tmp_path):
+    root = tmp_path / "data"
+    for site, classes in (("north", "ab"), ("south", "bc")):
+        for kind in classes:
+            for i in range(10):
+                picture(root / site / "eyes" / "train" / kind / f"{i}.png", i)
+            picture(root / site / "eyes" / "test" / kind / "0.png", 200)
+    for i in range(10):
+        picture(root / "south" / "skin" / "train" / "x" / f"{i}.png", i)
+        picture(root / "south" / "skin" / "train" / "y" / f"{i}.png", i)
+    eyes, skin = tasks_of(sites.read(root), str(root))
+    assert isinstance(eyes, ImageTask)
+    assert eyes.class_names == ("a", "b", "c")
+    assert collections.Counter(eyes.sites["test"]) == {"north": 2, "south": 2}
+    assert (eyes.test.images == 200).all()
+    held = {
+        s: set(eyes.train.labels[np.array(eyes.sites["train"]) == s]) for s in ("north", "south")
+    }
+    assert held == {"north": {0, 1}, "south": {1, 2}}
+    assert set(skin.sites["train"]) == {"south"}
+    assert [len(skin.sites[part]) for part in SPLITS] == [12, 4, 4]
+    (only,) = tasks_of(sites.read(root), str(root), wanted="skin")
+    assert only.name == "skin"
+    assert only.sites == skin.sites
+    with pytest.raises(ValueError, match=r'found .skni., no task of .*Did you mean "skin"'):
+        tasks_of(sites.read(root), str(root), wanted="skni")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        (
+            "train/a/0.png",
+            "found 'train' in it, which is the name of a split, expected one per site",
+        ),
+        ("eyes/train/a/0.png", "found 'train' in it, .* expected one per task"),
+        ("n/eyes/train/0.png", "The layout is .*<site>/<task>/<split>/<class>/<image>"),
+    ],
+)
+def test_one_level_too_many_or_too_few_is_said(path, words, tmp_path):
+    picture(tmp_path / "data" / path, 0)
+    with pytest.raises(ValueError, match=words):
+        sites.read(tmp_path / "data")
+    with pytest.raises(ValueError, match="there is no such directory"):
+        sites.read(tmp_path / "nowhere")
