@@ -279,8 +279,8 @@ def _of_sites(
 def _held(
     config: SimulationConfig,
     tasks: Sequence[Task],
-    client: Int64[np.ndarray, "slots"],
-    task: Int64[np.ndarray, "slots"],
+    client: Int[np.ndarray, "slots"],
+    task: Int[np.ndarray, "slots"],
     indices: list[Int64[np.ndarray, "_"]],
     trace: Mapping[int, Mapping[int, str]],
 ) -> Federation:
@@ -326,7 +326,7 @@ def algorithm_for(config: SimulationConfig, model: Model) -> Algorithm:
     return algorithm
 
 
-def measured(federation: Federation, split: str) -> tuple[list[PyTree], Int64[np.ndarray, "slots"]]:
+def measured(federation: Federation, split: str) -> tuple[list[PyTree], Int[np.ndarray, "slots"]]:
     """What slots are measured on: splits, and which of them is each slot's.
 
     A task's split is that of all its slots; where data belongs to sites, each has its own part.
