@@ -5,7 +5,7 @@
     python -m matu_jax.compare --config experiments/text.py
 
 A task is a kind of text, read byte by byte from files that come with Python and the packages of
-this environment: Python's sources, C headers, licences, reStructuredText, tables of numbers,
+this environment: Python's sources, C headers, licences, reStructuredText, font metrics,
 descriptions of packages, SVG drawings and style sheets. Files are divided among train, validation
 and test, no file among two of them; files of equal content count once. (Licences still quote each
 other.) Measured is the perplexity per byte; guessing among 256 bytes has 256.
@@ -51,7 +51,7 @@ KINDS = {
     "licences": (PACKAGES, "*.dist-info/**/LICENSE*"),
     "package descriptions": (PACKAGES, "*.dist-info/METADATA"),
     "data descriptions": (PACKAGES / "sklearn" / "datasets" / "descr", "*.rst"),
-    "number tables": (PACKAGES / "sklearn" / "datasets" / "data", "*.csv"),
+    "font metrics": (PACKAGES / "matplotlib" / "mpl-data" / "fonts", "*/*.afm"),
     "SVG": (PACKAGES / "matplotlib" / "mpl-data" / "images", "*.svg"),
     "style sheets": (PACKAGES / "matplotlib" / "mpl-data" / "stylelib", "*.mplstyle"),
 }
@@ -256,7 +256,7 @@ def get_config():
         title="A language model on kinds of text",
         experiment=Config(
             rounds=6,
-            data=DataConfig(source="text", clients=12, tasks_per_client=2, examples_per_slot=64),
+            data=DataConfig(source="text", clients=12, tasks_per_client=2, examples_per_slot=48),
             model=ModelConfig("decoder"),
             local=LocalConfig(steps=12, batch_examples=8, learning_rate=1e-2),
             evaluation=EvaluationConfig(every_rounds=2),
@@ -264,7 +264,7 @@ def get_config():
         ),
         settings={
             "text": Setting(
-                "Eight kinds of text, twelve clients with two each, three holders a kind, 64 "
+                "Eight kinds of text, twelve clients with two each, three holders a kind, 48 "
                 "pieces of 64 bytes a slot.",
                 {},
                 seconds=30,
