@@ -1,6 +1,7 @@
 """Image folders to try `experiments/own_folders.py` with, out of pictures that are on this machine.
 
     python experiments/make_example_folders.py my-images
+    python experiments/make_example_folders.py my-scans --scanners   # for own_images.py
 
 Nothing is downloaded. Tasks are `my-images/<task>/{train,test}/<class>/<number>.png`:
 
@@ -12,14 +13,18 @@ Nothing is downloaded. Tasks are `my-images/<task>/{train,test}/<class>/<number>
     clothes              ten kinds of clothes (Fashion-MNIST), where Debian's package
                          dataset-fashion-mnist is installed (apt install dataset-fashion-mnist)
 
+With --scanners, digits, whether they are even, and photographs, each as several scanners show them:
+plain, as a negative or on its side (`SCANS`).
+
 Test crops come from another part of the photographs than training crops, but from the same three:
-"photographs" is easy. Made in a few seconds; the same call makes the same files.
+"photographs" is easy. Test digits are other scans than training digits, whatever is asked of them.
+Made in a few seconds; the same call makes the same files.
 """
 
 import argparse
 import gzip
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -34,6 +39,7 @@ TURNS = ("upright", "a quarter", "upside down", "three quarters")
 PIXELS = 64  # height and width of what is written
 
 Pictures = Iterator[tuple[np.ndarray, str]]
+Tasks = dict[str, Callable[[str, int, np.random.Generator], Pictures]]
 
 
 def digits(part: str, count: int, rng: np.random.Generator) -> Pictures:
@@ -76,26 +82,55 @@ def turned(pictures: Pictures) -> Pictures:
         yield np.rot90(picture, i // 3 % 4), TURNS[i // 3 % 4]
 
 
-TASKS = {
+def parity(pictures: Pictures) -> Pictures:
+    """Digits, and whether they are even, which is their class now."""
+    for picture, name in pictures:
+        yield picture, "odd" if int(name) % 2 else "even"
+
+
+def negative(pictures: Pictures) -> Pictures:
+    """Pictures with dark and light exchanged."""
+    for picture, name in pictures:
+        yield 255 - picture, name
+
+
+def sideways(pictures: Pictures) -> Pictures:
+    """Pictures turned by one quarter."""
+    for picture, name in pictures:
+        yield np.rot90(picture), name
+
+
+TASKS: Tasks = {
     "digits": digits,
     "digits turned": lambda *given: turned(digits(*given)),
     "photographs": photographs,
     "photographs turned": lambda *given: turned(photographs(*given)),
     "clothes": clothes,
 }
+SCANS: Tasks = {
+    "digits": digits,
+    "digits negative": lambda *given: negative(digits(*given)),
+    "digits sideways": lambda *given: sideways(digits(*given)),
+    "parity": lambda *given: parity(digits(*given)),
+    "parity negative": lambda *given: negative(parity(digits(*given))),
+    "parity sideways": lambda *given: sideways(parity(digits(*given))),
+    "photographs": photographs,
+    "photographs negative": lambda *given: negative(photographs(*given)),
+}
 
 
-def write(folder: Path, task: str, counts: dict[str, int]) -> None:
+def write(folder: Path, task: str, counts: dict[str, int], tasks: Tasks = TASKS) -> None:
     """Writes one task's folder.
 
     Args:
       folder: where the task's own folder goes.
-      task: one of `TASKS`.
+      task: one of `tasks`.
       counts: images in "train" and "test".
+      tasks: `TASKS` or `SCANS`.
     """
     for part, count in counts.items():
-        rng = np.random.default_rng((sorted(TASKS).index(task), part == "test"))
-        for i, (picture, name) in enumerate(TASKS[task](part, count, rng)):
+        rng = np.random.default_rng((sorted(tasks).index(task), part == "test"))
+        for i, (picture, name) in enumerate(tasks[task](part, count, rng)):
             path = folder / task / part / name / f"{i:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             size = (PIXELS, PIXELS)
@@ -106,15 +141,17 @@ def main(argv: list[str]) -> int:
     """Runs the program; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("folder", type=Path, help="a new folder")
-    folder = parser.parse_args(argv[1:]).folder
+    parser.add_argument("--scanners", action="store_true", help="the tasks of own_images.py")
+    given = parser.parse_args(argv[1:])
+    folder, tasks = given.folder, SCANS if given.scanners else TASKS
     if folder.exists():
         print(f"{folder} is there already. Give a new folder.", file=sys.stderr)
         return 2
-    for task in TASKS:
+    for task in tasks:
         if task == "clothes" and not FASHION.is_dir():
             print(f"left out: clothes, since {FASHION} is not there (dataset-fashion-mnist)")
             continue
-        write(folder, task, {"train": 480, "test": 240})
+        write(folder, task, {"train": 480, "test": 240}, tasks)
         print(f"{folder / task}: 480 images for training, 240 for testing")
     return 0
 

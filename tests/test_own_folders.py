@@ -10,7 +10,7 @@ import tiny
 from PIL import Image
 
 import matu_jax
-from matu_jax import doctor, export, prepare, train
+from matu_jax import compare, doctor, export, prepare, train
 from matu_jax.runs.commandline import read_config
 
 EXPERIMENTS = Path(matu_jax.__file__).parents[1] / "experiments"
@@ -106,3 +106,64 @@ def test_the_example_folders_are_balanced_and_their_splits_are_different_picture
     again = list(made.photographs("train", 3, np.random.default_rng(0)))
     assert [name for _, name in again] == list(names)
     assert made.main(["make", str(tmp_path)]) == 2  # never into a folder that is there
+
+
+def test_scans_of_training_are_not_tested_on_whatever_is_asked():
+    made = script("make_example_folders")
+
+    def scans(task, part):
+        pictures = made.SCANS[task](part, 2000, np.random.default_rng(0))
+        return {np.ascontiguousarray(picture).tobytes() for picture, _ in pictures}
+
+    looks = {}
+    for task in made.SCANS:
+        if not task.startswith("photographs"):
+            look = task.split()[1:]
+            for part in ("train", "test"):
+                looks.setdefault((part, *look), set()).update(scans(task, part))
+    for look in ((), ("negative",), ("sideways",)):
+        train, test = looks["train", *look], looks["test", *look]
+        assert (len(train), len(test)) == (1200, 597)
+        assert not train & test
+
+
+def test_scanners_show_the_same_pictures_otherwise():
+    made = script("make_example_folders")
+
+    def pictures(task):
+        return list(made.SCANS[task]("train", 30, np.random.default_rng(0)))
+
+    plain, odd = pictures("digits"), pictures("parity")
+    for (picture, digit), (same, parity) in zip(plain, odd, strict=True):
+        np.testing.assert_array_equal(picture, same)
+        assert parity == ("odd" if digit in "13579" else "even")
+    for question in ("digits", "parity"):
+        for (one, name), (other, same) in zip(
+            pictures(question), pictures(f"{question} negative"), strict=True
+        ):
+            np.testing.assert_array_equal(one + other, np.full_like(one, 255))
+            assert name == same
+    for (one, _), (other, _) in zip(plain, pictures("digits sideways"), strict=True):
+        np.testing.assert_array_equal(one, other[::-1].T)
+
+
+def test_image_folders_of_scanners_are_compared(tmp_path, monkeypatch):
+    made = script("make_example_folders")
+    monkeypatch.setenv("MATU_JAX_CACHE", str(tmp_path / "cache"))
+    for task in ("digits", "digits negative", "parity"):
+        made.write(tmp_path / "scans", task, {"train": 120, "test": 60}, made.SCANS)
+    words = [
+        f"--config={EXPERIMENTS / 'own_images.py'}",
+        f"--config.data.folders={tmp_path / 'scans'}",
+        f"--config.model.checkpoint={tiny.write_checkpoint(tmp_path / 'tiny.safetensors')}",
+        "--config.data.clients=2",
+        "--config.rounds=2",
+        f"--workdir={tmp_path / 'run'}",
+        "--seeds=0",
+        "--arms=matu,untrained",
+    ]
+    assert prepare.main(["prepare", *words[:4]]) == 0
+    assert compare.main(["compare", *words]) == 0
+    (setting,) = json.loads((tmp_path / "run" / "comparison.json").read_text())["settings"]
+    assert setting["tasks"] == ["digits", "digits negative", "parity"]
+    assert {arm["label"] for arm in setting["arms"]} == {"matu", "untrained"}
