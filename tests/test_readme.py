@@ -16,10 +16,11 @@ import pytest
 import tiny
 
 import matu_jax
-from matu_jax import algorithms, compare
+from matu_jax import algorithms, compare, export, train
 from matu_jax.aggregation import client
 from matu_jax.algorithms import ALGORITHMS, build
-from matu_jax.models import modules
+from matu_jax.data import SOURCES
+from matu_jax.models import MODELS, modules
 from matu_jax.simulation import simulate
 
 ROOT = Path(matu_jax.__file__).parents[1]
@@ -38,8 +39,20 @@ def test_the_example_of_own_tasks_and_model_runs(capsys):
     assert min(explained.values()) > 0.15
 
 
+def test_own_tasks_and_model_in_a_file_are_an_experiment(tmp_path, monkeypatch):
+    for registry, name in ((SOURCES, "patients"), (MODELS, "linear")):
+        monkeypatch.setitem(registry, name, None)  # gone after the test
+    file, run = tmp_path / "patients.py", tmp_path / "run"
+    file.write_text(PYTHON[0].split("for result in")[0] + PYTHON[1])
+    words = ["train", f"--config={file}", "--config.rounds=2", f"--workdir={run}"]
+    assert train.main(words) == 0
+    out = ["--format=safetensors", f"--out={tmp_path / 'out'}", f"--config={file}"]
+    assert export.main(["export", f"--workdir={run}", "--task=bmi", *out]) == 0
+    assert (tmp_path / "out" / "task_vector.safetensors").exists()
+
+
 def test_the_library_example_runs():
-    code = PYTHON[1]
+    code = PYTHON[2]
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["new"]["w"].shape == (3, 4, 3)
@@ -61,7 +74,7 @@ def half_step(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "matu_jax", package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     folder = package / "algorithms"
-    (folder / "half_step.py").write_text(PYTHON[2])
+    (folder / "half_step.py").write_text(PYTHON[3])
     imported = "from matu_jax.algorithms.half_step import half_step"
     entry = '"half_step": lambda config: half_step(config.defence),'
     assert imported in README
@@ -75,7 +88,7 @@ def half_step(tmp_path, monkeypatch):
     ruff("format", "--check", str(tmp_path))
     ruff("check", str(tmp_path))
     module = types.ModuleType("matu_jax.algorithms.half_step")
-    exec(compile(PYTHON[2], "README.md", "exec"), vars(module))
+    exec(compile(PYTHON[3], "README.md", "exec"), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     names: dict = {}
     exec(f"{imported}\nadded = {{{entry}}}", names)
