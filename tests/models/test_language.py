@@ -195,6 +195,17 @@ def test_projections_with_axes_of_heads_are_matrices(tmp_path):
         ".o_proj.lora_A.weight": (2, 12),
         ".o_proj.lora_B.weight": (8, 2),
     }
+    # What PEFT adds to a weight [out, in] is what the einsum adds, head after head.
+    for name, rule, inputs in (
+        ("q_proj", "xd,dr,rnh->xnh", rng.normal(size=(5, 8))),
+        ("o_proj", "xnh,nhr,rd->xd", rng.normal(size=(5, 4, 3))),
+    ):
+        pair = adapters["layers"][0]["attn"][name]
+        expected = np.einsum(rule, inputs, pair["w_lora_a"], pair["w_lora_b"])
+        a, b = (found[f"{prefix}.{name}.lora_{side}.weight"] for side in "AB")
+        np.testing.assert_allclose(
+            inputs.reshape(5, -1) @ (b @ a).T, expected.reshape(5, -1), atol=1e-4
+        )
 
 
 def test_lora_by_qwix_on_a_module_that_nobody_has_seen():
@@ -243,9 +254,20 @@ def test_a_kind_of_text_has_no_file_in_two_splits_and_the_decoder_learns(
     monkeypatch.setattr(text, "STEPS", 3)
     tasks = text.tasks(DataConfig())
     assert [task.name for task in tasks] == list(text.KINDS)
-    rng = np.random.default_rng(0)
-    contents = [piece.tobytes() for piece in text.pieces(*text.KINDS["Python"], rng)]
-    assert len(set(contents)) == len(contents) > 3
+    for number, (task, place) in enumerate(zip(tasks, text.KINDS.values(), strict=True)):
+        files = text.pieces(*place, np.random.default_rng((DataConfig().seed, number)))
+        contents = [file.tobytes() for file in files]
+        assert len(set(contents)) == len(contents) >= 3
+        holders: dict[bytes, set[int]] = {}
+        for index, file in enumerate(files):
+            for row in file:
+                holders.setdefault(row.tobytes(), set()).add(index)
+        read = []  # per split, the files of those of its pieces that no other file quotes
+        for split in (task.train, task.validation, task.test):
+            held = [holders[row.tobytes()] for row in split["bytes"]]
+            read.append({file for files in held if len(files) == 1 for file in files})
+        assert all(read), task.name
+        assert len(set.union(*read)) == sum(map(len, read)), task.name
     model = text.model(ModelConfig("decoder"), tasks, seed=0)
     assert (tmp_path / "text").is_dir()
     again = text.model(ModelConfig("decoder"), tasks, seed=0)  # out of the cache
