@@ -56,6 +56,12 @@ def of_nnx(
     graph, training, rest = nnx.split(module, trains, ...)
     base, frozen = nnx.to_pure_dict(training), nnx.to_pure_dict(rest)
     held = [path for path, _ in leaf_items(frozen)]
+    if not jax.tree.leaves(base) and not held:
+        raise ValueError(
+            f"of_nnx: Flax sees no array in {type(module).__name__}. Of a class with pytree=False, "
+            "such as Tunix's, qwix derives one that has forgotten it: set "
+            "type(module)._pytree__is_pytree = False."
+        )
     if not jax.tree.leaves(base):
         raise ValueError(
             f"of_nnx: trains: {trains!r} selects nothing of {type(module).__name__}, which has "

@@ -144,3 +144,20 @@ def test_an_equinox_module_is_what_partition_makes_of_it():
         return squared(outputs(params, frozen, batch, task), batch)
 
     assert result_of(matu_jax.Model(base, {}, loss, outputs, R2)).record["r2"]["test_mean"] > 0
+
+
+def test_a_module_in_which_flax_sees_nothing_is_said_to_be_one():
+    class Outside(nnx.Module, pytree=False):
+        def __init__(self):
+            self.linear = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+
+    class Derived(Outside):
+        """What qwix makes of it."""
+
+    module = Outside()
+    module.__class__ = Derived
+    about = {"outputs": lambda m, b, t, k: m.linear(b["x"]), "loss": lambda o, b: o.mean()}
+    with pytest.raises(ValueError, match=r"Flax sees no array in Derived.*is_pytree = Fal"):
+        of_nnx(module, nnx.Param, metrics={}, **about)
+    setattr(Derived, "_pytree__is_pytree", False)  # noqa: B010
+    assert set(of_nnx(module, nnx.Param, metrics={}, **about).base) == {"linear"}
