@@ -100,10 +100,12 @@ def curves(
       arms: `comparison["settings"][i]["arms"]`.
       ours: label of the arm to show in every panel.
       reference: label of the other arm to show in every panel.
-      chance: what guessing reaches, in the mean over tasks; None = no line.
+      chance: what guessing reaches, in the mean over tasks; None = no line, nor where it would
+        leave no room for the curves, see `is_far`.
     """
     from matplotlib.ticker import MaxNLocator
 
+    chance = None if chance is not None and is_far(arms, chance) else chance
     lines = {}
     for arm in arms:
         curve = arm.get("curve") or {}
@@ -139,7 +141,8 @@ def curves(
         first.set_ylim(*accuracy_limits(values))
         percent_axis(first.yaxis)
     figure.supxlabel("round", fontsize=9)
-    words = f"test {measure.name}, mean over tasks{lower_words(measure)}"
+    words = f"test {measure.name}, mean over tasks"
+    words += "" if measure.higher_is_better else "\nlower is better"
     figure.supylabel(figures.literal(words), fontsize=9)
     names = {ours: f"{short_name(ours)} (ours)", reference: f"{short_name(reference)} (reference)"}
     order = [
@@ -155,6 +158,20 @@ def curves(
             fontsize=8,
         )
     return to_drawing(figure)
+
+
+def is_far(arms: Sequence[Mapping[str, Any]], value: float) -> bool:
+    """Whether a value is so far from all curves that these would be flat beside it.
+
+    Parts of 1 have their own scale, and nothing is far on it.
+    """
+    curves = [to_array((arm.get("curve") or {}).get("mean") or []) for arm in arms]
+    points = np.concatenate([*curves, np.zeros(0)])
+    points = points[np.isfinite(points)]
+    if not points.size or measure_of(arms[0]).percent:
+        return False
+    low, high = points.min(), points.max()
+    return bool(max(low - value, value - high) > 2 * (high - low))
 
 
 def _panel(

@@ -85,7 +85,7 @@ def _of_rounds(
             Bold(f"{_first(measure.name)} over rounds{lower_words(measure)}."),
             " One panel per arm, all on the same scale: the thick line is that arm, its band is "
             f"± std over seeds. {repeated} in each panel for comparison."
-            + (" The dotted line is chance: guessing." if chance is not None else ""),
+            + _of_chance(arms, chance),
             left_out_words(
                 arms,
                 lambda arm: all(v is None for v in (arm.get("curve") or {}).get("mean") or []),
@@ -93,6 +93,16 @@ def _of_rounds(
         ],
         f"No {measure.name} over rounds was recorded.",
     )
+
+
+def _of_chance(arms: _Arms, chance: float | None) -> str:
+    """What the picture of rounds says of guessing."""
+    if chance is None:
+        return ""
+    if figures.is_far(arms, chance):
+        reached = measure_of(arms[0]).text(chance)
+        return f" Chance, guessing, is {reached}, too far away for the picture."
+    return " The dotted line is chance: guessing."
 
 
 def _of_tasks(

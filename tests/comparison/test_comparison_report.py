@@ -743,3 +743,15 @@ def test_fields_of_before_are_given_by_the_names_of_now():
     assert "rounds = 3" in found
     listed = appendix.conditions({"experiment": {"algorithm": "ties", "ties_keep": 0.2}})
     assert "ties.keep = 0.2" in "".join(map(repr, listed))
+
+
+def test_chance_far_from_all_curves_is_told_and_not_drawn(comparison, tmp_path):
+    for setting in comparison["settings"]:
+        perplexity = {"name": "perplexity", "higher_is_better": False, "percent": False}
+        setting["measure"], setting["chance"] = perplexity, 256.0
+        for arm in setting["arms"]:
+            arm["measure"], arm["perplexity"] = perplexity, arm.pop("accuracy")
+    text = written(comparison, tmp_path)[2]
+    assert "Chance, guessing, is 256.0, too far away for the picture." in text
+    assert "The dotted line is chance" not in text
+    assert "perplexity over rounds, lower is better" in text.lower()
