@@ -745,7 +745,8 @@ def test_fields_of_before_are_given_by_the_names_of_now():
     assert "ties.keep = 0.2" in "".join(map(repr, listed))
 
 
-def test_chance_far_from_all_curves_is_told_and_not_drawn(comparison, tmp_path):
+def test_chance_far_from_all_curves_is_told_and_not_drawn(tmp_path):
+    comparison = make_comparison()
     for setting in comparison["settings"]:
         perplexity = {"name": "perplexity", "higher_is_better": False, "percent": False}
         setting["measure"], setting["chance"] = perplexity, 256.0
