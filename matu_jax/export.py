@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--client",
         type=int,
-        help="whose model (default: the holder with the best validation accuracy)",
+        help="whose model (default: the holder that is best on validation)",
     )
     parser.add_argument(
         "--round",

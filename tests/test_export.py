@@ -30,9 +30,11 @@ from matu_jax.models.checkpoint_config import checked_architecture
 from matu_jax.models.exporting import model_card
 from matu_jax.models.pretrained import read_towers
 from matu_jax.models.towers import VisionTower
-from matu_jax.runs.exported import count_slot, measure, read_run
+from matu_jax.runs.exported import count_slot, measure
+from matu_jax.runs.exported import exported as exported_of
 from matu_jax.runs.log import MetricsLog
 from matu_jax.runs.model_folder import write
+from matu_jax.runs.saved import read_slot
 from matu_jax.runs.tables import result_table
 from matu_jax.runs.training import train
 from matu_jax.runs.workdir import opened
@@ -67,6 +69,10 @@ def run(workdir, config):
     with opened(workdir, config):
         train(config, "tiny", workdir, QUIET)
     return workdir
+
+
+def read_run(*words, **options):
+    return exported_of(read_slot(*words, **options))
 
 
 def our_logits(workdir, exported, images):

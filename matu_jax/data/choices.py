@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 from matu_jax.fields import field
 
+IMAGE_SOURCES = ("prepared", "synthetic")
+"""Where the images of real datasets come from: the sources of the package."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -55,7 +58,7 @@ class DataConfig:
     def conflicts(self, where: str) -> Iterator[str]:
         """Yields what is wrong with places of data that exclude each other, and the assignment."""
         places = [name for name in ("folders", "sites", "manifest") if getattr(self, name)]
-        if places and self.source not in ("prepared", "synthetic"):
+        if places and self.source not in IMAGE_SOURCES:
             places.append("source")
         if len(places) > 1 or (places and places != ["folders"] and self.source == "synthetic"):
             given = ", ".join(f"{where}.{name} = {getattr(self, name)!r}" for name in places)

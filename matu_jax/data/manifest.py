@@ -10,19 +10,23 @@
 | `split` | optional: train, validation (or val, valid), test; where it is empty, drawn |
 | `group` | optional, such as a patient, who is in one split alone; empty = the row's own |
 
-UTF-8. An image that stands in several tasks is one group, and so are equal features.
+UTF-8. Rows of one image, or of equal features, are in one split too, whatever their groups and
+tasks; and so is what is joined by way of other rows. Paths may lead out of the folder.
 """
 
 import csv
-import math
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from matu_jax.data import SPLITS
 from matu_jax.data.rows import Row, check_groups
 from matu_jax.data.selection import SPLITS as SPLIT_NAMES
 from matu_jax.json_files import regular_file
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 COLUMNS = ("path", "label", "site", "task", "split", "group")
 """What is no feature."""
@@ -109,14 +113,15 @@ def _row(values: dict[str, str], features: list[str], path: Path, line: int) -> 
     if image is None:
         label = _number(values["label"], where, "label") if _is_number(values["label"]) else label
     numbers = tuple(_number(values[name], where, name) for name in features)
-    group: Hashable = values.get("group") or (os.path.normpath(image) if image else numbers)
+    example = f"image {os.path.normpath(image)}" if image else f"features {numbers}"
+    group = [f"group {values['group']!r}"] if values.get("group") else []
     return Row(
         f"line {line}",
         values.get("task", path.stem),
         values.get("site", ""),
         label,
         (SPLIT_NAMES[split],) if split else SPLITS,
-        group,
+        (*group, example),
         image,
         numbers,
     )
@@ -131,10 +136,10 @@ def _is_number(text: str) -> bool:
 
 
 def _number(text: str, where: str, name: str) -> float:
-    if not _is_number(text) or not math.isfinite(float(text)):
+    if not _is_number(text) or not abs(float(text)) <= _LARGEST:
         raise ValueError(
-            f"{where}: `{name}`: found {text!r}, expected a finite number. Leave the row out, or "
-            "put a number there."
+            f"{where}: `{name}`: found {text!r}, expected a finite number (of float32). Leave the "
+            "row out, or put a number there."
         )
     return float(text)
 

@@ -31,7 +31,8 @@ class Row(NamedTuple):
         site: Whose it is; "" = nobody's.
         label: A class name, or a number.
         splits: Those that it may be in: one, where that is given.
-        group: What may not be divided among splits, such as a patient.
+        groups: What it belongs to that may not be divided among splits, such as a patient, and
+            itself; rows that share one of them, with each other or by way of others, are in one.
         path: The image's; None for features.
         features: Numbers; () for an image.
     """
@@ -41,7 +42,7 @@ class Row(NamedTuple):
     site: str
     label: str | float
     splits: tuple[str, ...]
-    group: Hashable
+    groups: tuple[Hashable, ...]
     path: Path | None
     features: tuple[float, ...]
 
@@ -59,7 +60,8 @@ def tasks_of(
 
     Of examples whose split is not given, a fifth is tested on and `validation_fraction` of the rest
     validated on, task by task and site by site as nearly as whole groups allow. Images are read and
-    resized once, and kept in the cache.
+    resized once, and kept in the cache; those whose pixels a later split has too, of whichever task
+    and site, are left out of training and validation, which `notes` tell.
 
     Args:
         rows: All, in a fixed order.
@@ -89,8 +91,11 @@ def tasks_of(
     if len(set(names)) < len(names):
         raise ValueError(f"config.data.tasks: found {wanted!r}, expected each task once.")
     splits = _divided(rows, validation_fraction, seed)
-    _check_sites(rows, splits, name)
     images = _images(rows, transform) if rows[0].path else None
+    left_out = [0] * len(rows)
+    if images is not None:
+        splits, left_out = _without_repeats(splits, images)
+    _check_sites(rows, splits, name)
     numbers = all(isinstance(row.label, float) for row in rows)
     made = []
     for task in names:
@@ -108,6 +113,7 @@ def tasks_of(
             "domain": task,
             "sites": sites if rows[0].site else {},
             "fingerprint": _fingerprint(rows, parts, images),
+            "notes": _notes(sum(left_out[i] for i in mine)),
         }
         if images is None:
             made.append(_of_features(task, rows, parts, numbers, about))
@@ -116,13 +122,52 @@ def tasks_of(
     return tuple(made)
 
 
+def _without_repeats(splits: Sequence[str], images: np.ndarray) -> tuple[list[str], list[bool]]:
+    """Leaves out what is trained or validated on and, pixel by pixel, stands in a later split too.
+
+    Returns:
+        The splits, "" for what is left out, and of each row whether it is.
+    """
+    pixels = [hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in images]
+    kept, later = list(splits), set()
+    for part in reversed(SPLITS):
+        mine = [i for i, split in enumerate(splits) if split == part]
+        for i in mine:
+            if pixels[i] in later:
+                kept[i] = ""
+        later |= {pixels[i] for i in mine}
+    return kept, [not split for split in kept]
+
+
+def _notes(left_out: int) -> tuple[str, ...]:
+    if not left_out:
+        return ()
+    return (f"images left out, since a later split has the same pixels: {left_out:,}",)
+
+
+def components(rows: Sequence[Row]) -> list[int]:
+    """Which rows have to stay together: of each row, a number that those have in common."""
+    parent = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first: dict[Hashable, int] = {}
+    for i, row in enumerate(rows):
+        for group in row.groups:
+            parent[root(i)] = root(first.setdefault(group, i))
+    return [root(i) for i in range(len(rows))]
+
+
 def _divided(rows: Sequence[Row], validation_fraction: float, seed: int) -> list[str]:
     """The split of each row; all rows of a group have one."""
     shares = {"validation": (1 - TEST_FRACTION) * validation_fraction, "test": TEST_FRACTION}
     shares = {"train": 1 - sum(shares.values()), **shares}
-    groups: dict[Hashable, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row.group, []).append(i)
+    groups: dict[int, list[int]] = {}
+    for i, group in enumerate(components(rows)):
+        groups.setdefault(group, []).append(i)
     cells = [(row.task, row.site) for row in rows]
     sizes, filled, chosen = Counter(cells), Counter(), [""] * len(rows)
 
@@ -151,25 +196,29 @@ def _divided(rows: Sequence[Row], validation_fraction: float, seed: int) -> list
 
 
 def check_groups(rows: Sequence[Row], name: str) -> None:
-    """Checks that no group is given two splits.
+    """Checks that nothing that has to stay together is given two splits.
 
     Raises:
-        ValueError: Otherwise, with the two rows.
+        ValueError: Otherwise, with two rows of it.
     """
-    seen: dict[Hashable, Row] = {}
-    for row in rows:
-        first = seen.setdefault(row.group, row)
-        if not set(first.splits) & set(row.splits):
+    given: dict[int, Row] = {}
+    for row, group in zip(rows, components(rows), strict=True):
+        if row.splits == SPLITS:
+            continue
+        first = given.setdefault(group, row)
+        if first.splits != row.splits:
+            shared = [str(group) for group in row.groups if group in first.groups]
+            how = f"of the same {shared[0]}" if shared else "of a group by way of other rows"
             raise ValueError(
-                f"{name}, {row.where}: is in {row.splits[0]}, and {first.where}, of the same "
-                f"group {row.group!r}, in {first.splits[0]}. Put a group into one split, in all "
-                "tasks: who was trained on is not new in a test."
+                f"{name}, {row.where}: is in {row.splits[0]}, and {first.where}, {how}, in "
+                f"{first.splits[0]}. Put a group into one split, in all tasks: who was trained on "
+                "is not new in a test."
             )
 
 
 def _check_sites(rows: Sequence[Row], splits: Sequence[str], name: str) -> None:
     """Checks that sites train on what they are measured on."""
-    placed = list(zip(rows, splits, strict=True))
+    placed = [(row, split) for row, split in zip(rows, splits, strict=True) if split]
     trained = {(row.task, row.site) for row, split in placed if split == "train"}
     for row, split in placed:
         if (row.task, row.site) not in trained:
@@ -274,5 +323,5 @@ def _of_features(
         for members in parts.values()
     )
     named = ", ".join(f"{label} = {name}" for name, label in position.items())
-    notes = () if numbers else (f"classes: {named}",)
-    return Task(task, *splits, notes=notes, **about)
+    about["notes"] += () if numbers else (f"classes: {named}",)
+    return Task(task, *splits, **about)

@@ -44,7 +44,7 @@ def read(root: str | os.PathLike[str]) -> list[Row]:
                             site,
                             listing.folders[label],
                             _allowed(split, listing.splits),
-                            (site, task, path),
+                            (f"image {root / site / task / path}",),
                             root / site / task / path,
                             (),
                         )

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from matu_jax.data import ImageTask, Split, image_tasks
 from matu_jax.errors import UserError
 from matu_jax.models import exporting
 from matu_jax.models.classification import ROUNDING, near_ties
-from matu_jax.runs.saved import SavedSlot, read_slot, sums_of
+from matu_jax.runs.saved import SavedSlot, sums_of
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.trees import PyTree
 
@@ -70,19 +69,11 @@ class Exported:
         return self.recorded.get("test")
 
 
-def read_run(
-    workdir: Path, task_name: str, client: int | None = None, round_index: int | None = None
-) -> Exported:
-    """Reads the model of a task of images out of a run's checkpoint; see `saved.read_slot`.
-
-    Raises:
-      UserError: as `read_slot`.
-    """
-    return exported(read_slot(workdir, task_name, client, round_index))
-
-
 def exported(slot: SavedSlot) -> Exported:
     """Parts a slot's task vector into the tower's and the head's.
+
+    Args:
+      slot: of a task of images, from `saved.read_slot`.
 
     Raises:
       UserError: if the run's model is one of `models.MODELS`, or its tasks are no images.
@@ -138,7 +129,7 @@ def measure(exported: Exported, kind: str) -> Counts:
     which may differ from adapters by near ties alone.
 
     Args:
-      exported: from `read_run`.
+      exported: from `exported`.
       kind: of `FORMATS`; with "merged", the adapters are measured inside the kernels.
 
     Raises:

@@ -26,7 +26,7 @@ def write(
     for bit; a merged checkpoint also as any other is read, with the image tower that was measured.
 
     Args:
-      exported: from `read_run`.
+      exported: from `exported.exported`.
       kind: of `FORMATS`.
       out: the folder.
       say: is told, a line at a time, what is done and what is left out.

@@ -39,7 +39,7 @@ class LocalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """When accuracy is measured.
+    """When metrics are measured.
 
     Attributes:
       every_rounds: rounds between evaluations; the last round is always evaluated.

@@ -27,7 +27,7 @@ from matu_jax.data import (
     selection,
     synthetic,
 )
-from matu_jax.data.choices import DataConfig
+from matu_jax.data.choices import IMAGE_SOURCES, DataConfig
 from matu_jax.data.partition import assign, partition
 from matu_jax.data.rendering import SIZE
 from matu_jax.errors import did_you_mean
@@ -66,10 +66,10 @@ def task_names(config: SimulationConfig) -> tuple[str, ...]:
     """
     check_architecture(config.model.architecture)
     data = config.data
-    if data.source not in ("prepared", "synthetic"):
+    if data.source not in IMAGE_SOURCES:
         raise ValueError(
             f"config.data.source: found {data.source!r}, no such source."
-            + did_you_mean(data.source, ["prepared", "synthetic", *SOURCES])
+            + did_you_mean(data.source, [*IMAGE_SOURCES, *SOURCES])
         )
     generated = selection.is_generated(data.tasks, data.folders)
     if generated and transform_of(config.model).size != SIZE:
@@ -124,7 +124,7 @@ def load_tasks(config: SimulationConfig) -> tuple[Task, ...]:
 
 def _own_tasks(data: DataConfig) -> tuple[Task, ...]:
     """The tasks of one of `SOURCES`, or those of them that are named."""
-    if data.source in ("prepared", "synthetic"):
+    if data.source in IMAGE_SOURCES:
         raise ValueError(
             f"SOURCES[{data.source!r}]: is the name of a source of the package; choose another."
         )

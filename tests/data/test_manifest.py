@@ -1,6 +1,7 @@
 """Tables of examples: columns, splits by group, and what is wrong with file and line."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -101,20 +102,54 @@ def test_features_and_words_are_classes(tmp_path):
 )
 def test_groups_never_straddle_splits(drawn, seed):
     found = [
-        rows.Row(f"line {i}", task, site, float(i), SPLITS, group, None, (float(i),))
+        rows.Row(f"line {i}", task, site, float(i), SPLITS, (group,), None, (float(i),))
         for i, (group, task, site) in enumerate(drawn)
     ]
     splits = rows._divided(found, 0.2, seed)
     by_group = collections.defaultdict(set)
     for row, split in zip(found, splits, strict=True):
-        by_group[row.group].add(split)
+        by_group[row.groups].add(split)
     assert all(len(each) == 1 for each in by_group.values())
     assert splits == rows._divided(found, 0.2, seed)
 
 
+@pytest.mark.parametrize("groups", ["both", "one", "none"])
+def test_an_image_of_two_tasks_is_in_one_split_whatever_its_groups(groups, pictures):
+    lines = ["path,label,task,group"]
+    for i in range(24):
+        one, other = {"both": (f"p{i}", f"q{i}"), "one": (f"p{i}", ""), "none": ("", "")}[groups]
+        lines += [f"{i}.png,{'ab'[i % 2]},t,{one}", f"{i}.png,{'ab'[i % 2]},u,{other}"]
+    t, u = tasks_of(manifest.read(written(pictures, "\n".join(lines))))
+    seen = {
+        part: {x.tobytes() for task in (t, u) for x in getattr(task, part).images}
+        for part in SPLITS
+    }
+    assert not seen["train"] & seen["test"]
+    assert not seen["validation"] & (seen["train"] | seen["test"])
+    assert sum(map(len, seen.values())) == 24
+    assert t.notes == u.notes == ()
+
+
+def test_what_a_later_split_shows_too_is_left_out_and_told(tmp_path):
+    root = tmp_path / "data"
+    for site in ("north", "south"):
+        for part, first in (("train", 0), ("val", 100), ("test", 200)):
+            for i in range(8):
+                level = first + i + 50 * (site == "south")
+                picture(root / site / "eyes" / part / "ab"[i % 2] / f"{i}.png", level)
+    picture(root / "south" / "eyes" / "test" / "a" / "copy.png", 0)  # north trains on it
+    picture(root / "north" / "eyes" / "train" / "b" / "copy.png", 200)  # and tests on this
+    (task,) = tasks_of(sites.read(root), str(root))
+    assert isinstance(task, ImageTask)
+    levels = {part: set(getattr(task, part).images[:, 0, 0, 0].tolist()) for part in SPLITS}
+    assert not levels["train"] & (levels["validation"] | levels["test"])
+    assert task.sites["train"].count("north") == 7
+    assert task.notes == ("images left out, since a later split has the same pixels: 2",)
+
+
 def test_shares_are_kept_task_by_task_and_site_by_site():
     found = [
-        rows.Row(f"line {i}", "AB"[i % 2], "xyz"[i % 3], 0.0, SPLITS, i, None, (0.0,))
+        rows.Row(f"line {i}", "AB"[i % 2], "xyz"[i % 3], 0.0, SPLITS, (i,), None, (0.0,))
         for i in range(600)
     ]
     splits = rows._divided(found, 0.25, 3)
@@ -128,8 +163,8 @@ def test_shares_are_kept_task_by_task_and_site_by_site():
 
 def test_a_group_with_a_split_takes_those_without_one_along():
     found = [
-        rows.Row("line 2", "t", "", 0.0, ("test",), "p", None, (0.0,)),
-        *(rows.Row(f"line {i}", "t", "", 0.0, SPLITS, "p", None, (0.0,)) for i in range(3, 9)),
+        rows.Row("line 2", "t", "", 0.0, ("test",), ("p",), None, (0.0,)),
+        *(rows.Row(f"line {i}", "t", "", 0.0, SPLITS, ("p",), None, (0.0,)) for i in range(3, 9)),
     ]
     assert rows._divided(found, 0.2, 0) == ["test"] * 7
 
@@ -163,7 +198,16 @@ GIVEN = "path,label,site,task,split,group\n"
         ),
         (
             GIVEN + "0.png,a,s,t,train,\n0.png,a,s,u,test,\n",
-            "line 3: is in test, and line 2, of the same group",
+            r"line 3: is in test, and line 2, of the same image .*0\.png, in train",
+        ),
+        (
+            GIVEN + "0.png,a,s,t,train,p\n0.png,a,s,u,,q\n1.png,a,s,u,test,q\n",
+            "line 4: is in test, and line 2, of a group by way of other rows, in train",
+        ),
+        ("x,label\n1e39,1\n", "line 2: `x`: found '1e39', expected a finite number"),
+        (
+            "x,label,split\n1,2,train\n1,3,test\n",
+            "line 3: is in test, and line 2, of the same features",
         ),
     ],
 )
@@ -207,20 +251,20 @@ def picture(path, level):
 
 
 def test_folders_of_sites(tmp_path):
-    root = tmp_path / "data"
+    root, level = tmp_path / "data", itertools.count()
     for site, classes in (("north", "ab"), ("south", "bc")):
         for kind in classes:
             for i in range(10):
-                picture(root / site / "eyes" / "train" / kind / f"{i}.png", i)
-            picture(root / site / "eyes" / "test" / kind / "0.png", 200)
+                picture(root / site / "eyes" / "train" / kind / f"{i}.png", next(level))
+            picture(root / site / "eyes" / "test" / kind / "0.png", 200 + next(level))
     for i in range(10):
-        picture(root / "south" / "skin" / "train" / "x" / f"{i}.png", i)
-        picture(root / "south" / "skin" / "train" / "y" / f"{i}.png", i)
+        picture(root / "south" / "skin" / "train" / "x" / f"{i}.png", next(level))
+        picture(root / "south" / "skin" / "train" / "y" / f"{i}.png", next(level))
     eyes, skin = tasks_of(sites.read(root), str(root))
     assert isinstance(eyes, ImageTask)
     assert eyes.class_names == ("a", "b", "c")
     assert collections.Counter(eyes.sites["test"]) == {"north": 2, "south": 2}
-    assert (eyes.test.images == 200).all()
+    assert (eyes.test.images >= 200).all()
     held = {
         s: set(eyes.train.labels[np.array(eyes.sites["train"]) == s]) for s in ("north", "south")
     }
