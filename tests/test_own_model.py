@@ -228,8 +228,12 @@ def test_a_base_or_data_that_changed_is_not_gone_on_with(model, tmp_path, capsys
     for change, words in (
         (("(seed)", "(seed + 1)"), "a model of your own, holds other tensors"),
         (("0.5 * x", "0.25 * x"), "the data of this run has changed"),
+        (("MODELS, metrics", "MODELS, metrics as m"), "this run was measured by"),
     ):
         text = (FILE.format(model=model) + AS_AN_EXPERIMENT).replace(*change)
+        if "as m" in text:  # other names of the same metrics
+            text = text.replace("as m", "").replace('"r2": ', '"R²": ').replace("chance=", "notes=")
+            text = text.replace('{"R²": 0.0}', "()")
         (tmp_path / "own.py").write_text(text)
         assert train.main(["train", config, workdir, "--config.rounds=1"]) == 2
         assert words in " ".join(capsys.readouterr().err.split())
@@ -278,3 +282,43 @@ def test_some_of_a_sources_tasks_can_be_named(tmp_path, capsys, monkeypatch):
     assert Config.from_json(summary["config"]).data.tasks == "column 2, column 0"
     assert train.main([*words[:-1], f"{words[-1]}=column 9", f"--workdir={tmp_path}/b"]) == 2
     assert "found 'column 9', no such task of this source" in capsys.readouterr().err
+
+
+BROKEN = """
+    import jax.numpy as jnp
+    from matu_jax.models import Metric, Model
+
+    def outputs(params, frozen, batch, task, key=None):
+        return batch["x"] @ params["w"]
+
+    def loss(params, frozen, batch, task, key=None):
+        return jnp.square(outputs(params, frozen, batch, task) - batch["y"]).mean()
+
+    def model(config, tasks, *, seed):
+        sums = lambda out, batch: {"all": jnp.abs(out)}
+        broken = Metric(sums, lambda sums: VALUE)
+        return Model({"w": jnp.zeros(4)}, {}, LOSS, outputs, {"NAME": broken})
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"VALUE": "1 / 0"}, [], "model.metrics['r'].value: ZeroDivisionError: division by zero"),
+        ({"VALUE": "None"}, [], "model.metrics['r'].value: TypeError"),
+        ({"LOSS": "lambda *_: jnp.zeros(2)"}, [], "model.loss: returned float32[2]"),
+        ({"NAME": ""}, [], "found the name '', expected 1 to 60 printable"),
+        ({}, ["--config.algorithm=ntk_fedavg"], "needs Model(..., linearise=...)"),
+    ],
+)
+def test_what_a_model_does_wrongly_is_one_message(
+    changes, options, words, tmp_path, capsys, monkeypatch
+):
+    for registry, name in ((SOURCES, "columns"), (MODELS, "own")):
+        monkeypatch.setitem(registry, name, None)
+    code = textwrap.dedent(BROKEN)
+    for name, text in {"VALUE": "0.5", "LOSS": "loss", "NAME": "r", **changes}.items():
+        code = code.replace(name, text)
+    config = written(tmp_path, code, AS_AN_EXPERIMENT)
+    assert train.main(["train", config, f"--workdir={tmp_path}/run", *options]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())

@@ -170,6 +170,7 @@ def _arm(
     summaries = [result["summary"] for result in there]
     measure = measure_of(summaries[0])
     per_seed = [r["summary"][measure.name]["mean"] if r else None for r in found.values()]
+    diverged = any(summary[measure.name]["mean"] is None for summary in summaries)
     tasks = summaries[0][measure.name]["per_task"]
     curves = {
         seed: {
@@ -203,8 +204,9 @@ def _arm(
         ],
         "measure": measure._asdict(),
         measure.name: {
-            "mean": _mean(per_seed),
-            "std": _std(per_seed),
+            # Of a seed that diverged nothing makes up.
+            "mean": None if diverged else _mean(per_seed),
+            "std": None if diverged else _std(per_seed),
             "per_seed": per_seed,
             "validation_mean": _mean([s[measure.name]["validation_mean"] for s in summaries]),
             "per_task": {
@@ -270,14 +272,15 @@ def _against_ours(comparison, label, found, results) -> dict[str, Any] | None:
     for seed, result in found.items():
         ours = results.get((comparison.ours, seed))
         if result and ours:
-            seeds += 1
             measure = measure_of(ours["summary"])
             mine, theirs = (r["summary"][measure.name]["per_task"] for r in (ours, result))
-            differences += [
+            pairs = [
                 measure.rank(theirs[task]) - measure.rank(mine[task])
                 for task in mine
                 if None not in (mine[task], theirs.get(task))
             ]
+            seeds += bool(pairs)
+            differences += pairs
     if not differences:
         return None
     p_value, correlation = 1.0, 0.0

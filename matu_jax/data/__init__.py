@@ -117,6 +117,12 @@ class Task:
         for part in SPLITS[1:]:
             where = f"task {self.name!r}: an example of split {part!r} against one of 'train'"
             _check_examples(getattr(self, part), self.train, where)
+        for name, value in self.chance.items():
+            if not np.isfinite(value):
+                raise ValueError(
+                    f"task {self.name!r}: chance[{name!r}]: found {value}, expected a finite "
+                    "number; leave it out where it is not known"
+                )
         for part in SPLITS if self.sites else ():
             found, expected = len(self.sites.get(part, ())), num_examples(getattr(self, part))
             if found != expected:

@@ -2,7 +2,7 @@
 
 | column | |
 |---|---|
-| `label` | a class name, or a number to predict |
+| `label` | a class name; or, beside features and where all labels are one, a number to predict |
 | `path` | an image, relative to the file's folder; or else |
 | any other column | a feature, a number |
 | `task` | optional; without it the file's name |
@@ -58,9 +58,12 @@ def read(file: str | os.PathLike[str]) -> list[Row]:
     if not rows:
         raise ValueError(f"{path}: found a header and no row, expected one per example.")
     _check_once(rows, path)
-    kinds = {type(row.label) for row in rows}
-    if not rows[0].path and kinds == {float, str}:
-        rows = [row._replace(label=_text(row.label)) for row in rows]
+    if features and all(_is_number(str(row.label)) for row in rows):
+        where = [f"{path}, {row.where}" for row in rows]
+        rows = [
+            row._replace(label=_number(str(row.label), at, "label"))
+            for row, at in zip(rows, where, strict=True)
+        ]
     check_groups(rows, str(path))
     return rows
 
@@ -87,7 +90,7 @@ def _check_header(header: list[str], path: Path) -> list[str]:
 
 def _lines(table, header: list[str], path: Path) -> Iterator[list[str]]:
     for values in table:
-        if not any(values):
+        if not any(value.strip() for value in values):
             continue
         if len(values) != len(header):
             raise ValueError(
@@ -108,18 +111,15 @@ def _row(values: dict[str, str], features: list[str], path: Path, line: int) -> 
             f"{where}: split: found {split!r}, expected one of {', '.join(SPLIT_NAMES)}, or "
             "nothing to have it drawn."
         )
-    label: str | float = values["label"]
     image = path.parent / values["path"] if "path" in values else None
-    if image is None:
-        label = _number(values["label"], where, "label") if _is_number(values["label"]) else label
     numbers = tuple(_number(values[name], where, name) for name in features)
-    example = f"image {os.path.normpath(image)}" if image else f"features {numbers}"
+    example = f"image {os.path.normpath(image)}" if image else f"features {_in_float32(numbers)}"
     group = [f"group {values['group']!r}"] if values.get("group") else []
     return Row(
         f"line {line}",
         values.get("task", path.stem),
         values.get("site", ""),
-        label,
+        values["label"],
         (SPLIT_NAMES[split],) if split else SPLITS,
         (*group, example),
         image,
@@ -132,7 +132,12 @@ def _is_number(text: str) -> bool:
         float(text)
     except ValueError:
         return False
-    return True
+    return "_" not in text  # which Python takes between digits
+
+
+def _in_float32(numbers: tuple[float, ...]) -> list[float]:
+    """Numbers as a model sees them; of the two zeros the positive one."""
+    return (np.array(numbers, np.float32) + np.float32(0)).tolist()
 
 
 def _number(text: str, where: str, name: str) -> float:
@@ -142,11 +147,6 @@ def _number(text: str, where: str, name: str) -> float:
             "row out, or put a number there."
         )
     return float(text)
-
-
-def _text(label: str | float) -> str:
-    """A label of numbers as a class name, where other labels are names."""
-    return f"{label:g}" if isinstance(label, float) else str(label)
 
 
 def _check_once(rows: list[Row], path: Path) -> None:

@@ -14,6 +14,10 @@ import jax.numpy as jnp
 from matu_jax.trees import PyTree, leaf_items
 
 
+class ContractError(ValueError):
+    """What a model of one's own does otherwise than it has to, and what to do about it."""
+
+
 class Metric(NamedTuple):
     """A measure of outputs, by sums that add up over examples, batches and devices.
 
@@ -66,10 +70,10 @@ def linearised(model: Model) -> Model:
     """A model's first-order expansion around its base, see `first_order`; the base is the same.
 
     Raises:
-      ValueError: if the model does not say how.
+      ContractError: if the model does not say how.
     """
     if model.linearise is None:
-        raise ValueError(
+        raise ContractError(
             "model: an algorithm that trains a model's first-order expansion, such as "
             "'ntk_fedavg', needs Model(..., linearise=...), and this one has none; give it, or "
             "choose another algorithm."
@@ -81,10 +85,10 @@ def check_loss(loss: Any) -> jax.Array:
     """A model's loss, checked to be one number.
 
     Raises:
-      ValueError: if it is not.
+      ContractError: if it is not.
     """
     if jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        raise ValueError(
+        raise ContractError(
             f"model.loss: returned {jnp.result_type(loss)}{list(jnp.shape(loss))}, expected one "
             "float, such as the mean over the batch."
         )
@@ -99,11 +103,11 @@ def check_sums(sums: Mapping[str, PyTree], examples: int) -> None:
       examples: how many there are in the batch.
 
     Raises:
-      ValueError: names the metric and the leaf that has no axis of examples.
+      ContractError: names the metric and the leaf that has no axis of examples.
     """
     for path, leaf in leaf_items(dict(sums)):
         if jnp.shape(leaf)[:1] != (examples,):
-            raise ValueError(
+            raise ContractError(
                 f"model.metrics: {path}: found {list(jnp.shape(leaf))}, expected [{examples}, "
                 "...]: what each of the batch's examples adds, before any sum or mean over them, "
                 "so that padding can be left out."

@@ -20,8 +20,8 @@ from matu_jax.trees import leaf_items
 _ROUNDING = 1e-3
 """How far a metric may be from what the run recorded, as a part of it: another number of slots at
 once is another order of the same sums."""
-_EXAMPLES = 2
-"""How many examples rounding may put on the other side, where a metric is a part of 1."""
+_FEWEST = 20
+"""Examples from which on rounding may put one on the other side, where a metric is a part of 1."""
 
 
 def write(
@@ -53,6 +53,9 @@ def write(
     say("Measuring first, as the run did.")
     params = jax.tree.map(lambda a, b: np.asarray(a + b), slot.model.base, slot.vector)
     rows = dict(_measured(slot, params))
+    if not rows:
+        rows = {"measured": "nothing that the run recorded of this round, so nothing is checked"}
+        say(f"What the run recorded of this slot and round: {rows['measured']}.")
     about = {"task": _task(slot), "client": str(slot.client), "round": str(slot.round)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as unfinished:
@@ -88,7 +91,7 @@ def _measured(slot: SavedSlot, params: object) -> Iterator[tuple[str, str]]:
         for name, metric in metrics.items():
             found, recorded = float(metric.value(sums[name])), slot.recorded[name][split]
             near = _ROUNDING * max(abs(recorded), abs(found), 1e-3)
-            near = max(near, _EXAMPLES / examples if metric.percent else 0.0)
+            near = max(near, 1 / examples if metric.percent and examples >= _FEWEST else 0.0)
             if not abs(found - recorded) <= near:
                 raise UserError(
                     f"task {_task(slot)}: the model of client {slot.client} after round "

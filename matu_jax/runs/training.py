@@ -15,6 +15,7 @@ from rich.console import Console
 from matu_jax import algorithms, models
 from matu_jax.config import Config
 from matu_jax.errors import UserError
+from matu_jax.models.contract import ContractError
 from matu_jax.runs.interruption import Stopped, StopRequest
 from matu_jax.runs.log import read_summary
 from matu_jax.runs.plan import print_plan
@@ -90,7 +91,7 @@ def train(
                 raise UserError(str(error)) from None
             if profile and first:
                 results = _profiled(results, min(2, config.rounds - done), workdir / "profile")
-            for result in results:
+            for result in _told(results):
                 signal = hosts.highest(stop.signal or 0)
                 recorder.keep(result, stopping=bool(signal))
                 progress.advance(result.record)
@@ -126,6 +127,14 @@ def _built(
             return federation, model, algorithm, mesh, target, meta
         except ValueError as error:
             raise UserError(str(error)) from None
+
+
+def _told(results: Iterator[rounds.RoundResult]) -> Iterator[rounds.RoundResult]:
+    """The same results; what a model of one's own does wrongly is the user's to mend."""
+    try:
+        yield from results
+    except ContractError as error:
+        raise UserError(str(error)) from None
 
 
 def _stopped(done: int, rounds: int, workdir: Path) -> str:

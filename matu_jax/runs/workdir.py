@@ -316,6 +316,15 @@ def check_identity(
     check_origin(directory, meta, config)
     _check_data(directory, meta, identity["data"])
     _check_base(directory, meta, identity["base"])
+    now = identity["measured_by"]
+    before = meta.get("measured_by", now)  # older versions put none there
+    if before != now:
+        raise UserError(
+            f"{directory}: this run was measured by {', '.join(before)}, and the model is now by "
+            f"{', '.join(now)} (the main metric first): rounds could not be compared. Bring "
+            "model.metrics and the tasks' metrics back as they were, or remove that folder to "
+            "start from round 0."
+        )
 
 
 def check_origin(directory: Path, meta: dict[str, Any], config: Config) -> None:

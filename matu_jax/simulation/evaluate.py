@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, Shaped
 from matu_jax.data import example_bytes, example_shapes, num_examples
 from matu_jax.data.feed import BUDGET_BYTES, prefetched
 from matu_jax.models import Metric, Model
-from matu_jax.models.contract import check_sums
+from matu_jax.models.contract import ContractError, check_sums
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import Federation, measured
 from matu_jax.simulation.measures import SCORE, main_metrics
@@ -329,9 +329,10 @@ def measuring(
     measured_by = [set(task.metrics or model.metrics) for task in tasks]
 
     def of_metric(name: str, sums: PyTree) -> np.ndarray:
-        per_slot = values(model.metrics[name], sums)
+        per_slot = values(model.metrics[name], sums[name], name)
         asked = [name in measured_by[task] for task in slots.task]
-        return np.where(asked, per_slot, np.nan)
+        worst = -np.inf if model.metrics[name].higher_is_better else np.inf
+        return np.where(asked, np.where(_finite(sums[name]), per_slot, worst), np.nan)
 
     def measure(vectors_of: Callable[[np.ndarray], PyTree]) -> dict[str, Any]:
         found_by: dict[str, dict[str, Any]] = {}
@@ -345,7 +346,7 @@ def measuring(
                 mesh,
                 resident=resident.get(split),
             )
-            found = {name: of_metric(name, sums[name]) for name in model.metrics}
+            found = {name: of_metric(name, sums) for name in model.metrics}
             if len(set(main)) > 1:
                 own = [found[main[task]][slot] for slot, task in enumerate(slots.task)]
                 found[SCORE] = np.array(own)
@@ -357,8 +358,17 @@ def measuring(
     return measure
 
 
+def _finite(sums: PyTree[Shaped[np.ndarray, "slots ..."]]) -> Bool[np.ndarray, "slots"]:
+    """Of which slots all sums are finite: those of others are what a diverged model outputs."""
+    leaves = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(sums)]
+    return np.all([np.isfinite(leaf).all(axis=1) for leaf in leaves], axis=0)
+
+
 def _of_split(split: str, per_slot: np.ndarray, federation: Federation) -> dict[str, Any]:
-    """What a record holds of a metric on a split; NaN where nothing was measured."""
+    """What a record holds of a metric on a split; NaN where nothing was measured.
+
+    What a slot reaches whose outputs are not finite is infinitely bad, and so are its means.
+    """
     slots, names = federation.slots, [task.name for task in federation.tasks]
     by_task = per_task(per_slot, slots.task, len(names))
     there = by_task[~np.isnan(by_task)]
@@ -374,9 +384,23 @@ def _of_split(split: str, per_slot: np.ndarray, federation: Federation) -> dict[
 
 
 def values(
-    metric: Metric, sums: PyTree[Shaped[np.ndarray, "slots ..."]]
+    metric: Metric, sums: PyTree[Shaped[np.ndarray, "slots ..."]], name: str = ""
 ) -> Float64[np.ndarray, "slots"]:
-    """A metric's value of each slot, of its sums."""
+    """A metric's value of each slot, of its sums.
+
+    Raises:
+      ContractError: if it is no number.
+    """
+
+    def of_slot(row: int) -> float:
+        one = jax.tree.map(lambda x: x[row], sums)
+        try:
+            return float(metric.value(one))
+        except Exception as error:  # of a function of the user's
+            raise ContractError(
+                f"model.metrics[{name!r}].value: {type(error).__name__}: {error}; expected a "
+                f"number, NaN where nothing was measured, of the sums {one}."
+            ) from None
+
     slots = len(jax.tree.leaves(sums)[0])
-    each = [jax.tree.map(lambda x, row=row: x[row], sums) for row in range(slots)]
-    return np.array([metric.value(one) for one in each], np.float64)
+    return np.array([of_slot(row) for row in range(slots)], np.float64)

@@ -36,6 +36,7 @@ from matu_jax.models.architectures import check_architecture
 from matu_jax.models.images import transform_of
 from matu_jax.scenarios import attacks, failures
 from matu_jax.simulation.choices import SimulationConfig
+from matu_jax.simulation.measures import main_measure
 from matu_jax.trees import PyTree
 
 
@@ -155,7 +156,7 @@ def _tasks_of_sites(config: SimulationConfig) -> tuple[Task, ...]:
     return rows.tasks_of(
         manifest.read(data.manifest) if data.manifest else sites.read(data.sites),
         data.manifest or data.sites,
-        wanted=data.tasks,
+        wanted="" if data.tasks == selection.ALL_FOLDERS else data.tasks,
         transform=transform_of(config.model),
         validation_fraction=data.validation_fraction,
         seed=data.seed,
@@ -354,6 +355,8 @@ def fingerprints(federation: Federation) -> dict[str, Any]:
 def identity(config: SimulationConfig, federation: Federation, model: Model) -> dict[str, Any]:
     """What a run is of, as its checkpoints keep it: "config", and what "data" and "base" hold.
 
+    "measured_by" are its metrics, the main one first.
+
     `workdir.check_identity` compares with it.
 
     Raises:
@@ -363,4 +366,5 @@ def identity(config: SimulationConfig, federation: Federation, model: Model) -> 
         "config": dataclasses.asdict(config),
         "data": fingerprints(federation),
         "base": base_fingerprint(config.model, model),
+        "measured_by": [main_measure(model.metrics, federation.tasks).name, *model.metrics],
     }

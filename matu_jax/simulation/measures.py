@@ -1,5 +1,6 @@
 """By what rounds are chosen and methods compared: the main metric, as records name it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,14 +26,14 @@ class Measure(NamedTuple):
     percent: bool = False
 
     def rank(self, value: float | None) -> float:
-        """A number that is the higher, the better a value is; the lowest for none."""
-        if value is None or value != value:
+        """A number that is the higher, the better a value is; the lowest for none, or no finite."""
+        if value is None or not math.isfinite(value):
             return -float("inf")
         return value if self.higher_is_better else -value
 
     def text(self, value: float | None) -> str:
-        """A value for people: `"84.1 %"`, `"0.452"`, `"12.3"`; "–" for none."""
-        if value is None or value != value:
+        """A value for people: `"84.1 %"`, `"0.452"`, `"12.3"`; "–" for none, or no finite one."""
+        if value is None or not math.isfinite(value):
             return "–"
         return f"{self.number(value)} %" if self.percent else self.number(value)
 

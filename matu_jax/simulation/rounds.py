@@ -166,7 +166,14 @@ def run(
             "and none of the names that records and summaries have already: "
             f"{', '.join(sorted(taken))}."
         )
+    for name in model.metrics:
+        if not name.strip() or not name.isprintable() or len(name) > 60:
+            raise ValueError(
+                f"model.metrics: found the name {name!r}, expected 1 to 60 printable characters."
+            )
     main_measure(model.metrics, federation.tasks)
+    if algorithm.local.linearised and model.linearise is None:
+        linearised(model)  # says what is missing
     if config.privacy.clip_norm:
         privacy.grid_step(config.privacy, changes_of(model.base, federation.slots))
     return _rounds(config, algorithm, model, federation, mesh or slot_mesh(), start)

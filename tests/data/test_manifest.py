@@ -91,6 +91,29 @@ def test_features_and_words_are_classes(tmp_path):
     np.testing.assert_array_equal(task.train["y"], (task.train["x"][:, 0].astype(int) + 1) % 3)
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (("1234567", "1234568", "other"), "0 = 1234567, 1 = 1234568, 2 = other"),
+        (("1", "01", "x"), "0 = 01, 1 = 1, 2 = x"),
+        (("1_0", "10", "x"), "0 = 10, 1 = 1_0, 2 = x"),
+    ],
+)
+def test_names_that_look_like_numbers_stay_as_they_are(labels, classes, tmp_path):
+    text = "a,label\n" + "".join(f"{i},{labels[i % 3]}\n" for i in range(30)) + "  \n"
+    (task,) = tasks_of(manifest.read(written(tmp_path, text)))
+    assert task.notes == (f"classes: {classes}",)
+    assert set(task.train["y"]) == {0, 1, 2}
+
+
+def test_features_that_a_model_sees_as_equal_are_in_one_split(tmp_path):
+    text = "a,label,split\n0.1,1,train\n0.10000000001,1,test\n"
+    with pytest.raises(ValueError, match="line 3: is in test, and line 2, of the same features"):
+        manifest.read(written(tmp_path, text))
+    with pytest.raises(ValueError, match="line 3: is in test, and line 2, of the same features"):
+        manifest.read(written(tmp_path, text.replace("0.1,", "0,").replace("0.10000000001", "-0")))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(

@@ -14,6 +14,7 @@ from matu_jax.config import AttackConfig, DataConfig, LocalConfig, ModelConfig, 
 from matu_jax.data.batching import round_indices
 from matu_jax.models import Model, metrics
 from matu_jax.simulation.federation import dealt_out
+from matu_jax.simulation.measures import Measure
 
 CONFIG = SimulationConfig(
     algorithm="individual",
@@ -205,3 +206,18 @@ def test_the_face_imports_what_is_heavy_when_asked():
     assert matu_jax.simulate.__module__ == "matu_jax.simulation.simulate"
     with pytest.raises(AttributeError, match="no attribute 'simulated'"):
         _ = matu_jax.simulated  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_slot_that_diverged_makes_no_round_the_best():
+    """Outputs that are not finite are infinitely bad; they are not left out of a mean."""
+
+    def diverging(params, frozen, batch, task, key=None):
+        found = outputs(params, frozen, batch, task)
+        return jnp.where(task == 1, jnp.nan, found)
+
+    (first, *_) = matu_jax.simulate(TASKS, replaced(outputs=diverging), CONFIG)
+    name = next(iter(MODEL.metrics))
+    assert not np.isfinite(first.record[name]["test_mean"])
+    by_task = list(first.record[name]["test_per_task"].values())
+    assert [bool(np.isfinite(value)) for value in by_task] == [True, False, True]
+    assert Measure(name).rank(first.record[name]["test_mean"]) == -np.inf
