@@ -126,7 +126,7 @@ def get_config():
             "per_task": {"algorithm": "per_task"},
             "untrained": {"algorithm": "untrained", "rounds": 1, "local.steps": 1},
         },
-        seeds=(0, 1),
+        seeds=(0,),
         search={"local.learning_rate": (0.01, 0.03)},
         trials=2,
         tuned="tuned.json",
@@ -221,7 +221,8 @@ def test_own_models_are_compared_by_their_own_metric(model, tmp_path, capsys):
         assert "| test r2 |" in text
 
 
-def test_a_base_or_data_that_changed_is_not_gone_on_with(model, tmp_path, capsys):
+@pytest.mark.parametrize("model", [EQUINOX], indirect=True, ids=["equinox"])
+def test_a_base_data_or_metrics_that_changed_are_not_gone_on_with(model, tmp_path, capsys):
     config, workdir = written(tmp_path, model, AS_AN_EXPERIMENT), f"--workdir={tmp_path}/run"
     assert train.main(["train", config, workdir, "--config.rounds=1"]) == 0
     (tmp_path / "run" / "summary.json").unlink()
