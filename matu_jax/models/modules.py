@@ -1,4 +1,38 @@
-"""Flax NNX modules of one's own as a `Model`."""
+"""Modules of one's own as a `Model`: of Flax NNX by `of_nnx`, others by their plain trees.
+
+Of Flax Linen:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen
+    >>> from matu_jax.models import Model, metrics
+    >>> r2 = metrics.r2(lambda outputs, batch: (outputs, batch["y"]))
+    >>> net = linen.Dense(1)
+    >>> base = net.init(jax.random.key(0), jnp.zeros((1, 3)))["params"]
+    >>> def outputs(params, frozen, batch, task, key=None):
+    ...     return net.apply({"params": params}, batch["x"])[:, 0]
+    >>> def loss(params, frozen, batch, task, key=None):
+    ...     return jnp.square(outputs(params, frozen, batch, task) - batch["y"]).mean()
+    >>> model = Model(base, {}, loss, outputs, {"r2": r2})
+    >>> sorted(model.base)
+    ['bias', 'kernel']
+
+Of Equinox, whose modules are trees themselves; a dict of their arrays is what checkpoints keep:
+
+    >>> import equinox
+    >>> net = equinox.nn.Linear(3, 1, key=jax.random.key(0))
+    >>> arrays, rest = equinox.partition(net, equinox.is_inexact_array)
+    >>> leaves, tree = jax.tree.flatten(arrays)
+    >>> def outputs(params, frozen, batch, task, key=None):
+    ...     arrays = jax.tree.unflatten(tree, list(params.values()))
+    ...     return jax.vmap(equinox.combine(arrays, rest))(batch["x"])[:, 0]
+    >>> def loss(params, frozen, batch, task, key=None):
+    ...     return jnp.square(outputs(params, frozen, batch, task) - batch["y"]).mean()
+    >>> base = {f"leaf{i:03d}": leaf for i, leaf in enumerate(leaves)}
+    >>> model = Model(base, {}, loss, outputs, {"r2": r2})
+    >>> batch = {"x": jnp.ones((5, 3)), "y": jnp.ones(5)}
+    >>> model.outputs(model.base, {}, batch, jnp.int32(0)).shape
+    (5,)
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
