@@ -64,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
 
     def work(console: Console) -> None:
+        use_cores()  # before the experiment's file, which may use JAX
         comparison, source, workdir, tuning = parse(argv)
-        use_cores()
         keep_programs()
         given = comparison, source, workdir, console
         if tuning:

@@ -32,12 +32,12 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
 
     def work(console: Console) -> int:
+        use_cores()  # before the experiment's file, which may use JAX
         config, source, options = read_config(argv, __doc__ or "", options=["workdir"])
         try:
             algorithms.build(config)
         except ValueError as error:
             raise UserError(str(error)) from None
-        use_cores()
         workdir = Path(options["workdir"]) if "workdir" in options else None
         worst = 0
         for level, subject, text in examine(config, source, workdir):

@@ -69,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
 
     def work(console: Console) -> None:
+        use_cores()  # before the experiment's file, which may use JAX
         config, source, workdir, options = parse(argv)
-        use_cores()
         keep_programs()
         join(options)
         if not hosts.is_first():
