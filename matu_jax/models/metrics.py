@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from matu_jax.models.contract import Metric
+from matu_jax.trees import PyTree
 
 __all__ = [
     "accuracy",
@@ -50,10 +51,13 @@ def balanced_accuracy(pair: Pair, classes: int) -> Metric:
     """
 
     def sums(outputs, batch):
-        found, expected = map(_flat, pair(outputs, batch))
-        of_class = jax.nn.one_hot(expected, classes, dtype=jnp.bool_)
-        right = of_class & (found == expected)[..., None]
-        return {"right": right.sum(axis=1), "all": of_class.sum(axis=1)}
+        found, expected = map(_labels, pair(outputs, batch))
+
+        def of_class(label):
+            there = expected == label
+            return {"right": there & (found == label), "all": there}
+
+        return _by_class(of_class, classes)
 
     return Metric(sums, lambda sums: _mean_quotient(sums["right"], sums["all"]), percent=True)
 
@@ -68,10 +72,13 @@ def mean_iou(pair: Pair, classes: int) -> Metric:
     """
 
     def sums(outputs, batch):
-        found, expected = map(_flat, pair(outputs, batch))
-        one = jax.nn.one_hot(found, classes, dtype=jnp.bool_)
-        other = jax.nn.one_hot(expected, classes, dtype=jnp.bool_)
-        return {"both": (one & other).sum(axis=1), "any": (one | other).sum(axis=1)}
+        found, expected = map(_labels, pair(outputs, batch))
+
+        def of_class(label):
+            one, other = found == label, expected == label
+            return {"both": one & other, "any": one | other}
+
+        return _by_class(of_class, classes)
 
     return Metric(sums, lambda sums: _mean_quotient(sums["both"], sums["any"]), percent=True)
 
@@ -105,6 +112,9 @@ def auc(pair: Pair, bins: int = 1000) -> Metric:
 def r2(pair: Pair) -> Metric:
     """R², the part of the variance that is explained: 1 - squared errors / squared deviations.
 
+    NaN where expected numbers do not vary beyond the rounding of their squares, as where there is
+    one alone.
+
     Args:
       pair: found and expected numbers, floats `[examples, ...]`; expected ones best near zero,
         such as standardised, since their squares are summed in float32.
@@ -120,8 +130,10 @@ def r2(pair: Pair) -> Metric:
         }
 
     def value(sums):
-        deviations = sums["squares"] - _quotient(sums["expected"] ** 2, sums["all"])
-        return 1 - _quotient(sums["errors"], deviations)
+        squares, number = float(sums["squares"]), float(sums["all"])
+        deviations = squares - _quotient(sums["expected"] ** 2, number)
+        rounding = np.finfo(np.float32).eps * max(8, math.sqrt(number)) * squares
+        return 1 - float(sums["errors"]) / deviations if deviations > rounding else math.nan
 
     return Metric(sums, value)
 
@@ -154,7 +166,7 @@ def perplexity(pair: Pair) -> Metric:
 
     def value(sums):
         mean = _quotient(sums["loss"], sums["tokens"])
-        return math.exp(mean) if mean < 700 else math.inf  # beyond float64
+        return math.inf if mean > 700 else math.exp(mean)  # beyond float64
 
     return Metric(sums, value, False)
 
@@ -162,6 +174,26 @@ def perplexity(pair: Pair) -> Metric:
 def _flat(x: jax.Array) -> jax.Array:
     """`[examples, ...]` to `[examples, n]`."""
     return x.reshape(x.shape[0], -1)
+
+
+def _labels(x: jax.Array) -> jax.Array:
+    """`[examples, ...]` of any integers to int32 `[examples, n]`."""
+    return _flat(x).astype(jnp.int32)
+
+
+def _by_class(of_class: Callable[[jax.Array], PyTree], classes: int) -> PyTree:
+    """Counts of every class, one class after the other to save memory: int32 `[examples, classes]`.
+
+    Args:
+      of_class: `label -> tree`, leaves bool `[examples, n]`.
+      classes: how many there are.
+    """
+
+    def counts(label):
+        return jax.tree.map(lambda x: x.sum(axis=1, dtype=jnp.int32), of_class(label))
+
+    by_class = jax.lax.map(counts, jnp.arange(classes))
+    return jax.tree.map(lambda x: x.T, by_class)
 
 
 def _ones(flat: jax.Array) -> jax.Array:

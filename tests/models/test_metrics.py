@@ -65,7 +65,42 @@ def test_perplexity_is_of_tokens_and_lower_is_better():
     assert not metric.higher_is_better
 
 
-def test_what_was_not_measured_is_not_a_number():
-    for metric in (metrics.accuracy(pair), metrics.mean_squared_error(pair), metrics.r2(pair)):
-        zeros = dict.fromkeys(metric.sums(jnp.ones(1), jnp.ones(1)), 0)
-        assert np.isnan(metric.value(zeros))
+@pytest.mark.parametrize(
+    "metric",
+    [
+        metrics.accuracy(pair),
+        metrics.auc(pair),
+        metrics.balanced_accuracy(pair, 3),
+        metrics.mean_iou(pair, 3),
+        metrics.mean_squared_error(pair),
+        metrics.perplexity(pair),
+        metrics.r2(pair),
+    ],
+)
+def test_what_was_not_measured_is_not_a_number(metric):
+    sums = metric.sums(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+    assert np.isnan(metric.value(jax.tree.map(lambda x: np.zeros(x.shape[1:]), sums)))
+
+
+@pytest.mark.parametrize("expected", [[3.3], [3.3] * 5000, [1e4 + 1e-3, 1e4] * 500, [0.0] * 9])
+def test_targets_that_do_not_vary_have_no_r2(expected):
+    expected = np.array(expected, np.float32)
+    assert np.isnan(measured(metrics.r2(pair), expected + 1, expected, parts=1))
+
+
+def test_targets_that_vary_a_little_have_an_r2():
+    expected = (50 + NUMBERS[0]).astype(np.float32)
+    found = expected + NUMBERS[1]
+    theirs = sklearn.r2_score(expected, found)
+    assert measured(metrics.r2(pair), found, expected) == pytest.approx(theirs, rel=1e-2)
+
+
+@pytest.mark.parametrize("make", [metrics.mean_iou, metrics.balanced_accuracy])
+def test_memory_does_not_grow_with_classes(make):
+    pixels = jnp.zeros((16, 64, 64), jnp.int32)
+
+    def temporary(classes):
+        sums = jax.jit(make(pair, classes).sums).lower(pixels, pixels).compile()
+        return sums.memory_analysis().temp_size_in_bytes
+
+    assert temporary(64) < 2 * temporary(2) + pixels.nbytes
