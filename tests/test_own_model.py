@@ -244,12 +244,19 @@ def test_a_base_data_or_metrics_that_changed_are_not_gone_on_with(model, tmp_pat
     ("code", "words"),
     [
         ("MODELS['own'] = lambda *_, **__: 3", "its function in MODELS returned int"),
-        ("SOURCES['columns'] = lambda _: []", "returned the tasks none; expected some"),
+        ("SOURCES['columns'] = lambda _: []", "returned the tasks none; expected at least one"),
         (
             "SOURCES['columns'] = lambda c: tasks(c) * 2",
             "the tasks column 0, column 1, column 2, co",
         ),
         ("SOURCES['columns'] = lambda c: [3]", "returned int among tasks"),
+        ("SOURCES['columns'] = list", "its function in SOURCES: TypeError: 'DataConfig' object is"),
+        ("SOURCES['columns'] = lambda c: c.tusks", "in SOURCES: AttributeError: 'DataConfig' obje"),
+        ("MODELS['own'] = lambda *_, **__: {}['a']", "its function in MODELS: KeyError: 'a' ("),
+        (
+            "MODELS['own'] = lambda *a, **k: type(model(*a, **k))({}, *[{}] * 4)",
+            "base: found no array",
+        ),
         ("SOURCES['prepared'] = SOURCES.pop('columns')", "no such source"),
         ("MODELS['clip'] = model", None),
     ],
@@ -268,6 +275,13 @@ def test_what_is_entered_wrongly_is_said(code, words, tmp_path, capsys, monkeypa
         SOURCES.pop("prepared", None)
         MODELS.pop("clip", None)
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_heads_that_a_model_of_ones_own_lacks_are_refused(tmp_path, capsys):
+    config = written(tmp_path, textwrap.dedent(TWO_TERMS), AS_AN_EXPERIMENT)
+    words = ["train", config, f"--workdir={tmp_path}/run", "--config.model.head=trained"]
+    assert train.main(words) == 2
+    assert "returned a model without trained heads" in " ".join(capsys.readouterr().err.split())
 
 
 def test_some_of_a_sources_tasks_can_be_named(tmp_path, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32, UInt8
 
@@ -30,7 +31,7 @@ __all__ = [
     "Split",
     "Task",
     "Transform",
-    "check_alike",
+    "check_tasks",
     "example_bytes",
     "example_shapes",
     "fingerprint",
@@ -95,8 +96,8 @@ class Task:
 
     Raises:
         ValueError: If a split has no array or no example, its arrays differ in their number of
-            examples, one of them holds a NaN, the splits differ in what an example is, or not
-            every example has a site.
+            examples, one of them holds a NaN, no numbers, or integers beyond 32 bits, the splits
+            differ in what an example is, or not every example has a site.
     """
 
     name: str
@@ -141,6 +142,15 @@ class Task:
                 found = f"{type(leaf).__name__} of shape {list(np.shape(leaf))}"
                 raise ValueError(
                     f"{where}: {path} is {found}; expected a numpy array [examples, ...]"
+                )
+            if not any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.number, jnp.bool_)):
+                raise ValueError(
+                    f"{where}: {path} holds {leaf.dtype}, expected numbers; give each text a number"
+                )
+            if leaf.dtype in (np.int64, np.uint64) and _overflows(leaf):
+                raise ValueError(
+                    f"{where}: {path} runs from {leaf.min()} to {leaf.max()}, beyond the 32 bits "
+                    "that devices keep of integers; number them from 0, or make them floats"
                 )
             if np.issubdtype(leaf.dtype, np.floating) and np.isnan(leaf).any():
                 row = int(np.flatnonzero(np.isnan(leaf.reshape(len(leaf), -1)).any(axis=1))[0])
@@ -220,15 +230,32 @@ def example_shapes(split: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), split)
 
 
-def check_alike(tasks: Sequence[Task]) -> None:
-    """Checks that examples of all tasks are of one form.
+def check_tasks(tasks: Sequence[Task], where: str = "tasks: found") -> None:
+    """Checks that there are tasks, each of a name of its own, and examples of all of one form.
+
+    Args:
+        tasks: What is checked.
+        where: What errors begin with.
 
     Raises:
-        ValueError: If trees, shapes or dtypes differ, with the task and the arrays.
+        ValueError: If not; where trees, shapes or dtypes differ, with the task and the arrays.
     """
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise ValueError(f"{where} {type(task).__name__} among tasks, expected matu_jax.Task.")
+    if not tasks or len({task.name for task in tasks}) < len(tasks):
+        names = ", ".join(task.name for task in tasks) or "none"
+        raise ValueError(
+            f"{where} the tasks {names}; expected at least one, each of a name of its own."
+        )
     for task in tasks:
         where = f"an example of task {task.name!r} against one of {tasks[0].name!r}"
         _check_examples(task.train, tasks[0].train, where)
+
+
+def _overflows(leaf: np.ndarray) -> bool:
+    kept = np.iinfo(np.int32 if leaf.dtype == np.int64 else np.uint32)
+    return bool(leaf.size and (leaf.min() < kept.min or leaf.max() > kept.max))
 
 
 def _check_examples(split: PyTree, reference: PyTree, where: str) -> None:

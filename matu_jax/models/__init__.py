@@ -3,8 +3,8 @@
 A model is built once with Flax NNX and split; the rest of the package sees plain trees of arrays
 and pure functions. The parts:
 
-- `contract`: what a federation asks of a model; `classification`, of images, is one; `metrics` and
-  `modules` (of Flax NNX) are for one's own;
+- `contract`: what a federation asks of a model, and `checks` of it; `classification`, of images, is
+  one; `metrics`, `modules` (of Flax NNX) and `language` (its export as PEFT) are for one's own;
 - `architectures`: the real architectures in numbers; `images`: the images they take;
 - `transformer`, `vit`, `towers`: the modules; `backbone` splits them;
 - `embedded`, `pretrained`: the benchmark's own backbone, and real checkpoints with `huggingface`
@@ -21,6 +21,7 @@ from matu_jax import trees
 from matu_jax.data import ImageTask, Task, image_tasks
 from matu_jax.errors import did_you_mean
 from matu_jax.models.architectures import MODELS, TRANSFORMS, check_architecture
+from matu_jax.models.checks import check_model, told
 from matu_jax.models.choices import ModelConfig
 from matu_jax.models.classification import Classifier, classifier
 from matu_jax.models.contract import Metric, Model, linearised
@@ -77,16 +78,30 @@ def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model
       seed: what is drawn at random is drawn from it.
 
     Raises:
-      ValueError: as `build_classifier`, or if a builder of `MODELS` returns something else.
+      ValueError: as `build_classifier`, or if a builder of `MODELS` fails or
+        returns something else.
+      ContractError: if the model that it returns breaks the contract.
     """
     if config.architecture not in MODELS:
         return build_classifier(config, tasks, seed=seed)
-    model = MODELS[config.architecture](config, tasks, seed=seed)
+    where = f"config.model.architecture {config.architecture!r}: its function in MODELS"
+    try:
+        model = MODELS[config.architecture](config, tasks, seed=seed)
+    except ValueError:
+        raise
+    except Exception as error:  # of a function of the user's
+        raise ValueError(f"{told(where, error)}.") from error
     if not isinstance(model, Model):
         raise ValueError(
-            f"config.model.architecture {config.architecture!r}: its function in MODELS returned "
-            f"{type(model).__name__}, expected a matu_jax.models.Model."
+            f"{where} returned {type(model).__name__}, expected a matu_jax.models.Model."
         )
+    if config.trains_heads and not model.trains_heads:
+        raise ValueError(
+            f"{where} returned a model without trained heads, but config.model.head and task_heads "
+            "ask for some. Leave them as they are by default, or build Model(..., "
+            "trains_heads=True)."
+        )
+    check_model(model, tasks)
     return model
 
 

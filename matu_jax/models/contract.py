@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from matu_jax.trees import PyTree, leaf_items
+from matu_jax.trees import PyTree
 
 
 class ContractError(ValueError):
@@ -79,39 +79,6 @@ def linearised(model: Model) -> Model:
             "choose another algorithm."
         )
     return model.linearise()
-
-
-def check_loss(loss: Any) -> jax.Array:
-    """A model's loss, checked to be one number.
-
-    Raises:
-      ContractError: if it is not.
-    """
-    if jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        raise ContractError(
-            f"model.loss: returned {jnp.result_type(loss)}{list(jnp.shape(loss))}, expected one "
-            "float, such as the mean over the batch."
-        )
-    return jnp.asarray(loss)
-
-
-def check_sums(sums: Mapping[str, PyTree], examples: int) -> None:
-    """Checks that metrics say of each example what it adds.
-
-    Args:
-      sums: by metric.
-      examples: how many there are in the batch.
-
-    Raises:
-      ContractError: names the metric and the leaf that has no axis of examples.
-    """
-    for path, leaf in leaf_items(dict(sums)):
-        if jnp.shape(leaf)[:1] != (examples,):
-            raise ContractError(
-                f"model.metrics: {path}: found {list(jnp.shape(leaf))}, expected [{examples}, "
-                "...]: what each of the batch's examples adds, before any sum or mean over them, "
-                "so that padding can be left out."
-            )
 
 
 def loss_of_outputs(

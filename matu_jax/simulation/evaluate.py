@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, Shaped
+from jaxtyping import Array, Bool, Float, Float64, Int, Int32, Int64, Shaped
 
 from matu_jax.data import example_bytes, example_shapes, num_examples
 from matu_jax.data.feed import BUDGET_BYTES, prefetched
 from matu_jax.models import Metric, Model
-from matu_jax.models.contract import ContractError, check_sums
+from matu_jax.models.checks import check_sums, told
+from matu_jax.models.contract import ContractError
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import Federation, measured
 from matu_jax.simulation.measures import SCORE, main_metrics
@@ -29,6 +30,7 @@ from matu_jax.simulation.placement import (
 )
 from matu_jax.trees import PyTree
 
+_DIVERGED = ""  # no metric of a model has this name
 _STREAMED_SLOTS = 8  # at once, where images are streamed: few tasks share a piece then
 
 
@@ -197,7 +199,8 @@ def evaluation(
                 return jnp.where(padding, x, 0).sum(axis=0)
 
             found = {name: metric.sums(outputs, batch) for name, metric in metrics.items()}
-            check_sums(found, counted.shape[0])
+            for name, own in found.items():
+                check_sums(own, counted.shape[0], f"model.metrics[{name!r}].sums")
             return jax.tree.map(total, found)
 
         found = jax.lax.map(of_batch, jnp.arange(there.shape[1]))
@@ -315,9 +318,8 @@ def measuring(
       parameters: (base, frozen), placed on all of them.
     """
     tasks, slots = federation.tasks, federation.slots
-    program = jax.jit(
-        evaluation(model, model.metrics, mesh, parallel_slots=config.local.parallel_slots)
-    )
+    metrics = {**model.metrics, _DIVERGED: Metric(_diverged, int)}
+    program = jax.jit(evaluation(model, metrics, mesh, parallel_slots=config.local.parallel_slots))
     sets = evaluation_sets(config, federation, mesh)
     resident = {
         split: on_each(whole.load(0), mesh)
@@ -329,10 +331,14 @@ def measuring(
     measured_by = [set(task.metrics or model.metrics) for task in tasks]
 
     def of_metric(name: str, sums: PyTree) -> np.ndarray:
-        per_slot = values(model.metrics[name], sums[name], name)
-        asked = [name in measured_by[task] for task in slots.task]
-        worst = -np.inf if model.metrics[name].higher_is_better else np.inf
-        return np.where(asked, np.where(_finite(sums[name]), per_slot, worst), np.nan)
+        metric = model.metrics[name]
+        asked = np.flatnonzero([name in measured_by[task] for task in slots.task])
+        own = jax.tree.map(lambda x: x[asked], sums[name])
+        finite = _finite(own) & (sums[_DIVERGED][asked] == 0)
+        worst = -np.inf if metric.higher_is_better else np.inf
+        found = np.full(len(slots.task), np.nan)
+        found[asked] = np.where(finite, values(metric, own, name), worst)
+        return found
 
     def measure(vectors_of: Callable[[np.ndarray], PyTree]) -> dict[str, Any]:
         found_by: dict[str, dict[str, Any]] = {}
@@ -356,6 +362,20 @@ def measuring(
         return found_by
 
     return measure
+
+
+def _diverged(outputs: PyTree, batch: PyTree) -> Bool[Array, "examples"]:
+    """Of which examples an output is NaN or +inf; -inf is the logit of what is left out."""
+
+    def of_leaf(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.zeros(examples, jnp.bool_)
+        wrong = jnp.isnan(x) | jnp.isposinf(x)
+        return wrong.reshape(x.shape[0], -1).any(axis=1) if x.ndim else wrong
+
+    examples = num_examples(batch)
+    found = [jnp.broadcast_to(of_leaf(x), examples) for x in jax.tree.leaves(outputs)]
+    return jnp.stack(found).any(axis=0)
 
 
 def _finite(sums: PyTree[Shaped[np.ndarray, "slots ..."]]) -> Bool[np.ndarray, "slots"]:
@@ -398,9 +418,9 @@ def values(
             return float(metric.value(one))
         except Exception as error:  # of a function of the user's
             raise ContractError(
-                f"model.metrics[{name!r}].value: {type(error).__name__}: {error}; expected a "
-                f"number, NaN where nothing was measured, of the sums {one}."
-            ) from None
+                f"{told(f'model.metrics[{name!r}].value', error)}; expected a number, NaN where "
+                f"nothing was measured, of the sums {one}."
+            ) from error
 
     slots = len(jax.tree.leaves(sums)[0])
     return np.array([of_slot(row) for row in range(slots)], np.float64)

@@ -19,7 +19,7 @@ from matu_jax.data import (
     SPLITS,
     ImageTask,
     Task,
-    check_alike,
+    check_tasks,
     embedded,
     fingerprint,
     num_examples,
@@ -33,6 +33,7 @@ from matu_jax.data.rendering import SIZE
 from matu_jax.errors import did_you_mean
 from matu_jax.models import Model, base_fingerprint
 from matu_jax.models.architectures import check_architecture
+from matu_jax.models.checks import told
 from matu_jax.models.images import transform_of
 from matu_jax.scenarios import attacks, failures
 from matu_jax.simulation.choices import SimulationConfig
@@ -129,15 +130,15 @@ def _own_tasks(data: DataConfig) -> tuple[Task, ...]:
         raise ValueError(
             f"SOURCES[{data.source!r}]: is the name of a source of the package; choose another."
         )
-    tasks = tuple(SOURCES[data.source](data))
-    where = f"config.data.source {data.source!r}: its function in SOURCES returned"
-    for task in tasks:
-        if not isinstance(task, Task):
-            raise ValueError(f"{where} {type(task).__name__} among tasks, expected matu_jax.Task.")
+    where = f"config.data.source {data.source!r}: its function in SOURCES"
+    try:
+        tasks = tuple(SOURCES[data.source](data))
+    except ValueError:
+        raise
+    except Exception as error:  # of a function of the user's
+        raise ValueError(f"{told(where, error)}.") from error
+    check_tasks(tasks, f"{where} returned")
     by_name = {task.name: task for task in tasks}
-    if not tasks or len(by_name) < len(tasks):
-        names = ", ".join(task.name for task in tasks) or "none"
-        raise ValueError(f"{where} the tasks {names}; expected some, each of a name of its own.")
     asked = [name.strip() for name in data.tasks.split(",") if name.strip()] or list(by_name)
     for name in asked:
         if name not in by_name or asked.count(name) > 1:
@@ -209,7 +210,7 @@ def dealt_out(
     """
     data = config.data
     trace = _trace(config) if trace is None else trace
-    check_alike(tasks)
+    check_tasks(tasks)
     if any(task.sites for task in tasks):
         return _of_sites(config, tasks, trace)
     try:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from matu_jax.algorithms.contract import LocalRule
 from matu_jax.models import Model
-from matu_jax.models.contract import check_loss
+from matu_jax.models.checks import check_loss
 from matu_jax.simulation.choices import LocalConfig
 from matu_jax.simulation.placement import map_slots
 from matu_jax.trees import PyTree

@@ -160,17 +160,11 @@ def run(
                 f"{config.algorithm!r} have no masks and scales; choose another kind."
             )
     taken = RECORD | SUMMARY
-    if not model.metrics or taken & model.metrics.keys():
+    if taken & model.metrics.keys():
         raise ValueError(
-            f"model.metrics: found {', '.join(model.metrics) or 'none'}; expected at least one, "
-            "and none of the names that records and summaries have already: "
-            f"{', '.join(sorted(taken))}."
+            f"model.metrics: found {', '.join(model.metrics)}; expected none of the names that "
+            f"records and summaries have already: {', '.join(sorted(taken))}."
         )
-    for name in model.metrics:
-        if not name.strip() or not name.isprintable() or len(name) > 60:
-            raise ValueError(
-                f"model.metrics: found the name {name!r}, expected 1 to 60 printable characters."
-            )
     main_measure(model.metrics, federation.tasks)
     if algorithm.local.linearised and model.linearise is None:
         linearised(model)  # says what is missing

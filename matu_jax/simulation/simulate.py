@@ -8,6 +8,7 @@ from matu_jax import fields
 from matu_jax.data import Task
 from matu_jax.data.choices import DataConfig
 from matu_jax.models import Model
+from matu_jax.models.checks import check_model
 from matu_jax.models.choices import ModelConfig
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import algorithm_for, dealt_out
@@ -23,8 +24,8 @@ def simulate(
       tasks: with their data; all of one form.
       model: whose loss and outputs take batches of that form.
       config: algorithm, rounds, local training, and how the tasks are dealt out to clients: `data`
-        without `tasks`, `source`, `folders` and `validation_fraction`, and all without `model`,
-        which must be left as they are by default.
+        without `tasks`, `source`, `folders`, `sites`, `manifest` and `validation_fraction`, and all
+        without `model`, which must be left as they are by default.
       mesh: the devices; all, if None.
 
     Yields:
@@ -33,8 +34,8 @@ def simulate(
 
     Raises:
       ValueError: at once, for a field that is out of range or not looked at, tasks that cannot be
-        dealt out, or an algorithm that cannot be built; in the first round, for a loss, metric or
-        algorithm that breaks its contract.
+        dealt out, a model that breaks its contract, or an algorithm that cannot be built; in the
+        first round, for a metric's value or an algorithm that breaks its contract.
       StoppedError: in the round in which the training of too many slots fails.
 
     Example:
@@ -64,7 +65,7 @@ def simulate(
     """
     config = fields.checked(config, "config")
     ignored = {"config.model": (config.model, ModelConfig())}
-    for name in ("tasks", "source", "folders", "validation_fraction"):
+    for name in ("tasks", "source", "folders", "sites", "manifest", "validation_fraction"):
         default = getattr(DataConfig(), name)
         ignored[f"config.data.{name}"] = getattr(config.data, name), default
     for name, (found, default) in ignored.items():
@@ -73,7 +74,6 @@ def simulate(
                 f"{name}: found {found!r}, but simulate takes tasks and model themselves; leave it "
                 f"as it is by default, {default!r}."
             )
-    if not tasks:
-        raise ValueError("tasks: found none, expected at least one.")
-    algorithm = algorithm_for(config, model)
-    return run(config, algorithm, model, dealt_out(config, tasks), mesh=mesh)
+    federation = dealt_out(config, tasks)
+    check_model(model, tasks)
+    return run(config, algorithm_for(config, model), model, federation, mesh=mesh)

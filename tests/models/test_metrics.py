@@ -101,6 +101,8 @@ def test_memory_does_not_grow_with_classes(make):
 
     def temporary(classes):
         sums = jax.jit(make(pair, classes).sums).lower(pixels, pixels).compile()
-        return sums.memory_analysis().temp_size_in_bytes
+        analysis = sums.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     assert temporary(64) < 2 * temporary(2) + pixels.nbytes

@@ -144,6 +144,8 @@ def replaced(**fields):
 
 
 MEAN = metrics.Metric(lambda outputs, batch: {"all": outputs.sum()}, lambda sums: sums["all"])
+NOTHING = metrics.Metric(lambda outputs, batch: {}, lambda sums: 0)
+FAILS = metrics.Metric(lambda outputs, batch: outputs, lambda sums: 1 / 0)
 NO_NAN = {"x": np.zeros((3, 2), np.float32), "y": np.zeros(3, np.float32)}
 
 
@@ -158,16 +160,39 @@ NO_NAN = {"x": np.zeros((3, 2), np.float32), "y": np.zeros(3, np.float32)}
             "dirichlet_alpha: found 0.5.*'up' is no",
         ),
         ({"attack": AttackConfig("label_flip", share=1.0)}, MODEL, "attack.kind: .*about labels"),
+        ({"data": DataConfig(sites="there")}, MODEL, "config.data.sites: found 'there'"),
+        ({"data": DataConfig(manifest="m.csv")}, MODEL, "config.data.manifest: found 'm.csv'"),
         ({"rounds": 0}, MODEL, "config.rounds: found 0, expected at least 1"),
         ({"algorithm": "ntk_fedavg"}, MODEL, r"needs Model\(..., linearise=...\)"),
         (
             {},
             replaced(loss=lambda p, f, b, *_: outputs(p, f, b, 0)),
-            r"model.loss: returned float32\[5\], expected one float",
+            r"model.loss: returned float32\[2\], expected one float",
         ),
+        ({}, replaced(loss=lambda *_: None), "model.loss: returned NoneType, expected one float"),
+        ({}, replaced(loss=lambda *_: (1.0, {})), "model.loss: returned tuple, expected one float"),
+        (
+            {},
+            replaced(loss=lambda p, f, b, *_: b["z"].mean()),
+            r"model.loss: KeyError: 'z' \(.*test_simulate.py, line \d+\)",
+        ),
+        ({}, replaced(outputs=lambda p, *_: p["v"]), "model.outputs: KeyError: 'v'"),
+        ({}, replaced(base={}), "model.base: found no array"),
+        ({}, replaced(base={"w": jnp.ones(2, int)}), "base: w: found int32, expected an array of"),
+        ({}, replaced(base={"w": 0.5}), "base: w: found float, expected an array of floats"),
+        ({}, replaced(base={"w": jnp.array([jnp.inf])}), "base: w: holds a number that is not fin"),
+        ({}, replaced(trains_heads=True), "base: found w; with trains_heads expected"),
         ({}, replaced(metrics={}), "model.metrics: found none"),
+        ({}, replaced(metrics={"r2": outputs}), r"metrics\['r2'\]: found function, expected a"),
+        ({}, replaced(metrics={"a\n": R2}), "expected 1 to 60 printable characters"),
+        ({}, replaced(metrics={"no": NOTHING}), r"metrics\['no'\].sums: returned no array"),
+        ({}, replaced(metrics={"no": FAILS}), r"metrics\['no'\].value: ZeroDivisionError: .*line"),
         ({}, replaced(metrics={"loss": R2}), "none of the names that records and summaries have"),
-        ({}, replaced(metrics={"mean": MEAN}), r"model.metrics: mean/all: found \[\], expected"),
+        (
+            {},
+            replaced(metrics={"mean": MEAN}),
+            r"model.metrics\['mean'\].sums: all: found float32\[\], expected",
+        ),
     ],
 )
 def test_what_breaks_the_contract_is_refused(config, model, words):
@@ -186,6 +211,8 @@ def test_what_breaks_the_contract_is_refused(config, model, words):
             "NaN, first in example 1",
         ),
         ({"train": {}}, "there is no array"),
+        ({"train": {"x": np.array(["a", "b"])}}, "x holds <U1, expected numbers"),
+        ({"train": {"x": np.array([0, 2**31])}}, "x runs from 0 to 2147483648, beyond the 32 bits"),
         ({"train": {"x": 3.0}}, "x is float of shape"),
         ({"test": {"x": NO_NAN["x"][:0], "y": NO_NAN["y"][:0]}}, "there is no example"),
     ],
@@ -202,21 +229,57 @@ def test_tasks_of_two_forms_are_refused():
         last(tasks=[*TASKS, other])
 
 
+def test_tasks_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="tasks: found the tasks up, up; expected at least one"):
+        last(tasks=[TASKS[0], TASKS[0]])
+    with pytest.raises(ValueError, match="tasks: found the tasks none"):
+        last(tasks=[])
+    with pytest.raises(ValueError, match=r"found dict among tasks, expected matu_jax\.Task"):
+        last(tasks=[NO_NAN])
+
+
+def test_a_metric_is_measured_on_the_tasks_that_ask_for_it_alone():
+    """Its value need not be defined on others, such as that of a class which they lack."""
+
+    def sums(outputs, batch):
+        return {"far": jnp.abs(batch["y"]) > 5, "all": jnp.ones_like(batch["y"], jnp.int32)}
+
+    def value(sums):
+        assert sums["far"] == 0
+        return 1 / sums["all"]
+
+    tasks = [
+        dataclasses.replace(task, metrics=("r2",) if task.name == "steep" else ("r2", "near"))
+        for task in TASKS
+    ]
+    assert [(np.abs(task.test["y"]) > 5).any() for task in tasks] == [False, False, True]
+    model = replaced(metrics={"r2": R2, "near": metrics.Metric(sums, value)})
+    record = last(dataclasses.replace(CONFIG, rounds=1), model, tasks).record
+    found = record["near"]["test_per_task"]
+    assert found == pytest.approx({"up": 1 / 33, "down": 1 / 33, "steep": np.nan}, nan_ok=True)
+
+
 def test_the_face_imports_what_is_heavy_when_asked():
     assert matu_jax.simulate.__module__ == "matu_jax.simulation.simulate"
     with pytest.raises(AttributeError, match="no attribute 'simulated'"):
         _ = matu_jax.simulated  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_a_slot_that_diverged_makes_no_round_the_best():
+POSITIVE = metrics.accuracy(lambda outputs, batch: (outputs > 0, batch["y"] > 0))
+
+
+@pytest.mark.parametrize("metrics", [MODEL.metrics, {"accuracy": POSITIVE}])
+@pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
+def test_a_slot_that_diverged_makes_no_round_the_best(metrics, wrong):
     """Outputs that are not finite are infinitely bad; they are not left out of a mean."""
 
     def diverging(params, frozen, batch, task, key=None):
         found = outputs(params, frozen, batch, task)
-        return jnp.where(task == 1, jnp.nan, found)
+        return jnp.where(task == 1, wrong, found)
 
-    (first, *_) = matu_jax.simulate(TASKS, replaced(outputs=diverging), CONFIG)
-    name = next(iter(MODEL.metrics))
+    model = replaced(outputs=diverging, metrics=metrics)
+    (first, *_) = matu_jax.simulate(TASKS, model, CONFIG)
+    name = next(iter(metrics))
     assert not np.isfinite(first.record[name]["test_mean"])
     by_task = list(first.record[name]["test_per_task"].values())
     assert [bool(np.isfinite(value)) for value in by_task] == [True, False, True]
