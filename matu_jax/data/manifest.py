@@ -2,7 +2,7 @@
 
 | column | |
 |---|---|
-| `label` | a class name; or, beside features and where all labels are one, a number to predict |
+| `label` | a class name; or, beside features and where all labels are, a finite number to predict |
 | `path` | an image, relative to the file's folder; or else |
 | any other column | a feature, a number |
 | `task` | optional; without it the file's name |
@@ -22,17 +22,16 @@ from pathlib import Path
 import numpy as np
 
 from matu_jax.data import SPLITS
-from matu_jax.data.rows import Row, check_groups
+from matu_jax.data.labels import is_number
+from matu_jax.data.rows import Row, Table, check_groups
 from matu_jax.data.selection import SPLITS as SPLIT_NAMES
 from matu_jax.json_files import regular_file
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 COLUMNS = ("path", "label", "site", "task", "split", "group")
 """What is no feature."""
 
 
-def read(file: str | os.PathLike[str]) -> list[Row]:
+def read(file: str | os.PathLike[str]) -> Table:
     """Reads a manifest.
 
     Raises:
@@ -58,14 +57,8 @@ def read(file: str | os.PathLike[str]) -> list[Row]:
     if not rows:
         raise ValueError(f"{path}: found a header and no row, expected one per example.")
     _check_once(rows, path)
-    if features and all(_is_number(str(row.label)) for row in rows):
-        where = [f"{path}, {row.where}" for row in rows]
-        rows = [
-            row._replace(label=_number(str(row.label), at, "label"))
-            for row, at in zip(rows, where, strict=True)
-        ]
     check_groups(rows, str(path))
-    return rows
+    return Table(str(path), rows)
 
 
 def _check_header(header: list[str], path: Path) -> list[str]:
@@ -127,21 +120,13 @@ def _row(values: dict[str, str], features: list[str], path: Path, line: int) -> 
     )
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return "_" not in text  # which Python takes between digits
-
-
 def _in_float32(numbers: tuple[float, ...]) -> list[float]:
     """Numbers as a model sees them; of the two zeros the positive one."""
     return (np.array(numbers, np.float32) + np.float32(0)).tolist()
 
 
 def _number(text: str, where: str, name: str) -> float:
-    if not _is_number(text) or not abs(float(text)) <= _LARGEST:
+    if not is_number(text):
         raise ValueError(
             f"{where}: `{name}`: found {text!r}, expected a finite number (of float32). Leave the "
             "row out, or put a number there."

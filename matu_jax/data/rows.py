@@ -6,9 +6,10 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from matu_jax.data import SPLITS, ImageTask, Split, Task, Transform, selection
 from matu_jax.data.class_names import readable
 from matu_jax.data.datasets import GENERAL_TEMPLATES
+from matu_jax.data.labels import are_numbers, classes_of
 from matu_jax.errors import did_you_mean
 
 TEST_FRACTION = 0.2
@@ -29,7 +31,7 @@ class Row(NamedTuple):
         where: What messages call it, such as "line 7".
         task: Its task's name.
         site: Whose it is; "" = nobody's.
-        label: A class name, or a number.
+        label: A class name, or a number, as it is written.
         splits: Those that it may be in: one, where that is given.
         groups: What it belongs to that may not be divided among splits, such as a patient, and
             itself; rows that share one of them, with each other or by way of others, are in one.
@@ -40,16 +42,29 @@ class Row(NamedTuple):
     where: str
     task: str
     site: str
-    label: str | float
+    label: str
     splits: tuple[str, ...]
     groups: tuple[Hashable, ...]
     path: Path | None
     features: tuple[float, ...]
 
 
+class Table(NamedTuple):
+    """All examples of a manifest, or of folders of sites.
+
+    Attributes:
+        name: What messages call it: where it is.
+        rows: In a fixed order.
+        notes: By task, what people should know of how it was read.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    notes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+
 def tasks_of(
-    rows: Sequence[Row],
-    name: str,
+    table: Table,
     *,
     wanted: str = "",
     transform: Transform,
@@ -64,8 +79,7 @@ def tasks_of(
     and site, are left out of training and validation, which `notes` tell.
 
     Args:
-        rows: All, in a fixed order.
-        name: What messages call the whole.
+        table: All examples.
         wanted: Names of tasks with commas between, in the order to take; "" = all, sorted.
         transform: Of images.
         validation_fraction: See `DataConfig`.
@@ -74,13 +88,15 @@ def tasks_of(
     Returns:
         `ImageTask`s of images, whose class names are those of the task at all sites, sorted. Else
         tasks of `{"x": float32 [examples, features], "y": ...}`: y are the labels, float32
-        `[examples]` where all labels of all tasks are numbers; else int32, the positions in the
-        sorted names of the task's classes, which `notes` list.
+        `[examples]` where all labels of all these tasks are numbers; else int32, the positions in
+        the sorted names of the task's classes, which `notes` list.
 
     Raises:
         ValueError: If a task is not there, a split of a task is empty, a site has examples to
-            validate or to test on but none to train on, or images cannot be read.
+            validate or to test on but none to train on, images cannot be read, or labels are
+            numbers and words, see `matu_jax.data.labels.are_numbers`.
     """
+    name, rows, read = table
     there = sorted({row.task for row in rows})
     names = [word.strip() for word in wanted.split(",") if word.strip()] or there
     for task in names:
@@ -90,13 +106,13 @@ def tasks_of(
             )
     if len(set(names)) < len(names):
         raise ValueError(f"config.data.tasks: found {wanted!r}, expected each task once.")
+    numbers = rows[0].path is None and are_numbers([row for row in rows if row.task in names], name)
     splits = _divided(rows, validation_fraction, seed)
     images = _images(rows, transform) if rows[0].path else None
     left_out = [0] * len(rows)
     if images is not None:
         splits, left_out = _without_repeats(splits, images)
     _check_sites(rows, splits, name)
-    numbers = all(isinstance(row.label, float) for row in rows)
     made = []
     for task in names:
         mine = [i for i, row in enumerate(rows) if row.task == task]
@@ -113,7 +129,7 @@ def tasks_of(
             "domain": task,
             "sites": sites if rows[0].site else {},
             "fingerprint": _fingerprint(rows, parts, images),
-            "notes": _notes(sum(left_out[i] for i in mine)),
+            "notes": (*read.get(task, ()), *_notes(sum(left_out[i] for i in mine))),
         }
         if images is None:
             made.append(_of_features(task, rows, parts, numbers, about))
@@ -289,18 +305,13 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-def _classes(rows: Sequence[Row], members: Iterable[int]) -> list[str]:
-    names = sorted({str(rows[i].label) for i in members})
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
-
-
 def _of_images(
     task: str, rows: Sequence[Row], parts: dict[str, list[int]], images: np.ndarray, about: dict
 ) -> ImageTask:
-    classes = _classes(rows, [i for members in parts.values() for i in members])
+    classes = classes_of([rows[i].label for members in parts.values() for i in members])
     position = {name: label for label, name in enumerate(classes)}
     splits = (
-        Split(images[members], np.array([position[str(rows[i].label)] for i in members], np.int32))
+        Split(images[members], np.array([position[rows[i].label] for i in members], np.int32))
         for members in parts.values()
     )
     names = tuple(map(readable, classes))
@@ -310,13 +321,13 @@ def _of_images(
 def _of_features(
     task: str, rows: Sequence[Row], parts: dict[str, list[int]], numbers: bool, about: dict
 ) -> Task:
-    classes = _classes(rows, [i for members in parts.values() for i in members])
+    classes = classes_of([rows[i].label for members in parts.values() for i in members])
     position = {name: label for label, name in enumerate(classes)}
 
     def labels(members: Sequence[int]) -> np.ndarray:
         if numbers:
-            return np.array([rows[i].label for i in members], np.float32)
-        return np.array([position[str(rows[i].label)] for i in members], np.int32)
+            return np.array([float(rows[i].label) for i in members], np.float32)
+        return np.array([position[rows[i].label] for i in members], np.int32)
 
     splits = (
         {"x": np.array([rows[i].features for i in members], np.float32), "y": labels(members)}

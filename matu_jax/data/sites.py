@@ -11,10 +11,10 @@ from pathlib import Path
 
 from matu_jax.data import SPLITS, selection
 from matu_jax.data.folders import list_folder
-from matu_jax.data.rows import Row
+from matu_jax.data.rows import Row, Table
 
 
-def read(root: str | os.PathLike[str]) -> list[Row]:
+def read(root: str | os.PathLike[str]) -> Table:
     """Lists the images of all sites; opens none.
 
     Raises:
@@ -49,7 +49,7 @@ def read(root: str | os.PathLike[str]) -> list[Row]:
                             (),
                         )
                     )
-    return rows
+    return Table(str(root), rows)
 
 
 def _allowed(split: str, there) -> tuple[str, ...]:

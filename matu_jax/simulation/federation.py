@@ -156,7 +156,6 @@ def _tasks_of_sites(config: SimulationConfig) -> tuple[Task, ...]:
     data = config.data
     return rows.tasks_of(
         manifest.read(data.manifest) if data.manifest else sites.read(data.sites),
-        data.manifest or data.sites,
         wanted="" if data.tasks == selection.ALL_FOLDERS else data.tasks,
         transform=transform_of(config.model),
         validation_fraction=data.validation_fraction,
