@@ -29,7 +29,7 @@ from matu_jax.data.datasets import Dataset, Example, Source
 from matu_jax.data.images import EXTENSIONS, decode
 from matu_jax.data.selection import SPLITS, check_utf8, is_directory, is_hidden
 
-__all__ = ["Listing", "decode", "list_folder", "source"]
+__all__ = ["Listing", "decode", "list_folder", "notes_of_files", "source"]
 
 
 class Listing(NamedTuple):
@@ -110,6 +110,14 @@ def list_folder(root: Path) -> Listing:
 def shown(path: str | Path) -> str:
     """A path as it can be printed, even if it is not UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def notes_of_files(ignored: Sequence[str], linked: Sequence[str]) -> tuple[str, ...]:
+    """What people should know of a folder's files: those of `Listing`."""
+    said = {"files that are no images": ignored, "links out of the folder": linked}
+    return tuple(
+        f"{what}: {len(paths)}, such as {paths[0]}" for what, paths in said.items() if paths
+    )
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -251,11 +259,7 @@ def source(dataset: Dataset, root: Path) -> Source:
         # As from TFDS, where the split of this name is among those to train on.
         notes = (f"images of the validation split that are trained on: {len(given):,}",)
         given = ()
-    if listing.ignored:
-        passed, first = len(listing.ignored), listing.ignored[0]
-        notes += (f"files that are no images: {passed}, such as {first}",)
-    if listing.linked:
-        notes += (f"links out of the folder: {len(listing.linked)}, such as {listing.linked[0]}",)
+    notes += notes_of_files(listing.ignored, listing.linked)
     test = listing.splits.get("test")
     return Source(
         _Images(root, train),

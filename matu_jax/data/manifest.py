@@ -10,8 +10,9 @@
 | `split` | optional: train, validation (or val, valid), test; where it is empty, drawn |
 | `group` | optional, such as a patient, who is in one split alone; empty = the row's own |
 
-UTF-8. Rows of one image, or of equal features, are in one split too, whatever their groups and
-tasks; and so is what is joined by way of other rows. Paths may lead out of the folder.
+UTF-8; names that differ only in their Unicode normalisation (NFC or NFD) are one. Rows of one
+image, or of equal features, are in one split too, whatever their groups and tasks; and so is what
+is joined by way of other rows. Paths may lead out of the folder.
 """
 
 import csv
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matu_jax.data import SPLITS
+from matu_jax.data import SPLITS, selection
 from matu_jax.data.labels import is_number
 from matu_jax.data.rows import Row, Table, check_groups
 from matu_jax.data.selection import SPLITS as SPLIT_NAMES
@@ -42,7 +43,7 @@ def read(file: str | os.PathLike[str]) -> Table:
     try:
         with regular_file(path).open(encoding="utf-8-sig", newline="") as stream:
             table = csv.reader(stream, strict=True)
-            header = [name.strip() for name in next(table, [])]
+            header = [selection.composed(name.strip()) for name in next(table, [])]
             features = _check_header(header, path)
             rows = [
                 _row(dict(zip(header, values, strict=True)), features, path, table.line_num)
@@ -105,12 +106,13 @@ def _row(values: dict[str, str], features: list[str], path: Path, line: int) -> 
             "nothing to have it drawn."
         )
     image = path.parent / values["path"] if "path" in values else None
+    values = {name: selection.composed(value) for name, value in values.items()}
     numbers = tuple(_number(values[name], where, name) for name in features)
     example = f"image {os.path.normpath(image)}" if image else f"features {_in_float32(numbers)}"
     group = [f"group {values['group']!r}"] if values.get("group") else []
     return Row(
         f"line {line}",
-        values.get("task", path.stem),
+        values.get("task", selection.composed(path.stem)),
         values.get("site", ""),
         values["label"],
         (SPLIT_NAMES[split],) if split else SPLITS,

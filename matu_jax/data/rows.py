@@ -98,6 +98,7 @@ def tasks_of(
     """
     name, rows, read = table
     there = sorted({row.task for row in rows})
+    wanted = selection.composed(wanted)
     names = [word.strip() for word in wanted.split(",") if word.strip()] or there
     for task in names:
         if task not in there:

@@ -23,6 +23,7 @@ __all__ = [
     "check_directory",
     "check_once",
     "check_utf8",
+    "composed",
     "find",
     "image_folder",
     "is_generated",
@@ -31,6 +32,7 @@ __all__ = [
     "place_of",
     "resolve",
     "short_name",
+    "twins",
 ]
 
 GENERATED = ("embedded8", "embedded30")
@@ -146,11 +148,11 @@ def find(name: str, folders: _Folder = "", cache_dir: _Folder | None = None) -> 
         return DATASETS[name]
     root = _root(folders, cache_dir)
     there = _directories(root)
-    same = [other for other in there if _composed(other) == _composed(name)]
+    same = [other for other in there if composed(other) == composed(name)]
     if name in there or len(same) == 1:
         return _own(name if name in there else same[0])
     if len(same) > 1:
-        raise _twins(root, same)
+        raise twins(root, same)
     if any((cache(cache_dir) / "prepared").glob(f"{_escaped(short_name(name))}-{'[0-9a-f]' * 16}")):
         return _own(name)
     known = [*DATASETS, *SETS, *GENERATED]
@@ -227,9 +229,9 @@ def _all_folders(root: Path) -> tuple[str, ...]:
             raise ValueError(
                 f"{root / name}: {name!r} is the name of a set of datasets; rename the folder"
             )
-        same = [other for other in names if _composed(other) == _composed(name)]
+        same = [other for other in names if composed(other) == composed(name)]
         if len(same) > 1:
-            raise _twins(root, same)
+            raise twins(root, same)
     return tuple(names)
 
 
@@ -289,14 +291,16 @@ def is_directory(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _twins(root: Path, names: Sequence[str]) -> ValueError:
+def twins(root: Path, names: Sequence[str]) -> ValueError:
+    """What to say of names in a folder that differ in nothing but their Unicode normalisation."""
     spelled = " and ".join(ascii(str(root / name)) for name in names)
     return ValueError(
         f"{spelled} are called the same, spelled with different Unicode characters; rename one"
     )
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
+    """A name in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", name)
 
 

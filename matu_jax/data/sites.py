@@ -2,15 +2,18 @@
 
     root/<site>/<task>/<split>/<class>/<image>
 
-A site may hold some of the tasks, and some of a task's classes. Each `<site>/<task>` is laid out as
-`matu_jax.data.folders` says: without `test`, a fifth of the site's images is tested on.
+A site may hold some of the tasks, and some of a task's classes. Names of sites, tasks and classes
+that differ only in their Unicode normalisation (NFC or NFD) are one. Each `<site>/<task>` is laid
+out as `matu_jax.data.folders` says: without `test`, a fifth of the site's images is tested on.
 """
 
 import os
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from matu_jax.data import SPLITS, selection
-from matu_jax.data.folders import list_folder
+from matu_jax.data.folders import Listing, list_folder, notes_of_files
 from matu_jax.data.rows import Row, Table
 
 
@@ -27,29 +30,35 @@ def read(root: str | os.PathLike[str]) -> Table:
             "per site"
         )
     rows = []
-    for site in _named(root, "site"):
-        for task in _named(root / site, "task"):
+    ignored, linked = defaultdict(list), defaultdict(list)
+    for site, at in _named(root, "site").items():
+        for task, folder in _named(at, "task").items():
             try:
-                listing = list_folder(root / site / task)
+                listing = list_folder(folder)
             except ValueError as error:
                 raise ValueError(
                     f"{error}. The layout is {root}/<site>/<task>/<split>/<class>/<image>."
                 ) from None
-            for split, files in listing.splits.items():
-                for path, label in files:
-                    rows.append(
-                        Row(
-                            f"{site}/{task}/{path}",
-                            task,
-                            site,
-                            listing.folders[label],
-                            _allowed(split, listing.splits),
-                            (f"image {root / site / task / path}",),
-                            root / site / task / path,
-                            (),
-                        )
-                    )
-    return Table(str(root), rows)
+            rows += _rows(site, task, listing)
+            ignored[task] += listing.ignored
+            linked[task] += listing.linked
+    notes = {task: notes_of_files(ignored[task], linked[task]) for task in ignored}
+    return Table(str(root), rows, notes)
+
+
+def _rows(site: str, task: str, listing: Listing) -> Iterator[Row]:
+    for split, files in listing.splits.items():
+        for path, label in files:
+            yield Row(
+                f"{site}/{task}/{path}",
+                task,
+                site,
+                listing.folders[label],
+                _allowed(split, listing.splits),
+                (f"image {listing.root / path}",),
+                listing.root / path,
+                (),
+            )
 
 
 def _allowed(split: str, there) -> tuple[str, ...]:
@@ -59,7 +68,8 @@ def _allowed(split: str, there) -> tuple[str, ...]:
     return tuple(part for part in SPLITS if part == split or part not in there)
 
 
-def _named(folder: Path, what: str) -> list[str]:
+def _named(folder: Path, what: str) -> dict[str, Path]:
+    """The folders in a folder, by their composed names."""
     names = sorted(
         entry.name
         for entry in os.scandir(folder)
@@ -74,4 +84,7 @@ def _named(folder: Path, what: str) -> list[str]:
             raise ValueError(
                 f"{folder}: found {name!r} in it, which is the name of a split, {layout}"
             )
-    return names
+        same = [other for other in names if selection.composed(other) == selection.composed(name)]
+        if len(same) > 1:
+            raise selection.twins(folder, same)
+    return {selection.composed(name): folder / name for name in names}

@@ -340,3 +340,51 @@ def test_one_level_too_many_or_too_few_is_said(path, words, tmp_path):
         sites.read(tmp_path / "data")
     with pytest.raises(ValueError, match="there is no such directory"):
         sites.read(tmp_path / "nowhere")
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def test_names_of_two_unicode_forms_are_one_at_sites(tmp_path):
+    root, level = tmp_path / "data", itertools.count()
+    for site, task, kind in (("n", NFC, NFD), ("s", NFD, NFC)):
+        for name in (kind, "tea"):
+            for i in range(10):
+                picture(root / site / task / name / f"{i}.png", next(level))
+    (task,) = tasks_of(sites.read(root), wanted=NFD)
+    assert isinstance(task, ImageTask)
+    assert (task.name, task.class_names) == (NFC, (NFC, "tea"))
+    (root / "s" / NFD).rename(root / "s" / "cups")
+    picture(root / NFC / "cups" / "a" / "0.png", 0)
+    picture(root / NFD / "cups" / "a" / "0.png", 0)
+    with pytest.raises(ValueError, match=r"data/cafe\\u0301' and '.*data/caf\\xe9' are called the"):
+        sites.read(root)
+
+
+def test_names_of_two_unicode_forms_are_one_in_a_manifest(tmp_path):
+    lines = ["x,label,site,task,group,split"]
+    for i in range(40):
+        one = (NFC, NFD)[i % 2]
+        lines.append(f"{i},{(one, 'tea')[i // 2 % 2]},{one},{one},{one}{i // 4},")
+    (task,) = tasks_of(manifest.read(written(tmp_path, "\n".join(lines))))
+    assert (task.name, set(task.sites["train"])) == (NFC, {NFC})
+    assert task.notes == (f"classes: 0 = {NFC}, 1 = tea",)
+    halves = [{x // 4 for x in getattr(task, part)["x"][:, 0]} for part in SPLITS]
+    assert not halves[0] & halves[2]
+    assert not halves[1] & (halves[0] | halves[2])
+
+
+def test_files_of_sites_that_are_no_images_are_told_as_those_of_folders(tmp_path):
+    root, level = tmp_path / "data", itertools.count()
+    for site in ("north", "south"):
+        for kind in "ab":
+            for i in range(10):
+                picture(root / site / "eyes" / "train" / kind / f"{i}.png", next(level))
+        (root / site / "eyes" / "read me.txt").touch()
+    picture(tmp_path / "other" / "x.png", 99)
+    (root / "south" / "eyes" / "train" / "a" / "out.png").symlink_to(tmp_path / "other" / "x.png")
+    (task,) = tasks_of(sites.read(root))
+    assert task.notes == (
+        f"files that are no images: 2, such as {root}/north/eyes/read me.txt",
+        f"links out of the folder: 1, such as {root}/south/eyes/train/a/out.png",
+    )
