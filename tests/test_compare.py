@@ -142,6 +142,11 @@ def test_runs_are_ordered_so_that_a_part_is_a_comparison():
         ({"tuning_seed": 1}, "tuning_seed: found 1, which is one of seeds"),
         ({"tuning_setting": "c"}, "tuning_setting: found 'c'"),
         ({"own_search": {"fedprox": {}}}, "own_search: found 'fedprox', no such arm"),
+        ({"seeds": 2}, "seeds:\n  value: found 2: Input should"),
+        ({"arms": ["matu"]}, r"arms:\n  value: found \['matu'\]: Input should be a valid dict"),
+        ({"settings": {"a": {}}}, "settings:\n  a: found {}: Input should be an instance of Sett"),
+        ({"settings": {"a": plan.Setting("A.", None)}}, r"settings\['a'\].fields:\n  value: found"),  # pyright: ignore[reportArgumentType]
+        ({"search": {"rounds": 3}}, "search:\n  rounds: found 3: "),
         (
             {"settings": {"a": plan.Setting("A.", {}, arms=("mattu",))}},
             r"settings\['a'\].arms: found 'mattu', no such arm. Did you mean \"matu\"",
@@ -150,7 +155,11 @@ def test_runs_are_ordered_so_that_a_part_is_a_comparison():
 )
 def test_a_wrong_comparison_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
-        plan.check(comparison(**changes))
+        plan.check(plan.overridden(comparison(**changes), {}))
+
+
+def test_lists_are_as_good_as_tuples():
+    plan.check(comparison(seeds=[4, 2], search={"rounds": [1, 2]}))
 
 
 def test_a_setting_can_have_arms_of_its_own(tmp_path):

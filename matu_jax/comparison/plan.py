@@ -1,7 +1,8 @@
 """What is compared: arms in settings, over seeds; and which runs that makes."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class Setting:
     description: str
     fields: Fields
     seconds: float = 0.0
-    arms: tuple[str, ...] = ()
+    arms: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +60,11 @@ class Comparison:
     experiment: Config
     settings: Mapping[str, Setting]
     arms: Mapping[str, Fields]
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Sequence[int] = (0, 1, 2)
     reference: str = "per_task"
     ours: str = "matu"
-    search: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    own_search: Mapping[str, Mapping[str, tuple[Any, ...]]] = dataclasses.field(
-        default_factory=dict
-    )
+    search: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    own_search: Mapping[str, Mapping[str, Sequence[Any]]] = dataclasses.field(default_factory=dict)
     trials: int = 5
     tuning_setting: str = ""
     tuning_seed: int = 1000
@@ -131,15 +130,29 @@ def overridden(comparison: Comparison, changes: Mapping[str, str]) -> Comparison
     """A comparison whose experiment has the fields of a command line.
 
     Raises:
-      ValueError: for an unknown field (with "did you mean"), or a value of the wrong type.
+      ValueError: for an unknown field (with "did you mean"), or a value of the wrong type, of the
+        comparison's own as well.
     """
+    _check_types(comparison)
+    experiment = commandline.overridden(comparison.experiment, changes)
+    return dataclasses.replace(comparison, experiment=experiment)
+
+
+def _check_types(comparison: Comparison) -> None:
     if not isinstance(comparison.experiment, Config):
         raise ValueError(
             f"experiment: found {type(comparison.experiment).__name__}, expected a "
             "matu_jax.config.Config, such as Config(rounds=10)."
         )
-    experiment = commandline.overridden(comparison.experiment, changes)
-    return dataclasses.replace(comparison, experiment=experiment)
+
+    def check_fields(found: Any, where: str) -> None:
+        for name, kind in typing.get_type_hints(type(found)).items():
+            if name != "experiment":
+                checked(kind, getattr(found, name), where + name)
+
+    check_fields(comparison, "")
+    for name, setting in comparison.settings.items():
+        check_fields(setting, f"settings[{name!r}].")
 
 
 def check(comparison: Comparison) -> None:
@@ -148,6 +161,7 @@ def check(comparison: Comparison) -> None:
     Raises:
       ValueError: one message with everything that is wrong.
     """
+    _check_types(comparison)
     problems = []
     for name in ("settings", "arms", "seeds"):
         if not getattr(comparison, name):

@@ -18,7 +18,7 @@ class Tried(NamedTuple):
 
 
 def search(
-    fields: Mapping[str, tuple[Any, ...]],
+    fields: Mapping[str, Sequence[Any]],
     trials: int,
     tried: Callable[[dict[str, Any]], Tried],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
