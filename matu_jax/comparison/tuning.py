@@ -6,7 +6,7 @@ a logarithmic scale) the gaps beside the best value of the first field, which is
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
