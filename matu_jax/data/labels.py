@@ -1,11 +1,15 @@
-"""Labels of a table: numbers to predict, or names of classes."""
+"""Labels of a table: numbers to predict, or names of classes, and what is odd about them."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
+from matu_jax.data.class_names import readable
+
 _LARGEST = float(np.finfo(np.float32).max)
+_SHOWN = 20
 
 
 class _Labelled(Protocol):
@@ -71,3 +75,68 @@ def classes_of(labels: Sequence[str]) -> list[str]:
     """The different labels in order: by value if all are whole numbers, else by the alphabet."""
     names = sorted(set(labels))
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+
+
+def notes_of_numbers(labels: Sequence[str]) -> tuple[str, ...]:
+    """What people should know of a task whose labels are numbers."""
+    numbers = sorted({float(label) for label in labels})
+    note = f"a regression of `label`, from {numbers[0]:g} to {numbers[-1]:g}"
+    if len(numbers) <= _SHOWN // 2 and all(number.is_integer() for number in numbers):
+        note += f" (names in place of numbers, such as 'class {numbers[0]:g}', would be classes)"
+    return (note,)
+
+
+def notes_of_classes(rows: Sequence[_Labelled], classes: Sequence[str]) -> tuple[str, ...]:
+    """What people should know of a task's classes: which there are, and what may be misspelled.
+
+    Args:
+        rows: The task's examples.
+        classes: By label.
+    """
+    numbered = [f"{label} = {name}" for label, name in enumerate(classes)]
+    return (f"classes: {listed(numbered)}", *_alike(classes), *_rare(rows))
+
+
+def listed(words: Sequence[str], shown: int = _SHOWN) -> str:
+    """The first words with commas between, and how many more there are."""
+    more = f" and {len(words) - shown} more" if len(words) > shown else ""
+    return ", ".join(words[:shown]) + more
+
+
+def _alike(classes: Sequence[str]) -> Iterator[str]:
+    spelled: dict[str, list[str]] = {}
+    for name in classes:
+        spelled.setdefault("".join(name.casefold().split()), []).append(name)
+    for names in spelled.values():
+        if len(names) > 1:
+            yield (
+                f"warning: {' and '.join(map(repr, names))} are {len(names)} classes that differ "
+                "only in case and spaces; spell them alike if they are one"
+            )
+
+
+def _rare(rows: Sequence[_Labelled]) -> Iterator[str]:
+    counts = Counter(row.label for row in rows)
+    first = {row.label: row.where for row in reversed(rows)}
+    rare = [f"{name!r} ({n}, {first[name]})" for name, n in sorted(counts.items()) if n <= 2]
+    if rare:
+        yield f"warning: classes with one or two examples, if not misspelled: {listed(rare, 5)}"
+
+
+def readable_names(rows: Sequence[_Labelled], classes: Sequence[str], name: str) -> tuple[str, ...]:
+    """Names of classes as people and text encoders read them.
+
+    Raises:
+        ValueError: If two read alike, with an example of each.
+    """
+    first: dict[str, str] = {}
+    for label in classes:
+        other = first.setdefault(readable(label), label)
+        if other != label:
+            one, two = (next(row for row in rows if row.label == each) for each in (other, label))
+            raise ValueError(
+                f"{name}: task {one.task!r}: the classes {other!r} ({one.where}) and {label!r} "
+                f"({two.where}) both read as {readable(label)!r}; spell them alike if they are "
+                "one, else rename one"
+            )
+    return tuple(first)

@@ -17,19 +17,25 @@ is joined by way of other rows. Paths may lead out of the folder.
 
 import csv
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from matu_jax.data import SPLITS, selection
-from matu_jax.data.labels import is_number
+from matu_jax.data.labels import is_number, listed
 from matu_jax.data.rows import Row, Table, check_groups
 from matu_jax.data.selection import SPLITS as SPLIT_NAMES
 from matu_jax.json_files import regular_file
 
 COLUMNS = ("path", "label", "site", "task", "split", "group")
 """What is no feature."""
+
+_SOMEBODY = re.compile(
+    r"(?i:patient|subject|participant|person|individual|group)|(?i:^|[^a-z])(?i:ids?)$|(?<=[a-z])I[dD]s?$"
+)
+"""In the name of a column that may say whose an example is."""
 
 
 def read(file: str | os.PathLike[str]) -> Table:
@@ -59,7 +65,8 @@ def read(file: str | os.PathLike[str]) -> Table:
         raise ValueError(f"{path}: found a header and no row, expected one per example.")
     _check_once(rows, path)
     check_groups(rows, str(path))
-    return Table(str(path), rows)
+    notes = tuple(_notes(features, [row.features for row in rows])) if features else ()
+    return Table(str(path), rows, dict.fromkeys((row.task for row in rows), notes))
 
 
 def _check_header(header: list[str], path: Path) -> list[str]:
@@ -80,6 +87,18 @@ def _check_header(header: list[str], path: Path) -> list[str]:
             f"(all but {', '.join(COLUMNS)}), and not both."
         )
     return features
+
+
+def _notes(features: list[str], numbers: Sequence[tuple[float, ...]]) -> Iterator[str]:
+    """What people should know of the columns of features."""
+    yield f"features, in the order of x: {listed(features)}"
+    for name, column in zip(features, zip(*numbers, strict=True), strict=True):
+        repeats = len({*column}) < len(column) and all(map(float.is_integer, column))
+        if repeats and _SOMEBODY.search(name):
+            yield (
+                f"warning: the column {name!r}, whole numbers that repeat, is a feature; if it "
+                "says whom an example is of, rename it to `group`: nobody is in two splits then"
+            )
 
 
 def _lines(table, header: list[str], path: Path) -> Iterator[list[str]]:

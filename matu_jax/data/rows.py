@@ -15,9 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from matu_jax.data import SPLITS, ImageTask, Split, Task, Transform, selection
-from matu_jax.data.class_names import readable
 from matu_jax.data.datasets import GENERAL_TEMPLATES
-from matu_jax.data.labels import are_numbers, classes_of
+from matu_jax.data.labels import (
+    are_numbers,
+    classes_of,
+    notes_of_classes,
+    notes_of_numbers,
+    readable_names,
+)
 from matu_jax.errors import did_you_mean
 
 TEST_FRACTION = 0.2
@@ -93,8 +98,8 @@ def tasks_of(
 
     Raises:
         ValueError: If a task is not there, a split of a task is empty, a site has examples to
-            validate or to test on but none to train on, images cannot be read, or labels are
-            numbers and words, see `matu_jax.data.labels.are_numbers`.
+            validate or to test on but none to train on, images cannot be read, classes of
+            images read alike, or labels are numbers and words (`labels.are_numbers`).
     """
     name, rows, read = table
     there = sorted({row.task for row in rows})
@@ -132,10 +137,15 @@ def tasks_of(
             "fingerprint": _fingerprint(rows, parts, images),
             "notes": (*read.get(task, ()), *_notes(sum(left_out[i] for i in mine))),
         }
+        kept = [rows[i] for members in parts.values() for i in members]
+        labels = [row.label for row in kept]
+        classes = [] if numbers else classes_of(labels)
+        about["notes"] += notes_of_classes(kept, classes) if classes else notes_of_numbers(labels)
         if images is None:
-            made.append(_of_features(task, rows, parts, numbers, about))
+            made.append(_of_features(task, rows, parts, classes, about))
         else:
-            made.append(_of_images(task, rows, parts, images, about))
+            about["class_names"] = readable_names(kept, classes, name)
+            made.append(_of_images(task, rows, parts, images, classes, about))
     return tuple(made)
 
 
@@ -307,26 +317,33 @@ def _fingerprint(
 
 
 def _of_images(
-    task: str, rows: Sequence[Row], parts: dict[str, list[int]], images: np.ndarray, about: dict
+    task: str,
+    rows: Sequence[Row],
+    parts: dict[str, list[int]],
+    images: np.ndarray,
+    classes: Sequence[str],
+    about: dict,
 ) -> ImageTask:
-    classes = classes_of([rows[i].label for members in parts.values() for i in members])
     position = {name: label for label, name in enumerate(classes)}
     splits = (
         Split(images[members], np.array([position[rows[i].label] for i in members], np.int32))
         for members in parts.values()
     )
-    names = tuple(map(readable, classes))
-    return ImageTask(task, *splits, class_names=names, templates=GENERAL_TEMPLATES, **about)
+    return ImageTask(task, *splits, templates=GENERAL_TEMPLATES, **about)
 
 
 def _of_features(
-    task: str, rows: Sequence[Row], parts: dict[str, list[int]], numbers: bool, about: dict
+    task: str,
+    rows: Sequence[Row],
+    parts: dict[str, list[int]],
+    classes: Sequence[str],
+    about: dict,
 ) -> Task:
-    classes = classes_of([rows[i].label for members in parts.values() for i in members])
+    """Without classes, labels are numbers."""
     position = {name: label for label, name in enumerate(classes)}
 
     def labels(members: Sequence[int]) -> np.ndarray:
-        if numbers:
+        if not classes:
             return np.array([float(rows[i].label) for i in members], np.float32)
         return np.array([position[rows[i].label] for i in members], np.int32)
 
@@ -334,6 +351,4 @@ def _of_features(
         {"x": np.array([rows[i].features for i in members], np.float32), "y": labels(members)}
         for members in parts.values()
     )
-    named = ", ".join(f"{label} = {name}" for name, label in position.items())
-    about["notes"] += () if numbers else (f"classes: {named}",)
     return Task(task, *splits, **about)

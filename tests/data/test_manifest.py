@@ -86,7 +86,7 @@ def test_features_and_words_are_classes(tmp_path):
     text = "x,label\n" + "".join(f"{i},{('no', 'yes', '3')[i % 3]}\n" for i in range(30))
     (task,) = tasks_of(manifest.read(written(tmp_path, text, "flu.csv")))
     assert task.name == "flu"
-    assert task.notes == ("classes: 0 = 3, 1 = no, 2 = yes",)
+    assert task.notes == ("features, in the order of x: x", "classes: 0 = 3, 1 = no, 2 = yes")
     assert task.train["y"].dtype == np.int32
     np.testing.assert_array_equal(task.train["y"], (task.train["x"][:, 0].astype(int) + 1) % 3)
 
@@ -103,7 +103,7 @@ def test_features_and_words_are_classes(tmp_path):
 def test_names_that_look_like_numbers_stay_as_they_are(labels, classes, tmp_path):
     text = "a,label\n" + "".join(f"{i},{labels[i % len(labels)]}\n" for i in range(60)) + "  \n"
     (task,) = tasks_of(manifest.read(written(tmp_path, text)))
-    assert task.notes == (f"classes: {classes}",)
+    assert task.notes[-1] == f"classes: {classes}"
     assert set(task.train["y"]) == {*range(len(labels))}
 
 
@@ -173,7 +173,7 @@ def test_an_image_of_two_tasks_is_in_one_split_whatever_its_groups(groups, pictu
     assert not seen["train"] & seen["test"]
     assert not seen["validation"] & (seen["train"] | seen["test"])
     assert sum(map(len, seen.values())) == 24
-    assert t.notes == u.notes == ()
+    assert t.notes == u.notes == ("classes: 0 = a, 1 = b",)
 
 
 def test_what_a_later_split_shows_too_is_left_out_and_told(tmp_path):
@@ -190,7 +190,7 @@ def test_what_a_later_split_shows_too_is_left_out_and_told(tmp_path):
     levels = {part: set(getattr(task, part).images[:, 0, 0, 0].tolist()) for part in SPLITS}
     assert not levels["train"] & (levels["validation"] | levels["test"])
     assert task.sites["train"].count("north") == 7
-    assert task.notes == ("images left out, since a later split has the same pixels: 2",)
+    assert "images left out, since a later split has the same pixels: 2" in task.notes
 
 
 def test_shares_are_kept_task_by_task_and_site_by_site():
@@ -368,7 +368,7 @@ def test_names_of_two_unicode_forms_are_one_in_a_manifest(tmp_path):
         lines.append(f"{i},{(one, 'tea')[i // 2 % 2]},{one},{one},{one}{i // 4},")
     (task,) = tasks_of(manifest.read(written(tmp_path, "\n".join(lines))))
     assert (task.name, set(task.sites["train"])) == (NFC, {NFC})
-    assert task.notes == (f"classes: 0 = {NFC}, 1 = tea",)
+    assert task.notes[-1] == f"classes: 0 = {NFC}, 1 = tea"
     halves = [{x // 4 for x in getattr(task, part)["x"][:, 0]} for part in SPLITS]
     assert not halves[0] & halves[2]
     assert not halves[1] & (halves[0] | halves[2])
@@ -387,4 +387,58 @@ def test_files_of_sites_that_are_no_images_are_told_as_those_of_folders(tmp_path
     assert task.notes == (
         f"files that are no images: 2, such as {root}/north/eyes/read me.txt",
         f"links out of the folder: 1, such as {root}/south/eyes/train/a/out.png",
+        "classes: 0 = a, 1 = b",
     )
+
+
+def notes_of(lines, folder):
+    return tasks_of(manifest.read(written(folder, "\n".join(lines))))[0].notes
+
+
+def test_notes_say_how_a_task_was_read(tmp_path):
+    assert notes_of(["age,dose,label", *(f"{i},0,{i / 4}" for i in range(40))], tmp_path) == (
+        "features, in the order of x: age, dose",
+        "a regression of `label`, from 0 to 9.75",
+    )
+    assert notes_of(["age,label", *(f"{i},{i % 2}" for i in range(40))], tmp_path)[-1] == (
+        "a regression of `label`, from 0 to 1 (names in place of numbers, such as 'class 0', would "
+        "be classes)"
+    )
+    many = ["x,label", *(f"{i},{'a' * (i % 25 + 1)}" for i in range(100))]
+    assert notes_of(many, tmp_path)[-1].endswith(f", 19 = {'a' * 20} and 5 more")
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "warned"),
+    [
+        *((name, range(8), True) for name in ("patient", "Subject No", "pat_id", "ID", "visitId")),
+        *((name, range(8), False) for name in ("age", "humid", "ACID", "ideal", "paid")),
+        ("patient", range(80), False),  # each its own
+        ("patient", [0.5, 1.5], False),
+    ],
+)
+def test_a_column_that_may_be_a_group_is_told(name, numbers, warned, tmp_path):
+    numbers = list(numbers)
+    lines = [f"x,{name},label"]
+    lines += [f"{i},{numbers[i % len(numbers)]},{i / 4}" for i in range(80)]
+    found = [note for note in notes_of(lines, tmp_path) if note.startswith("warning")]
+    assert [f"{name!r}, whole numbers" in note and "`group`" in note for note in found] == (
+        [True] if warned else []
+    )
+
+
+def test_classes_that_may_be_misspelled_are_told(pictures):
+    labels = ["big cat", "dog"] * 11 + ["Big  cat", "dgo"]
+    lines = ["path,label,split", *(f"{i}.png,{label}," for i, label in enumerate(labels))]
+    classes, alike, rare = notes_of(lines, pictures)
+    assert classes == "classes: 0 = Big  cat, 1 = big cat, 2 = dgo, 3 = dog"
+    assert alike.startswith(
+        "warning: 'Big  cat' and 'big cat' are 2 classes that differ only in case"
+    )
+    assert rare == (
+        "warning: classes with one or two examples, if not misspelled: 'Big  cat' (1, line 24), "
+        "'dgo' (1, line 25)"
+    )
+    text = "\n".join(lines).replace("Big  cat", "Dog")
+    with pytest.raises(ValueError, match=r"'Dog' \(line 24\) and 'dog' \(line 3\) both read as 'd"):
+        tasks_of(manifest.read(written(pictures, text)))
