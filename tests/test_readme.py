@@ -15,6 +15,7 @@ import contract
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 
 import matu_jax
 from matu_jax import algorithms, compare, export
@@ -26,11 +27,22 @@ from matu_jax.simulation import simulate
 
 ROOT = Path(matu_jax.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def example(words):
+    """The block of Python in which these words are."""
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", README, re.S) if words in block
+    ]
+    return code
+
+
+OWN, IN_A_FILE = example("matu_jax.simulate("), example("def get_config")
+ALGORITHM = example("def half_step")
 
 
 def test_the_example_of_own_tasks_and_model_runs(capsys):
-    code = PYTHON[0]
+    code = OWN
     assert len([line for line in code.splitlines() if line]) <= 25
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -44,7 +56,7 @@ def test_own_tasks_and_model_in_a_file_are_an_experiment(tmp_path, monkeypatch):
     for registry, name in ((SOURCES, "patients"), (MODELS, "linear")):
         monkeypatch.setitem(registry, name, None)  # gone after the test
     file, run = tmp_path / "patients.py", tmp_path / "run"
-    file.write_text(PYTHON[0].split("for result in")[0] + PYTHON[1])
+    file.write_text(OWN.split("for result in")[0] + IN_A_FILE)
     words = [f"--config={file}", "--config.rounds=2", f"--workdir={run}"]
     # In a process of its own, since the file uses JAX before anybody else does.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -56,8 +68,21 @@ def test_own_tasks_and_model_in_a_file_are_an_experiment(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "task_vector.safetensors").exists()
 
 
+def test_an_exported_language_model_becomes_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    leaf = "layers/0/attention/q_proj/kernel_lora_"
+    parameters = {f"{leaf}a": np.ones((4, 2), np.float32), f"{leaf}b": np.ones((2, 4), np.float32)}
+    folder = tmp_path / "runs" / "exported"
+    folder.mkdir(parents=True)
+    save_file(parameters, folder / "parameters.safetensors")
+    exec(compile(example("write_adapter("), "README.md", "exec"), {})
+    found = load_file(tmp_path / "runs" / "adapter" / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    assert set(found) == {f"{prefix}A.weight", f"{prefix}B.weight"}
+
+
 def test_the_library_example_runs():
-    code = PYTHON[2]
+    code = example("matu.unify(")
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["new"]["w"].shape == (3, 4, 3)
@@ -79,7 +104,7 @@ def half_step(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "matu_jax", package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     folder = package / "algorithms"
-    (folder / "half_step.py").write_text(PYTHON[3])
+    (folder / "half_step.py").write_text(ALGORITHM)
     imported = "from matu_jax.algorithms.half_step import half_step"
     entry = '"half_step": lambda config: half_step(config.defence),'
     assert imported in README
@@ -93,7 +118,7 @@ def half_step(tmp_path, monkeypatch):
     ruff("format", "--check", str(tmp_path))
     ruff("check", str(tmp_path))
     module = types.ModuleType("matu_jax.algorithms.half_step")
-    exec(compile(PYTHON[3], "README.md", "exec"), vars(module))
+    exec(compile(ALGORITHM, "README.md", "exec"), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     names: dict = {}
     exec(f"{imported}\nadded = {{{entry}}}", names)

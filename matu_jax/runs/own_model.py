@@ -46,7 +46,8 @@ def write(
         raise UserError(
             f"--format {kind}: the run is of a model of your own, "
             f"{slot.config.model.architecture!r}, which nothing else loads. Use --format "
-            "safetensors."
+            "safetensors; of LoRA on Llama's or Qwen2's layers, "
+            "matu_jax.models.language.write_adapter makes a PEFT adapter out of that."
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already. Give a new folder.")
@@ -54,8 +55,8 @@ def write(
     params = jax.tree.map(lambda a, b: np.asarray(a + b), slot.model.base, slot.vector)
     rows = dict(_measured(slot, params))
     if not rows:
-        rows = {"measured": "nothing that the run recorded of this round, so nothing is checked"}
-        say(f"What the run recorded of this slot and round: {rows['measured']}.")
+        rows = {"measured": "nothing: the run recorded no finite number of this round"}
+        say("The run recorded no finite number of this slot and round: nothing is checked.")
     about = {"task": _task(slot), "client": str(slot.client), "round": str(slot.round)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as unfinished:
@@ -88,6 +89,7 @@ def _measured(slot: SavedSlot, params: object) -> Iterator[tuple[str, str]]:
         splits, own = slot.measured_on(split)
         sums = sums_of(slot.config, model, metrics, splits, own, slot.task, params)
         examples = num_examples(splits[own])
+        examples = min(examples, slot.config.evaluation.max_examples or examples)
         for name, metric in metrics.items():
             found, recorded = float(metric.value(sums[name])), slot.recorded[name][split]
             near = _ROUNDING * max(abs(recorded), abs(found), 1e-3)
