@@ -2,25 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from matu_jax.data.class_names import readable
+from matu_jax.data.table import Row
 
 _LARGEST = float(np.finfo(np.float32).max)
 _SHOWN = 20
-
-
-class _Labelled(Protocol):
-    """What is read of a `matu_jax.data.rows.Row`."""
-
-    @property
-    def where(self) -> str: ...
-    @property
-    def task(self) -> str: ...
-    @property
-    def label(self) -> str: ...
 
 
 def is_number(text: str) -> bool:
@@ -31,7 +20,7 @@ def is_number(text: str) -> bool:
         return False
 
 
-def are_numbers(rows: Sequence[_Labelled], name: str) -> bool:
+def are_numbers(rows: Sequence[Row], name: str) -> bool:
     """Whether labels are numbers to predict, in all tasks alike; else they are names of classes.
 
     Args:
@@ -45,7 +34,7 @@ def are_numbers(rows: Sequence[_Labelled], name: str) -> bool:
     words = [row for row in rows if not is_number(row.label)]
     if not words:
         return True
-    first: dict[str, dict[str, _Labelled]] = {}  # by task and label
+    first: dict[str, dict[str, Row]] = {}  # by task and label
     for row in rows:
         first.setdefault(row.task, {}).setdefault(row.label, row)
     for task, labels in first.items():
@@ -86,7 +75,7 @@ def notes_of_numbers(labels: Sequence[str]) -> tuple[str, ...]:
     return (note,)
 
 
-def notes_of_classes(rows: Sequence[_Labelled], classes: Sequence[str]) -> tuple[str, ...]:
+def notes_of_classes(rows: Sequence[Row], classes: Sequence[str]) -> tuple[str, ...]:
     """What people should know of a task's classes: which there are, and what may be misspelled.
 
     Args:
@@ -115,7 +104,7 @@ def _alike(classes: Sequence[str]) -> Iterator[str]:
             )
 
 
-def _rare(rows: Sequence[_Labelled]) -> Iterator[str]:
+def _rare(rows: Sequence[Row]) -> Iterator[str]:
     counts = Counter(row.label for row in rows)
     first = {row.label: row.where for row in reversed(rows)}
     rare = [f"{name!r} ({n}, {first[name]})" for name, n in sorted(counts.items()) if n <= 2]
@@ -123,7 +112,7 @@ def _rare(rows: Sequence[_Labelled]) -> Iterator[str]:
         yield f"warning: classes with one or two examples, if not misspelled: {listed(rare, 5)}"
 
 
-def readable_names(rows: Sequence[_Labelled], classes: Sequence[str], name: str) -> tuple[str, ...]:
+def readable_names(rows: Sequence[Row], classes: Sequence[str], name: str) -> tuple[str, ...]:
     """Names of classes as people and text encoders read them.
 
     Raises:

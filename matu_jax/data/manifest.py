@@ -25,8 +25,8 @@ import numpy as np
 
 from matu_jax.data import SPLITS, selection
 from matu_jax.data.labels import is_number, listed
-from matu_jax.data.rows import Row, Table, check_groups
 from matu_jax.data.selection import SPLITS as SPLIT_NAMES
+from matu_jax.data.table import Row, Table, check_groups
 from matu_jax.json_files import regular_file
 
 COLUMNS = ("path", "label", "site", "task", "split", "group")

@@ -1,20 +1,11 @@
-"""Examples with a site, a task and a group each, as tasks whose sites own their data.
-
-`matu_jax.data.manifest` reads such rows from a table, `matu_jax.data.sites` from folders.
-"""
+"""A table's rows as tasks, whose sites own their data."""
 
 import hashlib
-import os
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
-from matu_jax.data import SPLITS, ImageTask, Split, Task, Transform, selection
+from matu_jax.data import SPLITS, ImageTask, Split, Task, Transform, row_images, selection
 from matu_jax.data.datasets import GENERAL_TEMPLATES
 from matu_jax.data.labels import (
     are_numbers,
@@ -23,49 +14,8 @@ from matu_jax.data.labels import (
     notes_of_numbers,
     readable_names,
 )
+from matu_jax.data.table import Row, Table, divided
 from matu_jax.errors import did_you_mean
-
-TEST_FRACTION = 0.2
-"""Of the examples whose split is not given, what is tested on."""
-
-
-class Row(NamedTuple):
-    """One example.
-
-    Attributes:
-        where: What messages call it, such as "line 7".
-        task: Its task's name.
-        site: Whose it is; "" = nobody's.
-        label: A class name, or a number, as it is written.
-        splits: Those that it may be in: one, where that is given.
-        groups: What it belongs to that may not be divided among splits, such as a patient, and
-            itself; rows that share one of them, with each other or by way of others, are in one.
-        path: The image's; None for features.
-        features: Numbers; () for an image.
-    """
-
-    where: str
-    task: str
-    site: str
-    label: str
-    splits: tuple[str, ...]
-    groups: tuple[Hashable, ...]
-    path: Path | None
-    features: tuple[float, ...]
-
-
-class Table(NamedTuple):
-    """All examples of a manifest, or of folders of sites.
-
-    Attributes:
-        name: What messages call it: where it is.
-        rows: In a fixed order.
-        notes: By task, what people should know of how it was read.
-    """
-
-    name: str
-    rows: Sequence[Row]
-    notes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 def tasks_of(
@@ -113,8 +63,8 @@ def tasks_of(
     if len(set(names)) < len(names):
         raise ValueError(f"config.data.tasks: found {wanted!r}, expected each task once.")
     numbers = rows[0].path is None and are_numbers([row for row in rows if row.task in names], name)
-    splits = _divided(rows, validation_fraction, seed)
-    images = _images(rows, transform) if rows[0].path else None
+    splits = divided(rows, validation_fraction, seed)
+    images = row_images.pixels(table, transform) if rows[0].path else None
     left_out = [0] * len(rows)
     if images is not None:
         splits, left_out = _without_repeats(splits, images)
@@ -172,77 +122,6 @@ def _notes(left_out: int) -> tuple[str, ...]:
     return (f"images left out, since a later split has the same pixels: {left_out:,}",)
 
 
-def components(rows: Sequence[Row]) -> list[int]:
-    """Which rows have to stay together: of each row, a number that those have in common."""
-    parent = list(range(len(rows)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    first: dict[Hashable, int] = {}
-    for i, row in enumerate(rows):
-        for group in row.groups:
-            parent[root(i)] = root(first.setdefault(group, i))
-    return [root(i) for i in range(len(rows))]
-
-
-def _divided(rows: Sequence[Row], validation_fraction: float, seed: int) -> list[str]:
-    """The split of each row; all rows of a group have one."""
-    shares = {"validation": (1 - TEST_FRACTION) * validation_fraction, "test": TEST_FRACTION}
-    shares = {"train": 1 - sum(shares.values()), **shares}
-    groups: dict[int, list[int]] = {}
-    for i, group in enumerate(components(rows)):
-        groups.setdefault(group, []).append(i)
-    cells = [(row.task, row.site) for row in rows]
-    sizes, filled, chosen = Counter(cells), Counter(), [""] * len(rows)
-
-    def lacks(members: Iterable[int], split: str) -> float:
-        """How far the members' tasks at their sites are from what the split should have there."""
-        held = {cells[i] for i in members}
-        return sum(1 - filled[cell, split] / (shares[split] * sizes[cell]) for cell in held)
-
-    def put(members: Sequence[int], split: str) -> None:
-        for i in members:
-            chosen[i] = split
-            filled[cells[i], split] += 1
-
-    order = np.random.default_rng(seed).permutation(len(groups))
-    by_group = list(groups.values())
-    open_ones = []
-    for members in (by_group[index] for index in order):
-        allowed = set(SPLITS).intersection(*(rows[i].splits for i in members))
-        if len(allowed) == 1:
-            put(members, *allowed)
-        else:
-            open_ones.append((members, [split for split in SPLITS if split in allowed]))
-    for members, allowed in open_ones:
-        put(members, max(allowed, key=lambda split: lacks(members, split)))
-    return chosen
-
-
-def check_groups(rows: Sequence[Row], name: str) -> None:
-    """Checks that nothing that has to stay together is given two splits.
-
-    Raises:
-        ValueError: Otherwise, with two rows of it.
-    """
-    given: dict[int, Row] = {}
-    for row, group in zip(rows, components(rows), strict=True):
-        if row.splits == SPLITS:
-            continue
-        first = given.setdefault(group, row)
-        if first.splits != row.splits:
-            shared = [str(group) for group in row.groups if group in first.groups]
-            how = f"of the same {shared[0]}" if shared else "of a group by way of other rows"
-            raise ValueError(
-                f"{name}, {row.where}: is in {row.splits[0]}, and {first.where}, {how}, in "
-                f"{first.splits[0]}. Put a group into one split, in all tasks: who was trained on "
-                "is not new in a test."
-            )
-
-
 def _check_sites(rows: Sequence[Row], splits: Sequence[str], name: str) -> None:
     """Checks that sites train on what they are measured on."""
     placed = [(row, split) for row, split in zip(rows, splits, strict=True) if split]
@@ -255,52 +134,6 @@ def _check_sites(rows: Sequence[Row], splits: Sequence[str], name: str) -> None:
                 f"{split}, and none in train; sites that have: {', '.join(known) or 'none'}. Give "
                 "the site some, or leave this one out."
             )
-
-
-def _images(rows: Sequence[Row], transform: Transform) -> np.ndarray:
-    """All images, uint8 `[rows, size, size, 3]`, out of the cache where they are as they were."""
-    from matu_jax.data import images  # here, since it loads Pillow
-
-    digest = hashlib.sha256(repr(transform).encode())
-    for row in rows:
-        try:
-            state = os.stat(str(row.path))
-        except OSError as error:
-            raise ValueError(f"{row.where}: {row.path}: {error.strerror}.") from None
-        about = str(row.path), state.st_size, state.st_mtime_ns, state.st_ctime_ns
-        digest.update(repr(about).encode())
-    file = selection.cache() / "rows" / f"{digest.hexdigest()[:32]}.npy"
-    shape = (len(rows), transform.size, transform.size, 3)
-    if file.exists():
-        kept = np.load(file, mmap_mode="r")
-        if kept.shape == shape and kept.dtype == np.uint8:
-            return kept
-    paths = [Path(str(row.path)) for row in rows]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        levels = images.white_levels(threads.map(images.measure, paths))
-
-        def pixels(path: Path) -> np.ndarray | str:
-            try:
-                return images.apply(images.decode(path, str(path), levels), transform)
-            except ValueError as error:
-                return str(error)
-
-        found = list(threads.map(pixels, paths))
-    bad = [
-        f"  {row.where}: {one}"
-        for row, one in zip(rows, found, strict=True)
-        if isinstance(one, str)
-    ]
-    if bad:
-        more = [f"  and {len(bad) - 20} more"] if len(bad) > 20 else []
-        raise ValueError("\n".join([f"images that cannot be used: {len(bad)}", *bad[:20], *more]))
-    whole = np.stack([one for one in found if not isinstance(one, str)])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-    with unfinished.open("wb") as stream:
-        np.save(stream, whole)
-    unfinished.replace(file)
-    return whole
 
 
 def _fingerprint(

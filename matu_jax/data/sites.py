@@ -14,7 +14,7 @@ from pathlib import Path
 
 from matu_jax.data import SPLITS, selection
 from matu_jax.data.folders import Listing, list_folder, notes_of_files
-from matu_jax.data.rows import Row, Table
+from matu_jax.data.table import Row, Table
 
 
 def read(root: str | os.PathLike[str]) -> Table:

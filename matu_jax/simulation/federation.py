@@ -340,9 +340,10 @@ def measured(federation: Federation, split: str) -> tuple[list[PyTree], Int[np.n
     splits = [getattr(task, split) for task in tasks]
     if not federation.sites:
         return splits, slots.task
+    owners = [np.array(list(task.sites[split])) for task in tasks]
     own = []
     for client, task in zip(slots.client, slots.task, strict=True):
-        rows = np.array(list(tasks[task].sites[split])) == federation.sites[client]
+        rows = owners[task] == federation.sites[client]
         own.append(jax.tree.map(lambda x, rows=rows: x[rows], splits[task]))
     return own, np.arange(len(own))
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from matu_jax.data import SPLITS, ImageTask, Transform, manifest, rows, sites
+from matu_jax.data import SPLITS, ImageTask, Transform, manifest, rows, sites, table
 
 SMALL = Transform(8)
 
@@ -67,6 +67,13 @@ def test_images_are_read_again_where_a_file_has_changed(pictures):
     (after,) = tasks_of(manifest.read(file))
     assert after.fingerprint != before.fingerprint
     assert after.train.images[..., 1:].max() == 0
+    # What was kept of the files as they were is gone, and of two tables each keeps its own.
+    (kept,) = (pictures / "cache" / "rows").iterdir()
+    tasks_of(manifest.read(written(pictures, file.read_text(), "other.csv")))
+    assert len(list((pictures / "cache" / "rows").iterdir())) == 2
+    kept.write_bytes(kept.read_bytes()[:200])  # damaged
+    assert tasks_of(manifest.read(file))[0].fingerprint == after.fingerprint
+    assert len(list((pictures / "cache" / "rows").iterdir())) == 2
     assert before.sites == {}  # nobody's: dealt out
 
 
@@ -148,15 +155,15 @@ def test_features_that_a_model_sees_as_equal_are_in_one_split(tmp_path):
 )
 def test_groups_never_straddle_splits(drawn, seed):
     found = [
-        rows.Row(f"line {i}", task, site, str(i), SPLITS, (group,), None, (float(i),))
+        table.Row(f"line {i}", task, site, str(i), SPLITS, (group,), None, (float(i),))
         for i, (group, task, site) in enumerate(drawn)
     ]
-    splits = rows._divided(found, 0.2, seed)
+    splits = table.divided(found, 0.2, seed)
     by_group = collections.defaultdict(set)
     for row, split in zip(found, splits, strict=True):
         by_group[row.groups].add(split)
     assert all(len(each) == 1 for each in by_group.values())
-    assert splits == rows._divided(found, 0.2, seed)
+    assert splits == table.divided(found, 0.2, seed)
 
 
 @pytest.mark.parametrize("groups", ["both", "one", "none"])
@@ -195,10 +202,10 @@ def test_what_a_later_split_shows_too_is_left_out_and_told(tmp_path):
 
 def test_shares_are_kept_task_by_task_and_site_by_site():
     found = [
-        rows.Row(f"line {i}", "AB"[i % 2], "xyz"[i % 3], "0", SPLITS, (i,), None, (0.0,))
+        table.Row(f"line {i}", "AB"[i % 2], "xyz"[i % 3], "0", SPLITS, (i,), None, (0.0,))
         for i in range(600)
     ]
-    splits = rows._divided(found, 0.25, 3)
+    splits = table.divided(found, 0.25, 3)
     counted = collections.Counter(
         (row.task, row.site, split) for row, split in zip(found, splits, strict=True)
     )
@@ -209,10 +216,10 @@ def test_shares_are_kept_task_by_task_and_site_by_site():
 
 def test_a_group_with_a_split_takes_those_without_one_along():
     found = [
-        rows.Row("line 2", "t", "", "0", ("test",), ("p",), None, (0.0,)),
-        *(rows.Row(f"line {i}", "t", "", "0", SPLITS, ("p",), None, (0.0,)) for i in range(3, 9)),
+        table.Row("line 2", "t", "", "0", ("test",), ("p",), None, (0.0,)),
+        *(table.Row(f"line {i}", "t", "", "0", SPLITS, ("p",), None, (0.0,)) for i in range(3, 9)),
     ]
-    assert rows._divided(found, 0.2, 0) == ["test"] * 7
+    assert table.divided(found, 0.2, 0) == ["test"] * 7
 
 
 GIVEN = "path,label,site,task,split,group\n"
@@ -270,10 +277,13 @@ def test_what_is_wrong_is_said_with_its_line(text, words, pictures):
             "have: s",
         ),
         (GIVEN + "0.png,a,s,t,train,\n1.png,b,s,t,test,\n", "none of them in the split 'validati"),
-        ("path,label\n0.png,a\n1.png,b\nno.png,c\n3.png,b\n", "line 4: .*no.png: No such file"),
+        (
+            "path,label\n0.png,a\n1.png,b\nno.png,c\n3.png,b\n",
+            r"m\.csv, line 4: .*no.png: No such file",
+        ),
         (
             "path,label\n0.png,a\n1.png,b\nm.csv,c\n3.png,b\n",
-            "cannot be used: 1\n  line 4: .*m.csv",
+            r"m\.csv: images that cannot be used: 1\n  line 4: .*m.csv",
         ),
     ],
 )

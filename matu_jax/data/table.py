@@ -1,0 +1,127 @@
+"""Examples with a site, a task and a group each, and how they are divided among splits.
+
+`matu_jax.data.manifest` reads such rows from a file, `matu_jax.data.sites` from folders.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+from matu_jax.data import SPLITS
+
+TEST_FRACTION = 0.2
+"""Of the examples whose split is not given, what is tested on."""
+
+
+class Row(NamedTuple):
+    """One example.
+
+    Attributes:
+        where: What messages call it, such as "line 7".
+        task: Its task's name.
+        site: Whose it is; "" = nobody's.
+        label: A class name, or a number, as it is written.
+        splits: Those that it may be in: one, where that is given.
+        groups: What it belongs to that may not be divided among splits, such as a patient, and
+            itself; rows that share one of them, with each other or by way of others, are in one.
+        path: The image's; None for features.
+        features: Numbers; () for an image.
+    """
+
+    where: str
+    task: str
+    site: str
+    label: str
+    splits: tuple[str, ...]
+    groups: tuple[Hashable, ...]
+    path: Path | None
+    features: tuple[float, ...]
+
+
+class Table(NamedTuple):
+    """All examples of a manifest, or of folders of sites.
+
+    Attributes:
+        name: What messages call it: where it is.
+        rows: In a fixed order.
+        notes: By task, what people should know of how it was read.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    notes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+
+def components(rows: Sequence[Row]) -> list[int]:
+    """Which rows have to stay together: of each row, a number that those have in common."""
+    parent = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first: dict[Hashable, int] = {}
+    for i, row in enumerate(rows):
+        for group in row.groups:
+            parent[root(i)] = root(first.setdefault(group, i))
+    return [root(i) for i in range(len(rows))]
+
+
+def divided(rows: Sequence[Row], validation_fraction: float, seed: int) -> list[str]:
+    """The split of each row, drawn where none is given; all rows of a group have one."""
+    shares = {"validation": (1 - TEST_FRACTION) * validation_fraction, "test": TEST_FRACTION}
+    shares = {"train": 1 - sum(shares.values()), **shares}
+    groups: dict[int, list[int]] = {}
+    for i, group in enumerate(components(rows)):
+        groups.setdefault(group, []).append(i)
+    cells = [(row.task, row.site) for row in rows]
+    sizes, filled, chosen = Counter(cells), Counter(), [""] * len(rows)
+
+    def lacks(members: Iterable[int], split: str) -> float:
+        """How far the members' tasks at their sites are from what the split should have there."""
+        held = {cells[i] for i in members}
+        return sum(1 - filled[cell, split] / (shares[split] * sizes[cell]) for cell in held)
+
+    def put(members: Sequence[int], split: str) -> None:
+        for i in members:
+            chosen[i] = split
+            filled[cells[i], split] += 1
+
+    order = np.random.default_rng(seed).permutation(len(groups))
+    by_group = list(groups.values())
+    open_ones = []
+    for members in (by_group[index] for index in order):
+        allowed = set(SPLITS).intersection(*(rows[i].splits for i in members))
+        if len(allowed) == 1:
+            put(members, *allowed)
+        else:
+            open_ones.append((members, [split for split in SPLITS if split in allowed]))
+    for members, allowed in open_ones:
+        put(members, max(allowed, key=lambda split: lacks(members, split)))
+    return chosen
+
+
+def check_groups(rows: Sequence[Row], name: str) -> None:
+    """Checks that nothing that has to stay together is given two splits.
+
+    Raises:
+        ValueError: Otherwise, with two rows of it.
+    """
+    given: dict[int, Row] = {}
+    for row, group in zip(rows, components(rows), strict=True):
+        if row.splits == SPLITS:
+            continue
+        first = given.setdefault(group, row)
+        if first.splits != row.splits:
+            shared = [str(group) for group in row.groups if group in first.groups]
+            how = f"of the same {shared[0]}" if shared else "of a group by way of other rows"
+            raise ValueError(
+                f"{name}, {row.where}: is in {row.splits[0]}, and {first.where}, {how}, in "
+                f"{first.splits[0]}. Put a group into one split, in all tasks: who was trained on "
+                "is not new in a test."
+            )
