@@ -23,6 +23,7 @@ from scipy import stats
 from matu_jax import compare
 from matu_jax.comparison import plan
 from matu_jax.comparison.collect import collect
+from matu_jax.comparison.tables import result_notes
 from matu_jax.comparison.tuning import Tried, search
 from matu_jax.config import Config
 from matu_jax.runs.commandline import Source, read_words
@@ -291,6 +292,56 @@ def test_a_number_that_was_changed_after_the_run_is_in_no_comparison(tmp_path):
     (folder / "metrics.jsonl").write_text(lines.replace('"loss": ', '"loss": 1', 1))
     with pytest.raises(ValueError, match=r"was changed later\. Bring the file back"):
         collect(made, tmp_path, Source(Path("small.py")), tuning=None)
+
+
+def changed(folder: Path, change):
+    summary = json.loads((folder / "summary.json").read_text())
+    change(summary)
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_of_a_seed_that_diverged_no_mean_is_made(tmp_path):
+    """The other seeds would flatter the arm: in its means, its tasks, metrics and its test."""
+    made = comparison(settings={"a": plan.Setting("A.", {})}, seeds=(0, 1))
+    for run in plan.runs(made):
+        fake_run(run.folder(tmp_path), 0.5)
+
+    def diverges(summary):
+        summary["accuracy"] |= {"mean": None, "validation_mean": None}
+        summary["accuracy"]["per_task"]["y"] = None
+
+    also = {"name": "error", "higher_is_better": False, "percent": False}
+    for arm, seed, value in (("matu", 0, None), ("matu", 1, 0.2), ("per_task", 0, 0.3)):
+        folder = plan.Run("a", arm, seed).folder(tmp_path)
+        changed(folder, lambda s, v=value: s.update(also=[also], error={"mean": v}))
+    folder = plan.Run("a", "per_task", 1).folder(tmp_path)
+    changed(folder, lambda s: s.update(also=[also], error={"mean": 0.4}))
+    changed(plan.Run("a", "matu", 0).folder(tmp_path), diverges)
+    (setting,) = collect(made, tmp_path, Source(Path("small.py")), tuning=None)["settings"]
+    matu, per_task = setting["arms"]
+    assert matu["diverged"] == [0]
+    assert matu["accuracy"]["per_seed"] == [None, pytest.approx(0.55)]
+    assert matu["accuracy"]["mean"] is matu["accuracy"]["validation_mean"] is None
+    assert matu["accuracy"]["per_task"]["y"] == {"mean": None, "std": None}
+    assert matu["accuracy"]["per_task"]["x"]["mean"] == pytest.approx(0.5)
+    assert matu["also"][0]["mean"] is None
+    assert per_task["also"][0]["mean"] == pytest.approx(0.35)
+    assert per_task["diverged"] == []
+    assert per_task["against_ours"] is None
+    said = str(list(result_notes(setting["arms"], "matu", "per_task", 2)))
+    assert "matu diverged with seed 0: outputs were no longer finite numbers." in said
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"), [({"x": 0.2, "y": 0.4}, 0.3), ({"x": 0.2}, None), ({}, None)]
+)
+def test_chance_is_of_all_tasks_or_not_said(known, expected, tmp_path):
+    made = comparison(settings={"a": plan.Setting("A.", {})}, seeds=(0,))
+    for run in plan.runs(made):
+        fake_run(run.folder(tmp_path), 0.5)
+        changed(run.folder(tmp_path), lambda summary: summary.update(chance=known))
+    (setting,) = collect(made, tmp_path, Source(Path("small.py")), tuning=None)["settings"]
+    assert setting["chance"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

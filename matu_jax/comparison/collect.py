@@ -1,6 +1,8 @@
 """From the results of runs to comparison.json."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,9 +117,7 @@ def _setting(
         "overrides": dict(setting.fields),
         "measure": measure._asdict(),
         "tasks": tasks,
-        "chance": _mean(list((there[0]["summary"].get("chance") or {}).values()))
-        if there
-        else None,
+        "chance": _chance(there[0]["summary"], tasks) if there else None,
         "label_spaces": there[0]["summary"]["label_spaces"] if there else [],
         "clients": there[0]["summary"]["config"]["data"]["clients"] if there else None,
         "rounds": there[0]["summary"]["rounds"] if there else None,
@@ -126,6 +126,12 @@ def _setting(
         ],
         "arms": arms,
     }
+
+
+def _chance(summary: Mapping[str, Any], tasks: Sequence[str]) -> float | None:
+    """What guessing reaches in the mean over tasks, where that is known of all of them."""
+    known = summary.get("chance") or {}
+    return _mean([known[task] for task in tasks]) if known.keys() >= {*tasks} else None
 
 
 def _measure(setting: str, results: Mapping[tuple[str, int], dict[str, Any] | None]) -> Measure:
@@ -170,8 +176,17 @@ def _arm(
     summaries = [result["summary"] for result in there]
     measure = measure_of(summaries[0])
     per_seed = [r["summary"][measure.name]["mean"] if r else None for r in found.values()]
-    diverged = any(summary[measure.name]["mean"] is None for summary in summaries)
+    diverged = _diverged(found)
+    lost = [r["summary"] for seed, r in found.items() if r and seed in diverged]
     tasks = summaries[0][measure.name]["per_task"]
+
+    def over_seeds(*path: str) -> dict[str, float | None]:
+        """Mean and sample's std of a number; none where a seed that diverged has none."""
+        values = [functools.reduce(operator.getitem, path, summary) for summary in summaries]
+        if any(functools.reduce(operator.getitem, path, summary) is None for summary in lost):
+            values = []
+        return {"mean": _mean(values), "std": _std(values)}
+
     curves = {
         seed: {
             r["round"]: r[measure.name]["test_mean"]
@@ -204,27 +219,13 @@ def _arm(
         ],
         "measure": measure._asdict(),
         measure.name: {
-            # Of a seed that diverged nothing makes up.
-            "mean": None if diverged else _mean(per_seed),
-            "std": None if diverged else _std(per_seed),
+            **over_seeds(measure.name, "mean"),
             "per_seed": per_seed,
-            "validation_mean": _mean([s[measure.name]["validation_mean"] for s in summaries]),
-            "per_task": {
-                task: {
-                    "mean": _mean([s[measure.name]["per_task"][task] for s in summaries]),
-                    "std": _std([s[measure.name]["per_task"][task] for s in summaries]),
-                }
-                for task in tasks
-            },
+            "validation_mean": over_seeds(measure.name, "validation_mean")["mean"],
+            "per_task": {task: over_seeds(measure.name, "per_task", task) for task in tasks},
         },
-        "also": [
-            also
-            | {
-                "mean": _mean([s[also["name"]]["mean"] for s in summaries]),
-                "std": _std([s[also["name"]]["mean"] for s in summaries]),
-            }
-            for also in summaries[0].get("also", [])
-        ],
+        "diverged": diverged,
+        "also": [also | over_seeds(also["name"], "mean") for also in summaries[0].get("also", [])],
         "curve": {
             "rounds": common,
             "mean": [_mean(values) for values in points],
@@ -246,6 +247,15 @@ def _arm(
     }
 
 
+def _diverged(found: Mapping[int, dict[str, Any] | None]) -> list[int]:
+    """The seeds with which an arm has no result, since some model's outputs are not finite."""
+    return [
+        seed
+        for seed, result in found.items()
+        if result and result["summary"][measure_of(result["summary"]).name]["mean"] is None
+    ]
+
+
 def _similarity(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not found:
         return None
@@ -260,17 +270,19 @@ def _similarity(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _against_ours(comparison, label, found, results) -> dict[str, Any] | None:
     """Wilcoxon's signed-rank test over all pairs of a task and a seed (Wilcoxon 1945).
 
-    A difference is positive where the arm is better than ours.
+    None where one of the two has diverged with some seed, of which nothing makes up. A difference
+    is positive where the arm is better than ours.
 
     The rank correlation (matched pairs, Kerby 2014) is 1 where the arm is better in all pairs and
     -1 where ours is; its sign is the one that the p-value speaks of, which may differ from that of
     the mean difference.
     """
-    if label == comparison.ours:
+    ours_by_seed = {seed: results.get((comparison.ours, seed)) for seed in found}
+    if label == comparison.ours or _diverged(found) or _diverged(ours_by_seed):
         return None
     differences, seeds = [], 0
     for seed, result in found.items():
-        ours = results.get((comparison.ours, seed))
+        ours = ours_by_seed[seed]
         if result and ours:
             measure = measure_of(ours["summary"])
             mine, theirs = (r["summary"][measure.name]["per_task"] for r in (ours, result))

@@ -120,6 +120,12 @@ def result_notes(
             " ‡ One of the two arms is ahead on most tasks and the other in the mean: many small "
             "differences against a few large ones."
         )
+    for arm in arms:
+        if lost := arm.get("diverged"):
+            notes.append(
+                f" {arm['label']} diverged with seed {', '.join(map(str, lost))}: outputs were no "
+                "longer finite numbers. No mean is made of its other seeds, and it is not tested."
+            )
     if seeds == 1:
         notes.append(" There is one seed, so no ± can be given.")
     yield Paragraph(notes, "note")

@@ -48,7 +48,8 @@ def plot_rounds(
         "test_mean", "test_per_task": {name: value}}, or None where nothing was evaluated.
       path: the file to write.
       title: stands above the picture.
-      chance: by task, what a guess reaches, such as 1 / classes; None = no line.
+      chance: by task, what a guess reaches, such as 1 / classes; unless it is known of all tasks,
+        no line.
 
     Raises:
       ValueError: if no round was evaluated.
@@ -68,10 +69,10 @@ def plot_rounds(
     style = {"color": _FAINT, "linewidth": 0.9, "marker": marker, "markersize": 2}
     for i in range(len(tasks)):
         axes.plot(rounds, per_task[:, i], label="test, each task" if not i else None, **style)
-    guessed = [chance[task] for task in tasks if task in chance] if chance else []
-    if guessed:
+    if chance and chance.keys() >= {*tasks}:
         style = {"color": _NAME, "linewidth": 1.4, "linestyle": ":"}
-        axes.axhline(float(np.mean(guessed)), label="chance, mean", **style)
+        guessed = float(np.mean([chance[task] for task in tasks]))
+        axes.axhline(guessed, label="chance, mean", **style)
     for key, label, color, line in (
         ("validation_mean", "validation, mean", _VALIDATION, "--"),
         ("test_mean", "test, mean", _TEST, "-"),
