@@ -10,9 +10,15 @@
 | `split` | optional: train, validation (or val, valid), test; where it is empty, drawn |
 | `group` | optional, such as a patient, who is in one split alone; empty = the row's own |
 
-UTF-8; names that differ only in their Unicode normalisation (NFC or NFD) are one. Rows of one
-image, or of equal features, are in one split too, whatever their groups and tasks; and so is what
-is joined by way of other rows. Paths may lead out of the folder.
+UTF-8; names that differ only in their Unicode normalisation (NFC or NFD) are one. Paths may lead
+out of the folder.
+
+Splits that are not given are drawn; of a task with rows for training and for testing, but none for
+validation, a part of train is validated on. A group is in one split in all tasks, and so is an
+image, and what they join by way of each other; a table that gives them two is refused. Rows with
+the same features (as float32) are drawn into one split too. Where the table gives them two, and
+where two files show the same pixels, the later split keeps them (test, else validation), and the
+run's notes count what the others lose.
 """
 
 import csv
@@ -21,12 +27,10 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from matu_jax.data import SPLITS, selection
 from matu_jax.data.labels import is_number, listed
 from matu_jax.data.selection import SPLITS as SPLIT_NAMES
-from matu_jax.data.table import Row, Table, check_groups
+from matu_jax.data.table import Row, Table, check_groups, in_float32
 from matu_jax.json_files import regular_file
 
 COLUMNS = ("path", "label", "site", "task", "split", "group")
@@ -65,8 +69,20 @@ def read(file: str | os.PathLike[str]) -> Table:
         raise ValueError(f"{path}: found a header and no row, expected one per example.")
     _check_once(rows, path)
     check_groups(rows, str(path))
+    rows = _with_validation(rows)
     notes = tuple(_notes(features, [row.features for row in rows])) if features else ()
     return Table(str(path), rows, dict.fromkeys((row.task for row in rows), notes))
+
+
+def _with_validation(rows: list[Row]) -> list[Row]:
+    """Of tasks that have no example to validate on, those to train on may be in either split."""
+    validated = {row.task for row in rows if "validation" in row.splits}
+    return [
+        row._replace(splits=SPLITS[:2])
+        if row.task not in validated and row.splits == SPLITS[:1]
+        else row
+        for row in rows
+    ]
 
 
 def _check_header(header: list[str], path: Path) -> list[str]:
@@ -127,23 +143,22 @@ def _row(values: dict[str, str], features: list[str], path: Path, line: int) -> 
     image = path.parent / values["path"] if "path" in values else None
     values = {name: selection.composed(value) for name, value in values.items()}
     numbers = tuple(_number(values[name], where, name) for name in features)
-    example = f"image {os.path.normpath(image)}" if image else f"features {_in_float32(numbers)}"
-    group = [f"group {values['group']!r}"] if values.get("group") else []
+    splits = (SPLIT_NAMES[split],) if split else SPLITS
+    groups = [f"group {values['group']!r}"] if values.get("group") else []
+    if image:
+        groups.append(f"image {os.path.normpath(image)}")
+    elif "train" in splits:
+        groups.append(f"features {in_float32(numbers).tolist()}")
     return Row(
         f"line {line}",
         values.get("task", selection.composed(path.stem)),
         values.get("site", ""),
         values["label"],
-        (SPLIT_NAMES[split],) if split else SPLITS,
-        (*group, example),
+        splits,
+        tuple(groups),
         image,
         numbers,
     )
-
-
-def _in_float32(numbers: tuple[float, ...]) -> list[float]:
-    """Numbers as a model sees them; of the two zeros the positive one."""
-    return (np.array(numbers, np.float32) + np.float32(0)).tolist()
 
 
 def _number(text: str, where: str, name: str) -> float:

@@ -1,7 +1,7 @@
 """A table's rows as tasks, whose sites own their data."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from matu_jax.data.labels import (
     notes_of_numbers,
     readable_names,
 )
-from matu_jax.data.table import Row, Table, divided
+from matu_jax.data.table import Row, Table, divided, in_float32
 from matu_jax.errors import did_you_mean
 
 
@@ -30,8 +30,9 @@ def tasks_of(
 
     Of examples whose split is not given, a fifth is tested on and `validation_fraction` of the rest
     validated on, task by task and site by site as nearly as whole groups allow. Images are read and
-    resized once, and kept in the cache; those whose pixels a later split has too, of whichever task
-    and site, are left out of training and validation, which `notes` tell.
+    resized once, and kept in the cache. Images with the same pixels, and rows with the same
+    features, are in one split alone, of whichever task and site they are: training and validation
+    lack what a later split has too. `notes` tell how many, and what was drawn.
 
     Args:
         table: All examples.
@@ -65,9 +66,7 @@ def tasks_of(
     numbers = rows[0].path is None and are_numbers([row for row in rows if row.task in names], name)
     splits = divided(rows, validation_fraction, seed)
     images = row_images.pixels(table, transform) if rows[0].path else None
-    left_out = [0] * len(rows)
-    if images is not None:
-        splits, left_out = _without_repeats(splits, images)
+    splits, left_out = _without_repeats(splits, _contents(rows, images))
     _check_sites(rows, splits, name)
     made = []
     for task in names:
@@ -77,7 +76,8 @@ def tasks_of(
             if not members:
                 raise ValueError(
                     f"{name}: task {task!r}: has {len(mine)} examples, none of them in the split "
-                    f"{part!r}. Give it some, or more groups to divide."
+                    f"{part!r}. Give it some, or more groups to divide (rows of equal features are "
+                    "one)."
                 )
         sites = {part: [rows[i].site for i in members] for part, members in parts.items()}
         about = {
@@ -85,7 +85,7 @@ def tasks_of(
             "domain": task,
             "sites": sites if rows[0].site else {},
             "fingerprint": _fingerprint(rows, parts, images),
-            "notes": (*read.get(task, ()), *_notes(sum(left_out[i] for i in mine))),
+            "notes": (*read.get(task, ()), *_notes(rows, parts, sum(left_out[i] for i in mine))),
         }
         kept = [rows[i] for members in parts.values() for i in members]
         labels = [row.label for row in kept]
@@ -99,27 +99,46 @@ def tasks_of(
     return tuple(made)
 
 
-def _without_repeats(splits: Sequence[str], images: np.ndarray) -> tuple[list[str], list[bool]]:
-    """Leaves out what is trained or validated on and, pixel by pixel, stands in a later split too.
+def _contents(rows: Sequence[Row], images: np.ndarray | None) -> list[bytes]:
+    """What tells one example from another: its pixels, or its features as a model sees them."""
+    if images is None:
+        return [in_float32(row.features).tobytes() for row in rows]
+    return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in images]
+
+
+def _without_repeats(
+    splits: Sequence[str], contents: Sequence[bytes]
+) -> tuple[list[str], list[bool]]:
+    """Leaves out what is trained or validated on and stands in a later split too.
+
+    Args:
+        splits: Of each row.
+        contents: Of each row, what its pixels or features are.
 
     Returns:
         The splits, "" for what is left out, and of each row whether it is.
     """
-    pixels = [hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in images]
     kept, later = list(splits), set()
     for part in reversed(SPLITS):
         mine = [i for i, split in enumerate(splits) if split == part]
         for i in mine:
-            if pixels[i] in later:
+            if contents[i] in later:
                 kept[i] = ""
-        later |= {pixels[i] for i in mine}
+        later |= {contents[i] for i in mine}
     return kept, [not split for split in kept]
 
 
-def _notes(left_out: int) -> tuple[str, ...]:
-    if not left_out:
-        return ()
-    return (f"images left out, since a later split has the same pixels: {left_out:,}",)
+def _notes(rows: Sequence[Row], parts: dict[str, list[int]], left_out: int) -> Iterator[str]:
+    placed = [(part, rows[i].splits) for part, members in parts.items() for i in members]
+    for part in SPLITS[1:]:
+        open_ones = [(at, among) for at, among in placed if part in among and len(among) > 1]
+        drawn = sum(at == part for at, _ in open_ones)
+        if drawn:
+            of = "examples" if any("test" in among for _, among in open_ones) else "of train"
+            yield f"{part}: {drawn:,} of {len(open_ones):,} {of}, drawn by config.data.seed"
+    if left_out:
+        what, same = ("images", "pixels") if rows[0].path else ("examples", "features")
+        yield f"{what} left out, since a later split has the same {same}: {left_out:,}"
 
 
 def _check_sites(rows: Sequence[Row], splits: Sequence[str], name: str) -> None:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float32
 
 from matu_jax.data import SPLITS
 
@@ -54,6 +55,11 @@ class Table(NamedTuple):
     name: str
     rows: Sequence[Row]
     notes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+
+def in_float32(numbers: Sequence[float]) -> Float32[np.ndarray, "features"]:
+    """Numbers as a model sees them; of the two zeros the positive one."""
+    return np.array(numbers, np.float32) + np.float32(0)
 
 
 def components(rows: Sequence[Row]) -> list[int]:

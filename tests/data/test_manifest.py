@@ -1,15 +1,18 @@
 """Tables of examples: columns, splits by group, and what is wrong with file and line."""
 
 import collections
+import contextlib
 import itertools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from matu_jax.data import SPLITS, ImageTask, Transform, manifest, rows, sites, table
+from matu_jax.data import SPLITS, ImageTask, Transform, manifest, num_examples, rows, sites, table
 
 SMALL = Transform(8)
 
@@ -17,6 +20,11 @@ SMALL = Transform(8)
 def tasks_of(found, **changes):
     options = {"transform": SMALL, "validation_fraction": 0.2, "seed": 0}
     return rows.tasks_of(found, **{**options, **changes})
+
+
+def notes_of(task):
+    """All but how splits were drawn."""
+    return tuple(note for note in task.notes if "drawn" not in note)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +101,7 @@ def test_features_and_words_are_classes(tmp_path):
     text = "x,label\n" + "".join(f"{i},{('no', 'yes', '3')[i % 3]}\n" for i in range(30))
     (task,) = tasks_of(manifest.read(written(tmp_path, text, "flu.csv")))
     assert task.name == "flu"
-    assert task.notes == ("features, in the order of x: x", "classes: 0 = 3, 1 = no, 2 = yes")
+    assert notes_of(task) == ("features, in the order of x: x", "classes: 0 = 3, 1 = no, 2 = yes")
     assert task.train["y"].dtype == np.int32
     np.testing.assert_array_equal(task.train["y"], (task.train["x"][:, 0].astype(int) + 1) % 3)
 
@@ -136,12 +144,61 @@ def test_tasks_of_numbers_and_of_words_are_chosen_apart(tmp_path):
     assert [task.train["y"].dtype for task in tasks_of(whole)] == [np.int32, np.int32]
 
 
-def test_features_that_a_model_sees_as_equal_are_in_one_split(tmp_path):
-    text = "a,label,split\n0.1,1,train\n0.10000000001,1,test\n"
-    with pytest.raises(ValueError, match="line 3: is in test, and line 2, of the same features"):
-        manifest.read(written(tmp_path, text))
-    with pytest.raises(ValueError, match="line 3: is in test, and line 2, of the same features"):
-        manifest.read(written(tmp_path, text.replace("0.1,", "0,").replace("0.10000000001", "-0")))
+def test_features_that_a_model_sees_as_equal_are_in_the_later_of_two_splits(tmp_path):
+    numbers = {"train": ("0.1", "0", "7", "8"), "val": ("7", "9"), "test": ("0.10000000001", "-0")}
+    lines = [f"{x},{i},{part}" for part, xs in numbers.items() for i, x in enumerate(xs)]
+    (task,) = tasks_of(manifest.read(written(tmp_path, "a,label,split\n" + "\n".join(lines))))
+    kept = {part: getattr(task, part)["x"][:, 0].tolist() for part in SPLITS}
+    assert kept == {"train": [8], "validation": [7, 9], "test": pytest.approx([0.1, 0])}
+    assert "examples left out, since a later split has the same features: 3" in task.notes
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 30),
+            st.sampled_from(("one", "two")),
+            st.sampled_from(("north", "south")),
+            st.sampled_from(("", "", "", "train", "val", "test")),
+        ),
+        min_size=60,
+        max_size=90,
+    ),
+    st.booleans(),
+)
+def test_equal_features_are_in_one_split_of_all_tasks_and_sites(drawn, all_open):
+    lines = ["x,label,task,site,split"]
+    lines += [f"{x},{x / 2},{task},{site},{'' if all_open else s}" for x, task, site, s in drawn]
+    with tempfile.TemporaryDirectory() as folder:
+        found, made = manifest.read(written(Path(folder), "\n".join(lines))), ()
+        with contextlib.suppress(ValueError):  # a site or a task is left without a split
+            made = tasks_of(found)
+    assume(made)
+    seen = {p: {x for task in made for x in getattr(task, p)["x"][:, 0].tolist()} for p in SPLITS}
+    assert not seen["train"] & (seen["validation"] | seen["test"])
+    assert not seen["validation"] & seen["test"]
+    kept = sum(len(getattr(task, part)["x"]) for task in made for part in SPLITS)
+    tested = sum(len(task.test["x"]) for task in made)
+    if all_open:
+        assert kept == len(drawn)
+    else:
+        assert tested >= sum(split == "test" for *_, split in drawn)
+
+
+@pytest.mark.parametrize("kind", ["numbers", "images"])
+def test_without_examples_to_validate_on_a_part_of_train_is_taken(kind, pictures):
+    lines = ["path,label,split,group" if kind == "images" else "x,label,split,group"]
+    for i in range(24):
+        example = f"{i}.png" if kind == "images" else i
+        lines.append(f"{example},{'ab'[i % 2]},{'train' if i < 20 else 'test'},{i // 2}")
+    (task,) = tasks_of(manifest.read(written(pictures, "\n".join(lines))))
+    assert [num_examples(getattr(task, part)) for part in SPLITS] == [16, 4, 4]
+    assert "validation: 4 of 20 of train, drawn by config.data.seed" in task.notes
+    if kind == "numbers":
+        groups = [set((getattr(task, part)["x"][:, 0] // 2).tolist()) for part in SPLITS]
+        assert sum(map(len, groups)) == 12  # none in two
+        assert groups[2] == {10, 11}
 
 
 @settings(max_examples=40, deadline=None)
@@ -180,7 +237,7 @@ def test_an_image_of_two_tasks_is_in_one_split_whatever_its_groups(groups, pictu
     assert not seen["train"] & seen["test"]
     assert not seen["validation"] & (seen["train"] | seen["test"])
     assert sum(map(len, seen.values())) == 24
-    assert t.notes == u.notes == ("classes: 0 = a, 1 = b",)
+    assert notes_of(t) == notes_of(u) == ("classes: 0 = a, 1 = b",)
 
 
 def test_what_a_later_split_shows_too_is_left_out_and_told(tmp_path):
@@ -257,10 +314,6 @@ GIVEN = "path,label,site,task,split,group\n"
             "line 4: is in test, and line 2, of a group by way of other rows, in train",
         ),
         ("x,label\n1e39,1\n", "line 2: `x`: found '1e39', expected a finite number"),
-        (
-            "x,label,split\n1,2,train\n1,3,test\n",
-            "line 3: is in test, and line 2, of the same features",
-        ),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(text, words, pictures):
@@ -277,6 +330,7 @@ def test_what_is_wrong_is_said_with_its_line(text, words, pictures):
             "have: s",
         ),
         (GIVEN + "0.png,a,s,t,train,\n1.png,b,s,t,test,\n", "none of them in the split 'validati"),
+        (GIVEN + "0.png,a,s,t,train,\n1.png,b,s,t,train,\n", "none of them in the split 'test'"),
         (
             "path,label\n0.png,a\n1.png,b\nno.png,c\n3.png,b\n",
             r"m\.csv, line 4: .*no.png: No such file",
@@ -394,28 +448,28 @@ def test_files_of_sites_that_are_no_images_are_told_as_those_of_folders(tmp_path
     picture(tmp_path / "other" / "x.png", 99)
     (root / "south" / "eyes" / "train" / "a" / "out.png").symlink_to(tmp_path / "other" / "x.png")
     (task,) = tasks_of(sites.read(root))
-    assert task.notes == (
+    assert notes_of(task) == (
         f"files that are no images: 2, such as {root}/north/eyes/read me.txt",
         f"links out of the folder: 1, such as {root}/south/eyes/train/a/out.png",
         "classes: 0 = a, 1 = b",
     )
 
 
-def notes_of(lines, folder):
-    return tasks_of(manifest.read(written(folder, "\n".join(lines))))[0].notes
+def notes_on(lines, folder):
+    return notes_of(tasks_of(manifest.read(written(folder, "\n".join(lines))))[0])
 
 
 def test_notes_say_how_a_task_was_read(tmp_path):
-    assert notes_of(["age,dose,label", *(f"{i},0,{i / 4}" for i in range(40))], tmp_path) == (
+    assert notes_on(["age,dose,label", *(f"{i},0,{i / 4}" for i in range(40))], tmp_path) == (
         "features, in the order of x: age, dose",
         "a regression of `label`, from 0 to 9.75",
     )
-    assert notes_of(["age,label", *(f"{i},{i % 2}" for i in range(40))], tmp_path)[-1] == (
+    assert notes_on(["age,label", *(f"{i},{i % 2}" for i in range(40))], tmp_path)[-1] == (
         "a regression of `label`, from 0 to 1 (names in place of numbers, such as 'class 0', would "
         "be classes)"
     )
     many = ["x,label", *(f"{i},{'a' * (i % 25 + 1)}" for i in range(100))]
-    assert notes_of(many, tmp_path)[-1].endswith(f", 19 = {'a' * 20} and 5 more")
+    assert notes_on(many, tmp_path)[-1].endswith(f", 19 = {'a' * 20} and 5 more")
 
 
 @pytest.mark.parametrize(
@@ -431,7 +485,7 @@ def test_a_column_that_may_be_a_group_is_told(name, numbers, warned, tmp_path):
     numbers = list(numbers)
     lines = [f"x,{name},label"]
     lines += [f"{i},{numbers[i % len(numbers)]},{i / 4}" for i in range(80)]
-    found = [note for note in notes_of(lines, tmp_path) if note.startswith("warning")]
+    found = [note for note in notes_on(lines, tmp_path) if note.startswith("warning")]
     assert [f"{name!r}, whole numbers" in note and "`group`" in note for note in found] == (
         [True] if warned else []
     )
@@ -440,7 +494,7 @@ def test_a_column_that_may_be_a_group_is_told(name, numbers, warned, tmp_path):
 def test_classes_that_may_be_misspelled_are_told(pictures):
     labels = ["big cat", "dog"] * 11 + ["Big  cat", "dgo"]
     lines = ["path,label,split", *(f"{i}.png,{label}," for i, label in enumerate(labels))]
-    classes, alike, rare = notes_of(lines, pictures)
+    classes, alike, rare = notes_on(lines, pictures)
     assert classes == "classes: 0 = Big  cat, 1 = big cat, 2 = dgo, 3 = dog"
     assert alike.startswith(
         "warning: 'Big  cat' and 'big cat' are 2 classes that differ only in case"
