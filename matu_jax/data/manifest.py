@@ -31,6 +31,7 @@ from matu_jax.data import SPLITS, selection
 from matu_jax.data.labels import is_number, listed
 from matu_jax.data.selection import SPLITS as SPLIT_NAMES
 from matu_jax.data.table import Row, Table, check_groups, in_float32
+from matu_jax.errors import did_you_mean
 from matu_jax.json_files import regular_file
 
 COLUMNS = ("path", "label", "site", "task", "split", "group")
@@ -52,6 +53,8 @@ def read(file: str | os.PathLike[str]) -> Table:
     path = Path(file)
     try:
         with regular_file(path).open(encoding="utf-8-sig", newline="") as stream:
+            _check_commas(stream.readline(), path)
+            stream.seek(0)
             table = csv.reader(stream, strict=True)
             header = [selection.composed(name.strip()) for name in next(table, [])]
             features = _check_header(header, path)
@@ -85,6 +88,20 @@ def _with_validation(rows: list[Row]) -> list[Row]:
     ]
 
 
+def _check_commas(line: str, path: Path) -> None:
+    """Checks that columns are not separated otherwise, as far as the first line tells."""
+
+    def words(mark: str) -> list[str]:
+        return [word.strip().strip('"') for word in line.split(mark)]
+
+    for mark, called in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if "label" in words(mark) and mark in line and "label" not in words(","):
+            raise ValueError(
+                f"{path}, line 1: found columns that {called} separate, expected commas. Save the "
+                "table as CSV with commas, and with points in numbers."
+            )
+
+
 def _check_header(header: list[str], path: Path) -> list[str]:
     """The names of the features."""
     where = f"{path}, line 1"
@@ -95,12 +112,24 @@ def _check_header(header: list[str], path: Path) -> list[str]:
         if not name or header.count(name) > 1:
             raise ValueError(f"{where}: found the column {name!r} {header.count(name)} times.")
     if "label" not in header:
-        raise ValueError(f"{where}: found {', '.join(header)}, but no column `label`.")
-    if ("path" in header) == bool(features):
-        found = f"`path` and {', '.join(features)}" if features else "neither"
+        hint = did_you_mean("label", header) if len(header) > 1 else ""
+        raise ValueError(f"{where}: found {listed(header)}, but no column `label`.{hint}")
+    for name in features:
+        if name.casefold() in COLUMNS:
+            raise ValueError(
+                f"{where}: found the column {name!r}, which would be a feature; spell it "
+                f"`{name.casefold()}`, or otherwise."
+            )
+    if "path" in header and features:
         raise ValueError(
-            f"{where}: found {found}, expected a column `path` of images, or columns of features "
-            f"(all but {', '.join(COLUMNS)}), and not both."
+            f"{where}: found `path` and {listed(features)}, expected a column `path` of images, or "
+            "columns of features, and not both. Call the column that says whom or what an image is "
+            "of `group`, and leave other columns out."
+        )
+    if "path" not in header and not features:
+        raise ValueError(
+            f"{where}: found {listed(header)}, expected a column `path` of images too, or columns "
+            f"of features (all but {', '.join(COLUMNS)})."
         )
     return features
 
@@ -165,7 +194,8 @@ def _number(text: str, where: str, name: str) -> float:
     if not is_number(text):
         raise ValueError(
             f"{where}: `{name}`: found {text!r}, expected a finite number (of float32). Leave the "
-            "row out, or put a number there."
+            "row out, or put a number there; a column that is no feature has to go, and one that "
+            "says whom or what an example is of is called `group`."
         )
     return float(text)
 

@@ -15,7 +15,7 @@ from matu_jax.data.labels import (
     readable_names,
 )
 from matu_jax.data.table import Row, Table, divided, in_float32
-from matu_jax.errors import did_you_mean
+from matu_jax.errors import did_you_mean, look_alike
 
 
 def tasks_of(
@@ -148,10 +148,12 @@ def _check_sites(rows: Sequence[Row], splits: Sequence[str], name: str) -> None:
     for row, split in placed:
         if (row.task, row.site) not in trained:
             known = sorted({site for task, site in trained if task == row.task})
+            near = [site for site in known if look_alike((site, row.site))]
+            hint = f" Is {near[0]!r} meant?" if near else ""
             raise ValueError(
                 f"{name}, {row.where}: site {row.site!r} has an example of task {row.task!r} in "
-                f"{split}, and none in train; sites that have: {', '.join(known) or 'none'}. Give "
-                "the site some, or leave this one out."
+                f"{split}, and none in train; sites that have: {', '.join(known) or 'none'}.{hint} "
+                "Give the site some, or leave this one out."
             )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from matu_jax.data import (
 from matu_jax.data.choices import IMAGE_SOURCES, DataConfig
 from matu_jax.data.partition import assign, partition
 from matu_jax.data.rendering import SIZE
-from matu_jax.errors import did_you_mean
+from matu_jax.errors import did_you_mean, look_alike
 from matu_jax.models import Model, base_fingerprint
 from matu_jax.models.architectures import check_architecture
 from matu_jax.models.checks import told
@@ -254,8 +255,8 @@ def _of_sites(
     if data.clients != len(sites):
         raise ValueError(
             f"config.data.clients: found {data.clients}, but the data belongs to {len(sites)} "
-            f"sites ({', '.join(sites)}), each of which is a client. Set config.data.clients = "
-            f"{len(sites)}."
+            f"sites ({', '.join(sites)}), each of which is a client. "
+            + _what_to_do(data.clients, sites, tasks)
         )
     for name in ("assignment", "examples_per_slot", "dirichlet_alpha"):
         if getattr(data, name) != getattr(default, name):
@@ -275,6 +276,20 @@ def _of_sites(
     client, task = (np.array(numbers) for numbers in zip(*pairs, strict=True))
     indices = [np.flatnonzero(held[task] == sites[client]) for client, task in pairs]
     return _held(config, tasks, client, task, indices, trace)._replace(sites=sites)
+
+
+def _what_to_do(clients: int, sites: Sequence[str], tasks: Sequence[Task]) -> str:
+    """Where there are not as many sites as clients: to set so many, or to spell one as another."""
+    pairs = look_alike(sites)
+    held = Counter(site for task in tasks for site in task.sites["train"])
+    alike = [
+        " and ".join(f"{site!r} ({held[site]} to train on)" for site in pair) for pair in pairs
+    ]
+    set_clients = f"et config.data.clients = {len(sites)}."
+    if not alike:
+        return f"S{set_clients}"
+    correct = f"{'; '.join(alike)} look like one site: correct the name where the data has it"
+    return f"{correct}." if clients == len(sites) - len(pairs) else f"{correct}, or s{set_clients}"
 
 
 def _held(

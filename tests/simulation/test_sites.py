@@ -92,6 +92,32 @@ def test_slots_are_measured_on_their_sites_own_examples():
     np.testing.assert_allclose(found["test_per_task"]["down"], expected[3], rtol=1e-5)
 
 
+def renamed(**sites):
+    """The tasks, whose sites have other names."""
+    return [
+        dataclasses.replace(
+            one, sites={part: [sites[site] for site in held] for part, held in one.sites.items()}
+        )
+        for one in TASKS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("clients", "words"),
+    [
+        (2, r"and 'nroth' \(4 to train on\) look like one site: correct .* data has it\.$"),
+        (
+            12,
+            r"'north' \(2 to train on\) and 'nroth' .* has it, or set config\.data\.clients = 3\.",
+        ),
+    ],
+)
+def test_a_misspelled_site_is_not_taken_for_one_more(clients, words):
+    config = dataclasses.replace(CONFIG, data=DataConfig(clients=clients))
+    with pytest.raises(ValueError, match=words):
+        dealt_out(config, renamed(a="north", b="nroth", c="south"))
+
+
 @pytest.mark.parametrize(
     ("tasks", "data", "words"),
     [
