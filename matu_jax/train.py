@@ -42,7 +42,7 @@ from matu_jax.runs.plan import check_inputs
 from matu_jax.runs.processes import OPTIONS, join, keep_programs, use_cores
 from matu_jax.runs.progress import RoundProgress
 from matu_jax.runs.training import is_finished, train
-from matu_jax.runs.workdir import opened
+from matu_jax.runs.workdir import keep_experiment, opened
 from matu_jax.simulation import hosts
 from matu_jax.simulation.attendance import StoppedError
 
@@ -82,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
             with hosts.together():
                 if hosts.is_first():
                     stack.enter_context(opened(workdir, config))
+                    if changed := keep_experiment(workdir, source.file):
+                        console.print(f"note: {changed}")
             progress = RoundProgress(plain_console(stderr=True)) if hosts.is_first() else None
             profile = "profile" in options
             train(config, source.file.stem, workdir, console, progress=progress, profile=profile)

@@ -277,6 +277,22 @@ def test_what_is_entered_wrongly_is_said(code, words, tmp_path, capsys, monkeypa
     assert words in " ".join(capsys.readouterr().err.split())
 
 
+def test_code_that_changed_is_told(tmp_path, capsys):
+    """Configs and data tell runs apart, and code does not."""
+    config = written(tmp_path, textwrap.dedent(TWO_TERMS), AS_AN_EXPERIMENT)
+    words = ["train", config, f"--workdir={tmp_path}/run", "--config.rounds=1"]
+    assert train.main(words) == 0
+    assert (tmp_path / "run" / "experiment.py").read_bytes() == (tmp_path / "own.py").read_bytes()
+    assert train.main(words) == 0
+    assert "has changed since" not in capsys.readouterr().out
+    with open(tmp_path / "own.py", "a") as file:
+        file.write("# another word\n")
+    assert train.main(words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"own.py has changed since the work in {tmp_path}/run began" in said
+    assert "this run is finished" in said
+
+
 def test_heads_that_a_model_of_ones_own_lacks_are_refused(tmp_path, capsys):
     config = written(tmp_path, textwrap.dedent(TWO_TERMS), AS_AN_EXPERIMENT)
     words = ["train", config, f"--workdir={tmp_path}/run", "--config.model.head=trained"]

@@ -21,7 +21,7 @@ from matu_jax.runs.plan import check_inputs
 from matu_jax.runs.progress import RoundProgress, draws_bars
 from matu_jax.runs.provenance import machine, versions
 from matu_jax.runs.training import train
-from matu_jax.runs.workdir import disk_errors, opened
+from matu_jax.runs.workdir import disk_errors, keep_experiment, opened
 from matu_jax.simulation.attendance import StoppedError
 from matu_jax.simulation.measures import measure_of
 
@@ -168,6 +168,8 @@ def compare(
     news = False
     with disk_errors(workdir):
         remove_unfinished(workdir)
+        if changed := keep_experiment(workdir, source.file):
+            console.print(f"note: {changed}")
     with Runner(len(runs)) as runner:
         for run in runs:
             config, folder = plan.run_config(comparison, run), run.folder(workdir)

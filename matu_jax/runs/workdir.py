@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from matu_jax.config import Config, upgraded
 from matu_jax.errors import UserError
-from matu_jax.json_files import checked, is_unfinished, read_json, write_json
+from matu_jax.json_files import checked, is_unfinished, read_json, replace_file, write_json
 from matu_jax.runs.checkpoints import Checkpoints, unreadable
 from matu_jax.runs.log import MetricsLog, read_summary, selected, selection
 from matu_jax.simulation.measures import measure_of
@@ -22,6 +22,9 @@ LOCK = ".lock"
 
 
 CONFIG = "config.json"
+
+
+EXPERIMENT = "experiment.py"
 
 
 _MOVE_AWAY = "Move it away; then the same command with the same --workdir goes on."
@@ -67,6 +70,26 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
             yield
     finally:
         lock.release()
+
+
+def keep_experiment(workdir: Path, file: Path) -> str | None:
+    """Keeps a copy of the experiment's file in the workdir, as it is when the work begins.
+
+    Returns:
+      What to say if the file has changed since then; a model's or a source's code is in it, by
+      which no run is told from another.
+    """
+    kept, text = workdir / EXPERIMENT, file.read_bytes()
+    if not kept.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        replace_file(kept, text)
+    if kept.read_bytes() == text:
+        return None
+    return (
+        f"{file} has changed since the work in {workdir} began; it was then as {kept} is. Configs, "
+        "data, bases and metrics are compared, the code of models is not: if that has changed, "
+        "give another --workdir."
+    )
 
 
 @contextlib.contextmanager
