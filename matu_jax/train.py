@@ -37,7 +37,14 @@ from rich.console import Console
 from matu_jax import algorithms
 from matu_jax.config import Config
 from matu_jax.errors import UserError
-from matu_jax.runs.commandline import INTERRUPTED, Source, plain_console, read_config, run_program
+from matu_jax.runs.commandline import (
+    INTERRUPTED,
+    Source,
+    plain_console,
+    read_config,
+    read_words,
+    run_program,
+)
 from matu_jax.runs.plan import check_inputs
 from matu_jax.runs.processes import OPTIONS, join, keep_programs, use_cores
 from matu_jax.runs.progress import RoundProgress
@@ -46,6 +53,8 @@ from matu_jax.runs.workdir import keep_experiment, opened
 from matu_jax.simulation import hosts
 from matu_jax.simulation.attendance import StoppedError
 
+_WORDS = (__doc__ or "", ["workdir", *OPTIONS], ["profile", "distributed"])
+
 
 def parse(argv: Sequence[str]) -> tuple[Config, Source, Path, dict[str, str]]:
     """Reads the command line: the checked config, its source, the workdir, and the options given.
@@ -53,9 +62,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Source, Path, dict[str, str]]:
     Raises:
       UserError: with what is wrong, and where.
     """
-    config, source, options = read_config(
-        argv, __doc__ or "", ["workdir", *OPTIONS], flags=["profile", "distributed"]
-    )
+    config, source, options = read_config(argv, *_WORDS)
     try:
         algorithms.build(config)
     except ValueError as error:
@@ -69,10 +76,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns the exit code."""
 
     def work(console: Console) -> None:
-        use_cores()  # before the experiment's file, which may use JAX
+        use_cores()
+        join(read_words(argv, *_WORDS)[1])  # both before the experiment's file, which may use JAX
         config, source, workdir, options = parse(argv)
         keep_programs()
-        join(options)
         if not hosts.is_first():
             console = Console(quiet=True)
         if not is_finished(workdir):

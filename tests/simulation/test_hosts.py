@@ -80,6 +80,7 @@ def experiment(tmp_path_factory):
         "Config(\n", "Config(\n        checkpoint=CheckpointConfig(every_rounds=1000),\n", 1
     )
     text = text.replace("import Config", "import CheckpointConfig, Config")
+    text += "\nimport jax\njax.numpy.zeros(1)  # as files with a model of their own may\n"
     (folder / "tiny.py").write_text(text)
     return f"--config={folder / 'tiny.py'}"
 
