@@ -63,3 +63,10 @@ def is_best(arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> bool:
 def number_at(mapping: Mapping[str, Any], block: str, key: str) -> float | None:
     """The number at `mapping[block][key]`, or None where there is none."""
     return number((mapping.get(block) or {}).get(key))
+
+
+def shared_label_spaces(setting: Mapping[str, Any]) -> list[str]:
+    """The label space of each task; none where no two tasks share one, so that none are related."""
+    spaces = list(setting.get("label_spaces") or [])
+    known = [space for space in spaces if space]
+    return spaces if len(set(known)) < len(known) else []

@@ -4,7 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from matu_jax.comparison import figures
-from matu_jax.comparison.arms import best_first, mean_result, number, total_traffic
+from matu_jax.comparison.arms import (
+    best_first,
+    mean_result,
+    number,
+    shared_label_spaces,
+    total_traffic,
+)
 from matu_jax.comparison.drawing import Drawing
 from matu_jax.comparison.html import Block, Bold, Inline, Paragraph, Picture
 from matu_jax.comparison.words import left_out_words, lower_words, result_words
@@ -138,12 +144,13 @@ def _of_similarity(
     if not found:
         return Paragraph(["No arm of this setting has a similarity of tasks to show."], "note")
     chosen = next((arm for arm in found if arm["label"] == ours), found[0])
-    spaces = setting.get("label_spaces")
+    spaces = shared_label_spaces(setting)
     return _picture(
         f"{prefix}_similarity",
         drawn.similarity(chosen["similarity"]["matrix"], _tasks(setting), spaces),
         f"Matrix of similarities between the tasks of setting {setting['name']}, measured by "
-        f"{chosen['label']}, and the matrix of pairs that share a label space.",
+        f"{chosen['label']}"
+        + (", and the matrix of pairs that share a label space." if spaces else "."),
         [
             Bold(f"Which tasks {chosen['label']} holds to be related."),
             " Rows and columns are the tasks in the same order. Red cells are pairs whose updates "

@@ -17,6 +17,7 @@ from matu_jax.comparison.arms import (
     mean_result,
     number_at,
     seeds_measured,
+    shared_label_spaces,
     verdict_of,
 )
 from matu_jax.comparison.collect import FEWEST_SEEDS, LEVEL, TOO_FEW
@@ -268,17 +269,15 @@ def _about(setting: Mapping[str, Any]) -> Iterator[Block]:
             ],
             "notice",
         )
-    spaces = setting.get("label_spaces")
-    if tasks and len(spaces or tasks) == len(tasks):
-        rows = [
-            Row([[Code(t)], [s]]) for t, s in zip(tasks, spaces or [NONE] * len(tasks), strict=True)
-        ]
-        others = "images" if measure_of(setting) == ACCURACY else "examples"
-        caption = f"Tasks with the same label space ask the same question of other {others}."
-        yield Details(
-            f"The {counted(len(tasks), 'task')}",
-            [Table([caption], ["task", "label space"], rows, left=2)],
-        )
+    spaces = shared_label_spaces(setting)
+    if tasks and len(setting.get("label_spaces") or tasks) == len(tasks):
+        table = Table(["Their names."], ["task"], [Row([[Code(task)]]) for task in tasks], left=1)
+        if spaces:
+            rows = [Row([[Code(t)], [s]]) for t, s in zip(tasks, spaces, strict=True)]
+            others = "images" if measure_of(setting) == ACCURACY else "examples"
+            caption = f"Tasks with the same label space ask the same question of other {others}."
+            table = Table([caption], ["task", "label space"], rows, left=2)
+        yield Details(f"The {counted(len(tasks), 'task')}", [table])
 
 
 def _prefixes(settings: Iterable[Mapping[str, Any]]) -> list[str]:

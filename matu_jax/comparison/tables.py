@@ -154,12 +154,12 @@ def also_table(setting: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def similarity_table(arms: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
-    """How well each arm's similarity tells related tasks; nothing where no arm has one."""
+    """How well each arm's similarity tells related tasks; nothing where no tasks are."""
     keys = ("auc_mean", "auc_first_round", "auc_last_round")
     rows = [
         Row([[arm["label"]], *([decimals(number_at(arm, "similarity", key), 2)] for key in keys)])
         for arm in arms
-        if arm.get("similarity")
+        if number_at(arm, "similarity", "auc_mean") is not None
     ]
     if rows:
         yield Table(

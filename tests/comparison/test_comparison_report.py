@@ -689,6 +689,19 @@ def test_similarity_stands_beside_the_truth_in_the_same_order(drawn, tasks):
     assert not overlaps(measured.get_yticklabels())
 
 
+def test_tasks_that_share_no_label_space_have_no_truth_to_be_found():
+    comparison = make_comparison()
+    for setting in comparison["settings"]:
+        setting["label_spaces"] = setting["tasks"]
+        for arm in setting["arms"]:
+            keys = ("auc_mean", "auc_first_round", "auc_last_round")
+            arm["similarity"] = arm["similarity"] and arm["similarity"] | dict.fromkeys(keys)
+    text = report.markdown(comparison)
+    assert "holds to be related" in text
+    assert not re.search("label space|the truth|AUC", text)
+    assert re.search("label space.*the truth.*AUC", report.markdown(make_comparison()), re.S)
+
+
 def test_long_names_are_cut_and_dollars_are_no_mathematics(drawn):
     arms = make_comparison()["settings"][0]["arms"]
     arms[0]["label"] = "$x$ " + "long " * 20
