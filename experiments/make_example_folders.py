@@ -2,6 +2,7 @@
 
     python experiments/make_example_folders.py my-images
     python experiments/make_example_folders.py my-scans --scanners   # for own_images.py
+    python experiments/make_example_folders.py my-sites --sites 3    # my-sites/lab 1/<task>/...
 
 Nothing is downloaded. Tasks are `my-images/<task>/{train,test}/<class>/<number>.png`:
 
@@ -14,7 +15,8 @@ Nothing is downloaded. Tasks are `my-images/<task>/{train,test}/<class>/<number>
                          dataset-fashion-mnist is installed (apt install dataset-fashion-mnist)
 
 With --scanners, digits, whether they are even, and photographs, each as several scanners show them:
-plain, as a negative or on its side (`SCANS`).
+plain, as a negative or on its side (`SCANS`). With --sites, as many laboratories share the number
+of pictures, and each has drawn its own.
 
 Test crops come from another part of the photographs than training crops, but from the same three:
 "photographs" is easy. Test digits are other scans than training digits, whatever is asked of them.
@@ -37,6 +39,7 @@ CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat")  # in the order of
 CLOTHES += ("sandal", "shirt", "sneaker", "bag", "ankle boot")
 TURNS = ("upright", "a quarter", "upside down", "three quarters")
 PIXELS = 64  # height and width of what is written
+COUNTS = {"train": 480, "test": 240}  # images of a task
 
 Pictures = Iterator[tuple[np.ndarray, str]]
 Tasks = dict[str, Callable[[str, int, np.random.Generator], Pictures]]
@@ -119,7 +122,9 @@ SCANS: Tasks = {
 }
 
 
-def write(folder: Path, task: str, counts: dict[str, int], tasks: Tasks = TASKS) -> None:
+def write(
+    folder: Path, task: str, counts: dict[str, int], tasks: Tasks = TASKS, site: int = 0
+) -> None:
     """Writes one task's folder.
 
     Args:
@@ -127,9 +132,11 @@ def write(folder: Path, task: str, counts: dict[str, int], tasks: Tasks = TASKS)
       task: one of `tasks`.
       counts: images in "train" and "test".
       tasks: `TASKS` or `SCANS`.
+      site: its number; 0 = none.
     """
     for part, count in counts.items():
-        rng = np.random.default_rng((sorted(tasks).index(task), part == "test"))
+        key = (sorted(tasks).index(task), part == "test", site)
+        rng = np.random.default_rng(key if site else key[:2])
         for i, (picture, name) in enumerate(tasks[task](part, count, rng)):
             path = folder / task / part / name / f"{i:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,17 +149,23 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("--scanners", action="store_true", help="the tasks of own_images.py")
+    parser.add_argument("--sites", type=int, default=0, help="how many sites; 0 = no sites")
     given = parser.parse_args(argv[1:])
     folder, tasks = given.folder, SCANS if given.scanners else TASKS
     if folder.exists():
         print(f"{folder} is there already. Give a new folder.", file=sys.stderr)
         return 2
+    counts = {part: count // (given.sites or 1) for part, count in COUNTS.items()}
     for task in tasks:
         if task == "clothes" and not FASHION.is_dir():
             print(f"left out: clothes, since {FASHION} is not there (dataset-fashion-mnist)")
             continue
-        write(folder, task, {"train": 480, "test": 240}, tasks)
-        print(f"{folder / task}: 480 images for training, 240 for testing")
+        for site in range(1, given.sites + 1) or [0]:
+            place = folder / f"lab {site}" if site else folder
+            write(place, task, counts, tasks, site)
+            print(
+                f"{place / task}: {counts['train']} images to train on, {counts['test']} to test on"
+            )
     return 0
 
 

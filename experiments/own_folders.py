@@ -9,6 +9,9 @@ images out among them; what is trained are adapters of the small backbone that c
 package, which sees images of 32 pixels, and a linear head per task. With more than eight folders
 raise data.clients; data.tasks_per_client=2 gives every client two tasks.
 
+Where images belong to sites, as my-sites/<site>/<task>/train/<class>/<image> and so on, give
+--config.data.sites=my-sites in place of folders, and data.clients as many as there are sites.
+
 For a larger model give a checkpoint of any size, such as --config.model.architecture=clip
 --config.model.checkpoint=openai/clip-vit-base-patch32, to both commands; images are then as large
 as it takes them.

@@ -7,6 +7,8 @@
 
 Eight folders of pictures that come with scikit-learn and matplotlib: which digit, whether it is
 even, and from which of three photographs a crop is, each as it is, as a negative, or on its side.
+None of them is of Fashion-MNIST: with Debian's package dataset-fashion-mnist or without it, the
+folders and the results are the same.
 What trains are adapters of the small backbone that comes with the package, and a head per task.
 With `--config.data.folders=my-images` given to prepare and compare, the same comparison is made on
 folders of one's own. Results: results/own_images/report.md; own_folders.md has, for four other

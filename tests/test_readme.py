@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -12,13 +13,15 @@ import types
 from pathlib import Path
 
 import contract
+import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import matu_jax
-from matu_jax import algorithms, compare, export
+from matu_jax import algorithms, compare, export, train
 from matu_jax.aggregation import client
 from matu_jax.algorithms import ALGORITHMS, build
 from matu_jax.data import SOURCES
@@ -79,6 +82,58 @@ def test_an_exported_language_model_becomes_an_adapter(tmp_path, monkeypatch):
     found = load_file(tmp_path / "runs" / "adapter" / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     assert set(found) == {f"{prefix}A.weight", f"{prefix}B.weight"}
+
+
+@pytest.fixture
+def at_home(tmp_path, monkeypatch):
+    """A directory with the experiments in it, where README's commands are given."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MATU_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(MODELS, "linear", None)  # gone after the test
+    with jax.numpy_rank_promotion("allow"):
+        yield tmp_path
+
+
+def test_the_commands_for_sites_and_tables_run(at_home, capsys):
+    section = README.split("## Sites and tables of your own")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", section, re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    assert len(lines) == 5
+    table = re.findall(r"```\n(path,.*?)```", section, re.S)[0].splitlines()
+    paths = [line.split(",")[0] for line in table[1:]]
+    kinds = [line.partition(",")[2].rpartition(" ")[0] for line in table[1:]]
+    rng = np.random.default_rng(0)
+    (at_home / paths[0]).parent.mkdir()
+    with (at_home / "my-images.csv").open("w") as stream:
+        print(table[0], *table[1:], sep="\n", file=stream)
+        for i in range(40):  # rows more, like those
+            name = f"scans/{i + 30}.png"
+            print(f"{name},{kinds[i % 2]} {i}", file=stream)
+            paths.append(name)
+    for path in paths:
+        pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(at_home / path)
+    small = ["--config.rounds=1", "--config.local.steps=1"]
+    images = [f"--config.model.checkpoint={tiny.write_checkpoint(at_home / 'tiny.safetensors')}"]
+    for line in lines:
+        python, first, *words = shlex.split(line)
+        assert python == "python"
+        if first == "-m":
+            assert words[0] == "matu_jax.train"
+            more = [] if "experiments/own_table.py" in words else images
+            assert train.main([*words, *small, *more]) == 0
+        else:
+            names = runpy.run_path(first)
+            names["main"].__globals__.get("COUNTS", {}).update(train=150, test=30)
+            assert names["main"]([first, *words]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"site lab {i}" in printed for i in (1, 2, 3))
+    assert "site east" in printed
+    features = "features, in the order of x: age, sex, bmi, bp, s1, s2, s3, s4"
+    assert f"blood sugar, progression, triglycerides: {features}" in printed
+    for name in ("my-sites", "my-images", "my-table"):
+        assert (at_home / "runs" / name / "summary.json").exists()
 
 
 def test_the_library_example_runs():
