@@ -510,6 +510,21 @@ def test_a_run_that_diverges_is_a_message_with_its_name(write, tmp_path, capsys)
     assert "/ seed 0: round 1" in said
 
 
+def test_an_arm_whose_trials_all_diverge_is_named_and_the_others_are_searched(
+    write, tmp_path, capsys
+):
+    file, tuned = write('tuned="tuned.json",'), tmp_path / "tuned.json"
+    text = file.read_text().replace('"matu": {}', '"matu": {"algorithm": "untrained"}')
+    text = text.replace("(3e-3, 1e-2)", "(1e20, 1e30)").replace("own_search", "own_search={}, #")
+    file.write_text(text.replace("trials=3", "trials=2"))
+    tuned.write_text('{"arms": {"per_task": {"chosen": {"local.learning_rate": 1.0}}}}')
+    said = mistake(capsys, f"--config={file}", f"--workdir={tmp_path / 'out'}", "--tune")
+    assert "round 1: training failed in" in said
+    assert "no trial of per_task (local.learning_rate=1e+20; local.learning_rate=1e+30)" in said
+    assert list(json.loads(tuned.read_text())["arms"]) == ["matu"]
+    assert "lacks 'per_task'" in mistake(capsys, f"--config={file}")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

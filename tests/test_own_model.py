@@ -221,6 +221,55 @@ def test_own_models_are_compared_by_their_own_metric(model, tmp_path, capsys):
         assert "| test r2 |" in text
 
 
+@pytest.mark.parametrize("options", [[], ["--tune"]])
+@pytest.mark.parametrize("model", [EQUINOX], indirect=True, ids=["equinox"])
+def test_arms_that_an_own_model_cannot_have_are_named_before_the_first_run(
+    model, options, tmp_path, capsys
+):
+    code = AS_A_COMPARISON.replace('tuned="tuned.json",', 'tuned="tuned.json",' * bool(options))
+    for name in ("fedper", "fedrep", "fed_lora_b", "ntk_fedavg"):
+        code = code.replace("arms={", f'arms={{"my {name}": {{"algorithm": "{name}"}},')
+    config, workdir = written(tmp_path, model, code), tmp_path / "compared"
+    assert compare.main(["compare", config, f"--workdir={workdir}", *options]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    blocks = "personal_blocks: found 1, but the model has no transformer blocks: none of its arrays"
+    assert f"a / my fedper: config.fedper.{blocks}" in said
+    assert f"a / my fedrep: config.fedrep.{blocks}" in said
+    assert "a / my fed_lora_b: config.algorithm: 'fed_lora_b' shares the B of LoRA" in said
+    assert "arrays (0, 1, 2, 3) none has a path that ends with lora_a" in said
+    assert "a / matu" not in said
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("model", [EQUINOX], indirect=True, ids=["equinox"])
+def test_runs_and_trials_of_another_metric_are_not_taken_for_those_of_this_one(
+    model, tmp_path, capsys
+):
+    config = written(tmp_path, model, AS_A_COMPARISON)
+    words = ["compare", config, f"--workdir={tmp_path / 'w'}", "--arms=matu", "--config.rounds=1"]
+    assert compare.main([*words, "--tune"]) == 0
+    assert compare.main(words) == 0
+    tuned = (tmp_path / "tuned.json").read_text()
+    assert json.loads(tuned)["arms"]["matu"]["measure"]["name"] == "r2"
+    written(tmp_path, model.replace('"r2": R2, "error": ERROR', '"error": ERROR'), AS_A_COMPARISON)
+    (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text().replace("chance=", "notes="))
+    (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text().replace('{"r2": 0.0}', "()"))
+    capsys.readouterr()
+
+    def refused(*options):
+        assert compare.main([*words, *options]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    was = "was measured by r2 (higher is better), and its like are now by error (lower is better)"
+    said = refused("--tune")
+    assert "w/tuning/matu/local.learning_rate=0.01: this run " + was in said
+    assert (tmp_path / "tuned.json").read_text() == tuned
+    assert "tuned: the fields of 'matu' were chosen by r2, and it is measured by error" in refused()
+    shutil.rmtree(tmp_path / "w" / "tuning")
+    assert compare.main([*words, "--tune"]) == 0
+    assert "w/runs/a/matu/0: this run " + was in refused()
+
+
 @pytest.mark.parametrize("model", [EQUINOX], indirect=True, ids=["equinox"])
 def test_a_base_data_or_metrics_that_changed_are_not_gone_on_with(model, tmp_path, capsys):
     config, workdir = written(tmp_path, model, AS_AN_EXPERIMENT), f"--workdir={tmp_path}/run"

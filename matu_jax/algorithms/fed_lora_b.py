@@ -42,7 +42,7 @@ def fed_lora_b(choices: FedLoraBConfig, defence: DefenceConfig, trainable: str) 
       trainable: what of the model trains; "lora" is what it needs.
 
     Raises:
-      ValueError: where there are no adapters.
+      ValueError: where there are no adapters; from `init`, of a model of one's own.
     """
     if trainable != "lora":
         raise ValueError(
@@ -52,7 +52,15 @@ def fed_lora_b(choices: FedLoraBConfig, defence: DefenceConfig, trainable: str) 
         )
 
     def is_a(tree):
-        flags = [path.endswith("lora_a") for path, _ in leaf_items(tree)]
+        paths = [path for path, _ in leaf_items(tree)]
+        flags = [path.endswith("lora_a") for path in paths]
+        if not any(flags):
+            raise ValueError(
+                "config.algorithm: 'fed_lora_b' shares the B of LoRA adapters, but of the model's "
+                f"arrays ({', '.join(paths[:5])}{', ...' * (len(paths) > 5)}) none has a path that "
+                "ends with lora_a, as an adapter's A has. Let the model train adapters, or choose "
+                "another algorithm."
+            )
         return jax.tree.unflatten(jax.tree.structure(tree), flags)
 
     def cut(tree, lead):

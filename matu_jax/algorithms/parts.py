@@ -42,6 +42,11 @@ def last_blocks(count: int, where: str) -> Cut:
         for words, shape in items:
             if words[0] == "blocks":
                 depth = max(depth, int(words[1]) + 1 if words[1].isdecimal() else shape[0])
+        if not depth:
+            raise ValueError(
+                f"{where}: found {count}, but the model has no transformer blocks: none of its "
+                'arrays has a path that begins with "blocks/". Choose another config.algorithm.'
+            )
         if count >= depth:
             raise ValueError(
                 f"{where}: found {count}, but the model has {depth} "

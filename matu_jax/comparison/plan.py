@@ -274,9 +274,16 @@ class _Trial(BaseModel):
     validation: float | None
 
 
+class _Measured(BaseModel):
+    name: str
+    higher_is_better: bool
+    percent: bool
+
+
 class _TunedArm(BaseModel):
     chosen: dict[str, Any]
     validation: float | None = None
+    measure: _Measured | None = None  # older versions lack it
     trials: list[_Trial] = []
 
 

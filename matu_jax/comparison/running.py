@@ -1,8 +1,10 @@
 """Makes the runs of a comparison, and those of the search before it."""
 
 import dataclasses
+import functools
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from matu_jax.comparison import plan, report
+from matu_jax.comparison.arms import number
 from matu_jax.comparison.collect import collect
+from matu_jax.comparison.inputs import check_measure, check_runs
 from matu_jax.comparison.tuning import Tried, search
 from matu_jax.config import Config
 from matu_jax.errors import UserError
 from matu_jax.json_files import remove_unfinished, write_json
 from matu_jax.runs.commandline import Source, plain_console
-from matu_jax.runs.plan import check_inputs
 from matu_jax.runs.progress import RoundProgress, draws_bars
 from matu_jax.runs.provenance import machine, versions
 from matu_jax.runs.training import train
 from matu_jax.runs.workdir import disk_errors, keep_experiment, opened
 from matu_jax.simulation.attendance import StoppedError
-from matu_jax.simulation.measures import measure_of
+from matu_jax.simulation.measures import Measure, measure_of
 
 
 class Runner:
@@ -57,6 +60,7 @@ class Runner:
 
         Raises:
           UserError: for what the user has to mend.
+          StoppedError: if training fails in too many slots.
         """
         self._bar.update(self._job, description=name)
         quiet, progress = (
@@ -68,16 +72,19 @@ class Runner:
             fresh = not (folder / "summary.json").exists()
             try:
                 summary = train(config, name, folder, quiet, progress=progress)
-            except StoppedError as error:
-                raise UserError(f"{name}: {error}") from None
+            finally:
+                self._bar.advance(self._job)
         seconds = time.perf_counter() - started
         if fresh:
             jax.clear_caches()
             measure = measure_of(summary)
             reached = measure.text(summary[measure.name]["mean"])
-            self._bar.console.print(f"{name}: {measure.name} {reached} in {seconds:.0f} s")
-        self._bar.advance(self._job)
+            self.say(f"{name}: {measure.name} {reached} in {seconds:.0f} s")
         return summary
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._bar.console.print(line)
 
 
 def tune(comparison: plan.Comparison, source: Source, workdir: Path, console: Console) -> Path:
@@ -89,7 +96,8 @@ def tune(comparison: plan.Comparison, source: Source, workdir: Path, console: Co
       The file written.
 
     Raises:
-      UserError: if the comparison names no file for the result, or no fields to search.
+      UserError: if the comparison names no file for the result, or no fields to search; or, after
+        all arms were searched and the file was written, if no trial of an arm came to a number.
     """
     for name, what in (
         ("search", "the fields that are tried for every arm"),
@@ -99,40 +107,26 @@ def tune(comparison: plan.Comparison, source: Source, workdir: Path, console: Co
             raise UserError(f"--tune: {source.file} has no `{name}`: {what}. Give it one.")
     setting = comparison.tuning_setting or next(iter(comparison.settings))
     trials = [plan.Run(setting, label, comparison.tuning_seed) for label in comparison.arms]
-    _check_inputs(comparison, trials, source)
+    measures = check_runs(comparison, trials, source)
     target = source.file.parent / comparison.tuned
-    found = {"arms": {}}
     with disk_errors(target.parent):
         remove_unfinished(target.parent, target.name)
-    if target.exists():
-        try:
-            found["arms"] |= plan.read_tuned(target)["arms"]
-        except ValueError as error:
-            raise UserError(
-                f"--tune: {error}. Remove it, and all arms are searched anew."
-            ) from None
-    with Runner(len(comparison.arms) * comparison.trials) as runner:
-        for label in comparison.arms:
-            run = plan.Run(setting, label, comparison.tuning_seed)
-
-            def tried(fields: dict[str, Any], run: plan.Run = run) -> Tried:
-                config = plan.run_config(comparison, run, fields)
-                last = dataclasses.replace(config.evaluation, every_rounds=config.rounds)
-                config = dataclasses.replace(config, evaluation=last)
-                words = [f"{name}={value}" for name, value in fields.items()]
-                name = plan.folder_name(",".join(words))
-                folder = workdir / "tuning" / plan.folder_name(run.arm) / name
-                summary = runner.run(config, f"{run.arm} {' '.join(words)}", folder)
-                measure = measure_of(summary)
-                value = summary[measure.name]["validation_mean"]
-                return Tried(value, measure.rank(value))
-
-            fields = {**comparison.search, **comparison.own_search.get(label, {})}
-            best, trials = search(fields, comparison.trials, tried)
-            found["arms"][label] = {
+    found: dict[str, Any] = {"arms": _searched_before(target)}
+    lost = []
+    with Runner(len(trials) * comparison.trials) as runner:
+        for run in trials:
+            fields = {**comparison.search, **comparison.own_search.get(run.arm, {})}
+            tried = functools.partial(_tried, comparison, run, runner, workdir, measures)
+            best, all_tried = search(fields, comparison.trials, tried)
+            found["arms"].pop(run.arm, None)
+            if best["validation"] is None:
+                lost.append(f"{run.arm} ({'; '.join(_words(t['fields']) for t in all_tried)})")
+                continue
+            found["arms"][run.arm] = {
                 "chosen": best["fields"],
                 "validation": best["validation"],
-                "trials": trials,
+                "measure": measures[run.setting, run.arm]._asdict(),
+                "trials": all_tried,
             }
     found |= {
         "setting": setting,
@@ -144,7 +138,67 @@ def tune(comparison: plan.Comparison, source: Source, workdir: Path, console: Co
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, found)
+    if lost:
+        raise UserError(
+            f"--tune: no trial of {', '.join(lost)} came to a finite number on validation, so "
+            f"{target} has no choice for what is named here. Give `search` or `own_search` other "
+            "values, such as lower learning rates; trials that are done are not made again."
+        )
     return target
+
+
+def _searched_before(target: Path) -> dict[str, Any]:
+    """By arm what a search has found before this one."""
+    if not target.exists():
+        return {}
+    try:
+        return dict(plan.read_tuned(target)["arms"])
+    except ValueError as error:
+        raise UserError(f"--tune: {error}. Remove it, and all arms are searched anew.") from None
+
+
+def _tried(
+    comparison: plan.Comparison,
+    run: plan.Run,
+    runner: Runner,
+    workdir: Path,
+    measures: dict[tuple[str, str], Measure],
+    fields: dict[str, Any],
+) -> Tried:
+    """Makes a trial, or reads it; one in which training fails is the worst.
+
+    Args:
+      comparison: whose arm is tried.
+      run: which arm, where, and with which seed.
+      runner: what makes it.
+      workdir: of the comparison.
+      measures: by setting and arm what trials are measured by; an arm that is not there yet is put
+        there with its first trial.
+      fields: the values that are tried.
+
+    Raises:
+      UserError: for what the user has to mend, or if a trial that was there is measured by
+        something else.
+    """
+    config = plan.run_config(comparison, run, fields)
+    last = dataclasses.replace(config.evaluation, every_rounds=config.rounds)
+    config = dataclasses.replace(config, evaluation=last)
+    words = ",".join(f"{name}={value}" for name, value in fields.items())
+    folder = workdir / "tuning" / plan.folder_name(run.arm) / plan.folder_name(words)
+    name = f"{run.arm} {_words(fields)}"
+    try:
+        summary = runner.run(config, name, folder)
+    except StoppedError as error:
+        runner.say(f"{name}: {error}")
+        return Tried(None, -math.inf)
+    measure = measure_of(summary)
+    check_measure(summary, measures.setdefault((run.setting, run.arm), measure), folder)
+    value = number(summary[measure.name]["validation_mean"])
+    return Tried(value, measure.rank(value))
+
+
+def _words(fields: plan.Fields) -> str:
+    return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
 def compare(
@@ -163,7 +217,8 @@ def compare(
     except ValueError as error:
         raise UserError(str(error)) from None
     runs = list(plan.runs(comparison))
-    _check_inputs(comparison, runs, source)
+    measures = check_runs(comparison, runs, source)
+    _check_tuned(tuning or {"arms": {}}, measures)
     _print_plan(comparison, runs, workdir, console)
     news = False
     with disk_errors(workdir):
@@ -174,7 +229,13 @@ def compare(
         for run in runs:
             config, folder = plan.run_config(comparison, run), run.folder(workdir)
             news = news or not (folder / "summary.json").exists()
-            runner.run(config, f"{run.setting} / {run.arm} / seed {run.seed}", folder)
+            name = f"{run.setting} / {run.arm} / seed {run.seed}"
+            try:
+                summary = runner.run(config, name, folder)
+            except StoppedError as error:
+                raise UserError(f"{name}: {error}") from None
+            expected = measures.get((run.setting, run.arm), measure_of(summary))
+            check_measure(summary, expected, folder)
             complete = run.arm == plan.arms_of(comparison, run.setting)[-1]
             if (news and complete) or run is runs[-1]:
                 news = False
@@ -189,17 +250,16 @@ def compare(
     return found
 
 
-def _check_inputs(comparison: plan.Comparison, runs: Sequence[plan.Run], source: Source) -> None:
-    """Checks that what runs need is there, before the first of hours; see `runs.plan`."""
-    messages = {}
-    for setting, arm in dict.fromkeys((run.setting, run.arm) for run in runs):
-        try:
-            config = plan.run_config(comparison, plan.Run(setting, arm, 0))
-            check_inputs(config, source)
-        except UserError as error:
-            messages.setdefault(str(error), f"{setting} / {arm}")
-    if messages:
-        raise UserError("\n".join(f"{where}: {text}" for text, where in messages.items()))
+def _check_tuned(tuning: Mapping[str, Any], measures: Mapping[tuple[str, str], Measure]) -> None:
+    """Checks that arms were searched by what they are measured by."""
+    for label, arm in tuning["arms"].items():
+        now = measures.get((tuning.get("setting", ""), label))
+        before = measure_of(arm) if arm.get("measure") else now  # older versions do not say
+        if now and before and before != now:
+            raise UserError(
+                f"tuned: the fields of {label!r} were chosen by {before.name}, and it is measured "
+                f"by {now.name} now. Search it again with --tune, or bring the metrics back."
+            )
 
 
 def _print_plan(

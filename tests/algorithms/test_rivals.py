@@ -289,6 +289,8 @@ def test_fed_lora_b_shares_b_alone(shapes, trains_a):
 def test_fed_lora_b_needs_adapters():
     with pytest.raises(ValueError, match=r"adapters.*config\.model\.trainable is 'full'"):
         build(OPEN.with_fields({"algorithm": "fed_lora_b", "model.trainable": "full"}))
+    with pytest.raises(ValueError, match=r"arrays \(w\) none has a path that ends with lora_a"):
+        configured("fed_lora_b").init({"w": jnp.zeros(3)}, slots_with(WEIGHT))
 
 
 def flat(vector):
