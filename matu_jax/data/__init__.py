@@ -1,13 +1,14 @@
 """What every source of data hands over: tasks, each of three disjoint splits of numpy arrays.
 
-A source is any function that returns `Task` objects, or `ImageTask`s for image classification;
-nothing else in the package knows where the examples came from. Below this contract stand three
-modules, all numpy in, numpy out:
+A source is any function that returns `Task` objects, or `ImageTask`s for image classification, such
+as one of `SOURCES`; nothing else in the package knows where the examples came from. Below this
+contract stand, all numpy in, numpy out:
 
-- `matu_jax.data.embedded` generates a benchmark of 30 tasks, without a download, out of the
-  pictures of `matu_jax.data.sprites`, drawn by `matu_jax.data.rendering`;
-- `matu_jax.data.partition` says which client holds which task, and which training examples;
-- `matu_jax.data.batching` draws the batches of a round and gathers them, stacked over slots.
+- sources: `embedded`, a benchmark of 30 tasks that is generated, out of the pictures of `sprites`,
+  drawn by `rendering`; `prepared`, of TFDS and image folders; and, where data belongs to sites,
+  `manifest`, a CSV file, and `sites`, folders;
+- `partition`, which says which client holds which task, and which training examples;
+- `batching`, which draws the batches of a round and gathers them, stacked over slots.
 """
 
 import hashlib
@@ -90,7 +91,6 @@ class Task:
         metrics: Names of the model's metrics that measure this task; the first is the one by which
             rounds are chosen and methods compared. () = all of them.
         chance: By metric, what guessing would reach, where that is known.
-
         sites: By split, whose each example is: names, one per example. A site is a client then,
             and is measured on its own examples. {} = nobody's; they are dealt out at random.
 

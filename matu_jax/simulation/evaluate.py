@@ -1,4 +1,8 @@
-"""Metrics per slot and per task, over splits of any size."""
+"""Metrics per slot, per task and per site, over splits of any size.
+
+What is called a slot's task here is which of the splits is its own: where data belongs to sites,
+each slot has one.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,7 +35,7 @@ from matu_jax.simulation.placement import (
 from matu_jax.trees import PyTree
 
 _DIVERGED = ""  # no metric of a model has this name
-_STREAMED_SLOTS = 8  # at once, where images are streamed: few tasks share a piece then
+_STREAMED_SLOTS = 8  # at once, where examples are streamed: few tasks share a piece then
 
 
 class Piece(NamedTuple):
