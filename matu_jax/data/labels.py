@@ -60,15 +60,33 @@ def are_numbers(rows: Sequence[Row], name: str) -> bool:
     return False
 
 
-def classes_of(labels: Sequence[str]) -> list[str]:
-    """The different labels in order: by value if all are whole numbers, else by the alphabet."""
-    names = sorted(set(labels))
+def classes_of(rows: Sequence[Row], name: str) -> list[str]:
+    """A task's classes in order: by value if all are whole numbers, else by the alphabet.
+
+    Args:
+        rows: Its examples.
+        name: What messages call the whole.
+
+    Raises:
+        ValueError: If there is one class alone, or most are numbers that are not whole.
+    """
+    names = sorted({row.label for row in rows})
+    where = f"{name}: task {rows[0].task!r}"
+    if len(names) < 2:
+        raise ValueError(f"{where}: found one class, {names[0]!r}, expected 2 or more.")
+    broken = [label for label in names if is_number(label) and not float(label).is_integer()]
+    if 2 * len(broken) > len(names):
+        raise ValueError(
+            f"{where}: found {len(broken)} labels that are numbers and not whole, such as "
+            f"{broken[0]!r}, expected names of classes, which is what images are labelled with "
+            "here. To predict numbers make tasks of your own, see matu_jax.data.SOURCES."
+        )
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 
-def notes_of_numbers(labels: Sequence[str]) -> tuple[str, ...]:
+def notes_of_numbers(rows: Sequence[Row]) -> tuple[str, ...]:
     """What people should know of a task whose labels are numbers."""
-    numbers = sorted({float(label) for label in labels})
+    numbers = sorted({float(row.label) for row in rows})
     note = f"a regression of `label`, from {numbers[0]:g} to {numbers[-1]:g}"
     if len(numbers) <= _SHOWN // 2 and all(number.is_integer() for number in numbers):
         note += f" (names in place of numbers, such as 'class {numbers[0]:g}', would be classes)"

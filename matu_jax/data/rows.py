@@ -50,53 +50,73 @@ def tasks_of(
     Raises:
         ValueError: If a task is not there, a split of a task is empty, a site has examples to
             validate or to test on but none to train on, images cannot be read, classes of
-            images read alike, or labels are numbers and words (`labels.are_numbers`).
+            images read alike, or labels are no classes (`labels.are_numbers`, `labels.classes_of`).
     """
-    name, rows, read = table
-    there = sorted({row.task for row in rows})
+    names = _names(table, wanted)
+    of_names = [row for row in table.rows if row.task in names]
+    images = row_images.pixels(table, transform) if table.rows[0].path else None
+    numbers = images is None and are_numbers(of_names, table.name)
+    splits = divided(table.rows, validation_fraction, seed)
+    splits = _without_repeats(splits, _contents(table.rows, images))
+    if table.rows[0].site:
+        _check_sites(table.rows, splits, table.name)
+    return tuple(_task(task, table, splits, images, numbers) for task in names)
+
+
+def _names(table: Table, wanted: str) -> list[str]:
+    """The names of the tasks to make."""
+    there = sorted({row.task for row in table.rows})
     wanted = selection.composed(wanted)
     names = [word.strip() for word in wanted.split(",") if word.strip()] or there
     for task in names:
         if task not in there:
             raise ValueError(
-                f"config.data.tasks: found {task!r}, no task of {name}.{did_you_mean(task, there)}"
+                f"config.data.tasks: found {task!r}, no task of {table.name}."
+                + did_you_mean(task, there)
             )
     if len(set(names)) < len(names):
         raise ValueError(f"config.data.tasks: found {wanted!r}, expected each task once.")
-    numbers = rows[0].path is None and are_numbers([row for row in rows if row.task in names], name)
-    splits = divided(rows, validation_fraction, seed)
-    images = row_images.pixels(table, transform) if rows[0].path else None
-    splits, left_out = _without_repeats(splits, _contents(rows, images))
-    _check_sites(rows, splits, name)
-    made = []
-    for task in names:
-        mine = [i for i, row in enumerate(rows) if row.task == task]
-        parts = {part: [i for i in mine if splits[i] == part] for part in SPLITS}
-        for part, members in parts.items():
-            if not members:
-                raise ValueError(
-                    f"{name}: task {task!r}: has {len(mine)} examples, none of them in the split "
-                    f"{part!r}. Give it some, or more groups to divide (rows of equal features are "
-                    "one)."
-                )
-        sites = {part: [rows[i].site for i in members] for part, members in parts.items()}
-        about = {
-            "label_space": task,
-            "domain": task,
-            "sites": sites if rows[0].site else {},
-            "fingerprint": _fingerprint(rows, parts, images),
-            "notes": (*read.get(task, ()), *_notes(rows, parts, sum(left_out[i] for i in mine))),
-        }
-        kept = [rows[i] for members in parts.values() for i in members]
-        labels = [row.label for row in kept]
-        classes = [] if numbers else classes_of(labels)
-        about["notes"] += notes_of_classes(kept, classes) if classes else notes_of_numbers(labels)
-        if images is None:
-            made.append(_of_features(task, rows, parts, classes, about))
-        else:
-            about["class_names"] = readable_names(kept, classes, name)
-            made.append(_of_images(task, rows, parts, images, classes, about))
-    return tuple(made)
+    return names
+
+
+def _task(
+    task: str, table: Table, splits: Sequence[str], images: np.ndarray | None, numbers: bool
+) -> Task:
+    """Makes one task.
+
+    Args:
+        task: Its name.
+        table: All examples.
+        splits: Of each row; "" = left out.
+        images: Of each row; None for features.
+        numbers: Whether labels are numbers to predict.
+    """
+    rows = table.rows
+    mine = [i for i, row in enumerate(rows) if row.task == task]
+    parts = {part: [i for i in mine if splits[i] == part] for part in SPLITS}
+    left_out = _left_out(sum(not splits[i] for i in mine), images is not None)
+    for part, members in parts.items():
+        if not members:
+            raise ValueError(
+                f"{table.name}: task {task!r}: has {len(mine)} examples, none of them in the split "
+                f"{part!r}. {''.join(f'{note}. ' for note in left_out)}Give it some, or more "
+                "groups to divide (rows of equal features are one)."
+            )
+    kept = [rows[i] for members in parts.values() for i in members]
+    classes = [] if numbers else classes_of(kept, table.name)
+    of_labels = notes_of_classes(kept, classes) if classes else notes_of_numbers(kept)
+    sites = {part: [rows[i].site for i in members] for part, members in parts.items()}
+    about = {
+        "label_space": task,
+        "domain": task,
+        "sites": sites if rows[0].site else {},
+        "fingerprint": _fingerprint(rows, parts, images),
+        "notes": (*table.notes.get(task, ()), *_drawn(rows, parts), *left_out, *of_labels),
+    }
+    if images is None:
+        return _of_features(task, rows, parts, classes, about)
+    about["class_names"] = readable_names(kept, classes, table.name)
+    return _of_images(task, rows, parts, images, classes, about)
 
 
 def _contents(rows: Sequence[Row], images: np.ndarray | None) -> list[bytes]:
@@ -106,9 +126,7 @@ def _contents(rows: Sequence[Row], images: np.ndarray | None) -> list[bytes]:
     return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in images]
 
 
-def _without_repeats(
-    splits: Sequence[str], contents: Sequence[bytes]
-) -> tuple[list[str], list[bool]]:
+def _without_repeats(splits: Sequence[str], contents: Sequence[bytes]) -> list[str]:
     """Leaves out what is trained or validated on and stands in a later split too.
 
     Args:
@@ -116,7 +134,7 @@ def _without_repeats(
         contents: Of each row, what its pixels or features are.
 
     Returns:
-        The splits, "" for what is left out, and of each row whether it is.
+        The splits, "" for what is left out.
     """
     kept, later = list(splits), set()
     for part in reversed(SPLITS):
@@ -125,10 +143,10 @@ def _without_repeats(
             if contents[i] in later:
                 kept[i] = ""
         later |= {contents[i] for i in mine}
-    return kept, [not split for split in kept]
+    return kept
 
 
-def _notes(rows: Sequence[Row], parts: dict[str, list[int]], left_out: int) -> Iterator[str]:
+def _drawn(rows: Sequence[Row], parts: dict[str, list[int]]) -> Iterator[str]:
     placed = [(part, rows[i].splits) for part, members in parts.items() for i in members]
     for part in SPLITS[1:]:
         open_ones = [(at, among) for at, among in placed if part in among and len(among) > 1]
@@ -136,25 +154,34 @@ def _notes(rows: Sequence[Row], parts: dict[str, list[int]], left_out: int) -> I
         if drawn:
             of = "examples" if any("test" in among for _, among in open_ones) else "of train"
             yield f"{part}: {drawn:,} of {len(open_ones):,} {of}, drawn by config.data.seed"
-    if left_out:
-        what, same = ("images", "pixels") if rows[0].path else ("examples", "features")
-        yield f"{what} left out, since a later split has the same {same}: {left_out:,}"
+
+
+def _left_out(count: int, of_images: bool) -> tuple[str, ...]:
+    what, same = ("images", "pixels") if of_images else ("examples", "features")
+    note = f"{what} left out, since a later split has the same {same}: {count:,}"
+    return (note,) if count else ()
 
 
 def _check_sites(rows: Sequence[Row], splits: Sequence[str], name: str) -> None:
     """Checks that sites train on what they are measured on."""
     placed = [(row, split) for row, split in zip(rows, splits, strict=True) if split]
-    trained = {(row.task, row.site) for row, split in placed if split == "train"}
+    trained = {_of(row) for row, split in placed if split == "train"}
     for row, split in placed:
-        if (row.task, row.site) not in trained:
+        if _of(row) not in trained:
             known = sorted({site for task, site in trained if task == row.task})
             near = [site for site in known if look_alike((site, row.site))]
             hint = f" Is {near[0]!r} meant?" if near else ""
+            cell = [split for one, split in zip(rows, splits, strict=True) if _of(one) == _of(row)]
+            out = " ".join(_left_out(cell.count(""), row.path is not None))
             raise ValueError(
                 f"{name}, {row.where}: site {row.site!r} has an example of task {row.task!r} in "
-                f"{split}, and none in train; sites that have: {', '.join(known) or 'none'}.{hint} "
-                "Give the site some, or leave this one out."
+                f"{split}, and none in train{out and f' ({out})'}; sites that have: "
+                f"{', '.join(known) or 'none'}.{hint} Give the site some, or leave this one out."
             )
+
+
+def _of(row: Row) -> tuple[str, str]:
+    return row.task, row.site
 
 
 def _fingerprint(

@@ -344,6 +344,19 @@ def test_what_is_wrong_is_said_with_its_line(text, words, pictures):
         ),
         (GIVEN + "0.png,a,s,t,train,\n1.png,b,s,t,test,\n", "none of them in the split 'validati"),
         (GIVEN + "0.png,a,s,t,train,\n1.png,b,s,t,train,\n", "none of them in the split 'test'"),
+        ("path,label\n" + "".join(f"{i}.png,a\n" for i in range(9)), "found one class, 'a', exp"),
+        (
+            "path,label\n" + "".join(f"{i}.png,{i / 4}\n" for i in range(24)),
+            r"'m': found 18 labels that are numbers and not whole, such as '0\.25', expected names",
+        ),
+        (
+            "x,label,split\n0,1,train\n1,2,train\n1,2,test\n0,1,test\n3,2,val\n",
+            "none of them in the split 'train'. examples left out, .* the same features: 2. Give",
+        ),
+        (
+            "x,label,split,site\n0,1,train,s\n0,2,test,s\n1,2,train,n\n2,3,test,n\n3,2,val,n\n",
+            r"'s' has .* in test, and none in train \(examples left out, .* features: 1\); sites",
+        ),
         (
             "path,label\n0.png,a\n1.png,b\nno.png,c\n3.png,b\n",
             r"m\.csv, line 4: .*no.png: No such file",
