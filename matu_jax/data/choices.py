@@ -39,7 +39,8 @@ class DataConfig:
       assignment: task positions per client, as a tuple of tuples; empty = drawn from the seed.
       examples_per_slot: training examples of each (client, task) pair; 0 = split all there are.
       dirichlet_alpha: label skew between the holders of a task; 0 = none (IID).
-      seed: what the assignment and the partition are drawn from.
+      seed: what the assignment and the partition are drawn from; in manifests and at sites also the
+        splits that are not given.
     """
 
     tasks: str = ""

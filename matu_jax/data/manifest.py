@@ -194,8 +194,8 @@ def _number(text: str, where: str, name: str) -> float:
     if not is_number(text):
         raise ValueError(
             f"{where}: `{name}`: found {text!r}, expected a finite number (of float32). Leave the "
-            "row out, or put a number there; a column that is no feature has to go, and one that "
-            "says whom or what an example is of is called `group`."
+            "row out, or put a number there; a column that is no feature has to go, or be called "
+            "as what it is: `group` (such as a patient), `site` or `task`."
         )
     return float(text)
 

@@ -298,7 +298,10 @@ GIVEN = "path,label,site,task,split,group\n"
         ("x;y;label\n1;2;a\n", "line 1: found columns that semicolons separate, expected commas"),
         ('"x, y";"label"\n"1";"a"\n', "line 1: found columns that semicolons separate"),
         ("\ufeffx\ty\tlabel\n1\t2\ta\n", "line 1: found columns that tabs separate"),
-        ("patient,label\np7,1\n", "line 2: `patient`: found 'p7', .* is called `group`"),
+        (
+            "patient,label\np7,1\n",
+            "line 2: `patient`: found 'p7', .* called as what it is: `group`",
+        ),
         ("path,label,label\n0.png,a,a\n", "found the column 'label' 2 times"),
         ("path,label\n0.png\n", "line 2: found 1 values, expected 2"),
         ("path,label\n0.png,\n", "line 2: `label` is empty"),
