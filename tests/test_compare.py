@@ -21,7 +21,7 @@ from records import a_round
 from scipy import stats
 
 from matu_jax import compare
-from matu_jax.comparison import plan
+from matu_jax.comparison import plan, report
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tables import result_notes
 from matu_jax.comparison.tuning import Tried, search
@@ -407,6 +407,49 @@ def test_collect_counts_rightly(tmp_path):
     # Ranks 3.5, 3.5, 1.5, 1.5 of 10: 3 for, 7 against.
     np.testing.assert_allclose(per_task["against_ours"]["rank_correlation"], -0.4)
     assert found["arms"][0]["commands"][1].endswith(" --settings=a --arms=matu --seeds=1")
+
+
+def test_what_each_site_reaches_is_collected_and_in_the_report(tmp_path):
+    made = comparison(settings={"a": plan.Setting("A.", {})}, seeds=(0, 1))
+    for run in plan.runs(made):
+        fake_run(run.folder(tmp_path), 0.5)
+    source = Source(Path("small.py"))
+    assert "at each site" not in report.markdown(collect(made, tmp_path, source, tuning=None))
+    for run in plan.runs(made):
+        north = 0.5 + 0.1 * run.seed - 0.2 * (run.arm == "matu")
+        sites = {"north": north, "south": None, "we_st": 0.9}
+        changed(run.folder(tmp_path), lambda s, v=sites: s["accuracy"].update(per_site=v))
+    found = collect(made, tmp_path, source, tuning=None)
+    matu, _ = found["settings"][0]["arms"]
+    reached = matu["accuracy"]["per_site"]
+    assert reached["north"]["mean"] == pytest.approx(0.35)
+    assert reached["south"] == {"mean": None, "std": None}
+    table = report.markdown(found).split("Test accuracy at each site")[1].split("\n\n")[1]
+    header, _, *rows = table.splitlines()
+    columns = [header, *rows]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in columns]
+    at = cells[0].index("matu")
+    assert {row[0]: row[at] for row in cells[1:]} == {
+        "north": "35.0 ± 7.1 %",
+        "south": "–",
+        "we_st": "90.0 ± 0.0 %",
+    }
+    assert {row[0]: row[cells[0].index("per_task")] for row in cells}["north"] == "55.0 ± 7.1 %"
+
+
+def test_rounds_to_what_a_reference_reaches_that_diverged_are_not_counted(tmp_path):
+    made = comparison(settings={"a": plan.Setting("A.", {})}, seeds=(0, 1))
+    for run in plan.runs(made):
+        fake_run(run.folder(tmp_path), 0.3, rounds=(0.2, 0.6))
+
+    def reached():
+        (setting,) = collect(made, tmp_path, Source(Path("small.py")), tuning=None)["settings"]
+        return [arm["rounds_to_95"] for arm in setting["arms"]]
+
+    assert reached() == [{"mean": 2.0, "reached": 2, "of": 2}] * 2
+    lost = plan.Run("a", made.reference, 1).folder(tmp_path)
+    changed(lost, lambda summary: summary["accuracy"].update(mean=None))
+    assert reached() == [{"mean": None, "reached": 0, "of": 0}] * 2
 
 
 def test_a_command_of_a_report_makes_its_run_whatever_the_names_hold(tmp_path):

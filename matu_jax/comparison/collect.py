@@ -179,6 +179,7 @@ def _arm(
     diverged = _diverged(found)
     lost = [r["summary"] for seed, r in found.items() if r and seed in diverged]
     tasks = summaries[0][measure.name]["per_task"]
+    sites = summaries[0][measure.name].get("per_site")
 
     def over_seeds(*path: str) -> dict[str, float | None]:
         """Mean and sample's std of a number; none where a seed that diverged has none."""
@@ -199,8 +200,9 @@ def _arm(
     common = sorted(set.intersection(*map(set, curves.values())))
     points = [[curve[round_index] for curve in curves.values()] for round_index in common]
     reached = []
-    for seed, curve in curves.items():
-        reference = results.get((comparison.reference, seed))
+    references = {seed: results.get((comparison.reference, seed)) for seed in found}
+    for seed, curve in {} if diverged or _diverged(references) else curves.items():
+        reference = references[seed]
         best = reference["summary"][measure.name]["mean"] if reference else None
         if best is not None and best > 0:
             goal = _NEAR * best if measure.higher_is_better else best / _NEAR
@@ -223,6 +225,11 @@ def _arm(
             "per_seed": per_seed,
             "validation_mean": over_seeds(measure.name, "validation_mean")["mean"],
             "per_task": {task: over_seeds(measure.name, "per_task", task) for task in tasks},
+            **(
+                {"per_site": {site: over_seeds(measure.name, "per_site", site) for site in sites}}
+                if sites
+                else {}
+            ),
         },
         "diverged": diverged,
         "also": [also | over_seeds(also["name"], "mean") for also in summaries[0].get("also", [])],

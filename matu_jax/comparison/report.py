@@ -38,7 +38,13 @@ from matu_jax.comparison.html import (
     to_markdown,
 )
 from matu_jax.comparison.pictures import pictures
-from matu_jax.comparison.tables import also_table, result_notes, result_table, similarity_table
+from matu_jax.comparison.tables import (
+    also_table,
+    result_notes,
+    result_table,
+    similarity_table,
+    site_table,
+)
 from matu_jax.comparison.words import (
     NONE,
     counted,
@@ -122,6 +128,7 @@ def _document(comparison: Mapping[str, Any], *, draw: bool = True) -> Iterator[B
         yield Listing(f"{comparison.get('command') or NONE} {chosen}")
         yield from pictures(setting, prefix, ours, reference, draw=draw)
         yield from also_table(setting)
+        yield from site_table(setting)
         yield from similarity_table(arms)
     yield from significance(settings, ours)
     yield from tuning(comparison.get("tuning"), settings)

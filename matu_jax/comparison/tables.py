@@ -9,6 +9,7 @@ from matu_jax.comparison.arms import (
     mean_result,
     number,
     number_at,
+    results_of,
     total_traffic,
     verdict_of,
 )
@@ -151,6 +152,25 @@ def also_table(setting: Mapping[str, Any]) -> Iterator[Block]:
     if names:
         caption = "Other metrics, each the mean over the tasks that are measured by it."
         yield Table([caption], header, rows)
+
+
+def site_table(setting: Mapping[str, Any]) -> Iterator[Block]:
+    """What the arms reach at each site; nothing where data belongs to none."""
+    arms, measure = best_first(setting), measure_of(setting)
+    found = [results_of(arm).get("per_site") or {} for arm in arms]
+    rows = []
+    for site in dict.fromkeys(site for of_arm in found for site in of_arm):
+        reached = [of_arm.get(site) or {} for of_arm in found]
+        words = (
+            spread_words(measure, number(at.get("mean")), number(at.get("std"))) for at in reached
+        )
+        rows.append(Row([[site], *([word] for word in words)]))
+    if rows:
+        caption = (
+            f"Test {measure.name} at each site{lower_words(measure)}: on its own examples, the "
+            "mean over its tasks and over seeds. Arms stand in the order of the results."
+        )
+        yield Table([caption], ["site", *(arm["label"] for arm in arms)], rows)
 
 
 def similarity_table(arms: Sequence[Mapping[str, Any]]) -> Iterator[Block]:

@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from matu_jax.data.choices import DataConfig
 from matu_jax.models import exporting
 from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.models.images import transform_of
 from matu_jax.runs.exported import Counts, Exported
 from matu_jax.runs.provenance import versions
+from matu_jax.runs.saved import SavedSlot
 
 
 def measured_on(exported: Exported) -> str:
@@ -54,14 +56,12 @@ def model_card(exported: Exported, kind: str, loaded_by: str, measured: Counts) 
         else "every parameter of the image tower",
         "algorithm": config.algorithm,
         "rounds": f"{exported.round} of {config.rounds}: {exported.why}",
-        "clients": f"{data.clients}, tasks of each: {data.tasks_per_client}; this is the model of "
-        f"client {exported.client}",
+        **rows_of_clients(exported.slot),
         "test accuracy": f"{100 * (measured.right / measured.examples):.1f} % of "
         f"{measured.examples} of {examples} test examples (of these files, in "
         f"float32{recorded})",
         "images": images,
-        "data": f"{data.source} {data.tasks or 'folders'}, "
-        f"fingerprint {task.fingerprint or 'none'}",
+        "data": f"{data.source} {_which(data)}, fingerprint {task.fingerprint or 'none'}",
         **({"about the data": "; ".join(task.notes)} if task.notes else {}),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
@@ -77,6 +77,30 @@ def model_card(exported: Exported, kind: str, loaded_by: str, measured: Counts) 
         },
         settings=dataclasses.asdict(config),
     )
+
+
+def rows_of_clients(slot: SavedSlot) -> dict[str, str]:
+    """What a card says of the clients, and of what each site has reached."""
+    data, sites = slot.config.data, slot.federation.sites
+    if not sites:
+        words = f"{data.clients}, tasks of each: {data.tasks_per_client}; this is the model of "
+        return {"clients": f"{words}client {slot.client}"}
+    rows = {
+        "sites": f"{len(sites)} ({', '.join(sites)}), each a client with its own data; this is the "
+        f"model of {sites[slot.client]} (client {slot.client})"
+    }
+    if slot.at_sites:
+        reached = (f"{site} {slot.measure.text(found)}" for site, found in slot.at_sites.items())
+        rows[f"test {slot.measure.name} at each site"] = (
+            f"{', '.join(reached)}: of its own models on its own examples, the mean over its "
+            "tasks, as recorded in training"
+        )
+    return rows
+
+
+def _which(data: DataConfig) -> str:
+    """What of a source is taken."""
+    return data.tasks or ("manifest" if data.manifest else "sites" if data.sites else "folders")
 
 
 def _loading(exported: Exported, kind: str, loaded_by: str) -> str:

@@ -95,6 +95,7 @@ class _Results(BaseModel, Generic[_N]):
     mean: _N | None
     validation_mean: _N | None
     per_task: dict[str, _N | None]
+    per_site: dict[str, _N | None] = {}  # where data belongs to sites
 
 
 class _Traffic(BaseModel):

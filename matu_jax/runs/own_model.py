@@ -12,6 +12,7 @@ import numpy as np
 from matu_jax.data import num_examples
 from matu_jax.errors import UserError
 from matu_jax.models import exporting
+from matu_jax.runs.card import rows_of_clients
 from matu_jax.runs.provenance import versions
 from matu_jax.runs.saved import SavedSlot, sums_of
 from matu_jax.simulation.measures import measure_named
@@ -119,7 +120,7 @@ def _card(slot: SavedSlot, measured: dict[str, str]) -> str:
         "trained": f"{trained:,} parameters",
         "algorithm": config.algorithm,
         "rounds": f"{slot.round} of {config.rounds}: {slot.why}",
-        "clients": f"{config.data.clients}; this is the model of client {slot.client}",
+        **rows_of_clients(slot),
         **measured,
         "data": f"{config.data.source}, {json.dumps(task.fingerprint or 'own arrays')}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),

@@ -26,7 +26,7 @@ from matu_jax.simulation.federation import (
     identity,
     measured,
 )
-from matu_jax.simulation.measures import measure_of
+from matu_jax.simulation.measures import Measure, main_measure, measure_of
 from matu_jax.simulation.placement import ROWS, WHOLE, placed, slot_mesh
 from matu_jax.trees import PyTree
 
@@ -44,6 +44,9 @@ class SavedSlot:
       why: how this round was chosen.
       vector: task vector, leaves `[...]`, numpy arrays.
       recorded: by metric and split, what the run recorded of it; nothing where it did not measure.
+      at_sites: by site, what the run recorded of this round on the test split, by what it is
+        measured by; nothing where it did not measure, or data belongs to no site.
+      measure: what that is.
     """
 
     config: Config
@@ -54,6 +57,8 @@ class SavedSlot:
     why: str
     vector: PyTree
     recorded: Mapping[str, Mapping[str, float]]
+    at_sites: Mapping[str, float | None]
+    measure: Measure
 
     def measured_on(self, split: str) -> tuple[list[PyTree], int]:
         """What the slot is measured on, as `sums_of` takes it: splits, and which of them."""
@@ -113,7 +118,11 @@ def read_slot(
         lambda x: np.asarray(x[row]), vectors(restored["state"], federation.slots)
     )
     recorded = {name: _recorded(record[name], row) for name in model.metrics} if record else {}
-    return SavedSlot(config, federation, model, row, chosen, why, vector, recorded)
+    measure = main_measure(model.metrics, federation.tasks)
+    at_sites = record[measure.name].get("test_per_site", {}) if record else {}
+    return SavedSlot(
+        config, federation, model, row, chosen, why, vector, recorded, at_sites, measure
+    )
 
 
 def _check_registered(config: Config) -> None:

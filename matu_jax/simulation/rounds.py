@@ -57,6 +57,7 @@ SUMMARY = frozenset(
         "curve",
         "data_fingerprint",
         "date",
+        "diverged",
         "label",
         "label_spaces",
         "liars",

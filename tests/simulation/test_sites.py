@@ -239,4 +239,10 @@ def test_sites_train_resume_and_are_exported(folders, tmp_path, monkeypatch, cap
     assert found == slot.recorded["accuracy"]["test"] == slots[own]
     options = ["--format=safetensors", f"--out={tmp_path / 'out'}"]
     assert export.main(["export", f"--workdir={run}", "--task=shape", *options]) == 0
-    assert "of 8 of 8 test examples" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "of 8 of 8 test examples" in card
+    assert "| sites | 2 (north, south), each a client with its own data; this is the model" in card
+    by_site = [f"{site} {100 * value:.1f} %" for site, value in summary["per_site"].items()]
+    assert f"| test accuracy at each site | {', '.join(by_site)}: of its own models" in card
+    assert "tasks of each" not in card
+    assert "| data | prepared sites, " in card
