@@ -1,6 +1,7 @@
 """The comparison program: `python -m matu_jax.compare --config experiments/compare8.py`.
 
-    --config FILE             a comparison: a Python file with get_config()
+    --config FILE             a comparison: a Python file with get_config(). Models and tasks of
+                              its own it puts into MODELS and SOURCES, as experiments/tabular.py
     --config.FIELD=VALUE      changes a field of all runs, such as --config.rounds=3
     --workdir DIR             where runs and reports go; runs that are there already are not made
                               again. Default: runs/<config>

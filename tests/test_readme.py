@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import json
 import os
 import re
 import runpy
@@ -40,7 +41,8 @@ def example(words):
     return code
 
 
-OWN, IN_A_FILE = example("matu_jax.simulate("), example("def get_config")
+OWN, IN_A_FILE = example("matu_jax.simulate("), example("return Config(data=data")
+COMPARED = example("return Comparison(")
 ALGORITHM = example("def half_step")
 
 
@@ -69,6 +71,27 @@ def test_own_tasks_and_model_in_a_file_are_an_experiment(tmp_path, monkeypatch):
     out = ["--format=safetensors", f"--out={tmp_path / 'out'}", f"--config={file}"]
     assert export.main(["export", f"--workdir={run}", "--task=bmi", *out]) == 0
     assert (tmp_path / "out" / "task_vector.safetensors").exists()
+
+
+def test_own_tasks_and_model_are_compared_by_the_command(tmp_path):
+    registered = IN_A_FILE.split("def get_config")[0]
+    (tmp_path / "patients.py").write_text(OWN.split("for result in")[0] + registered + COMPARED)
+    (line,) = (x for x in README.splitlines() if x.startswith("python ") and "patients.py" in x)
+    python, *words = shlex.split(line)
+    assert python == "python"
+    small = ["--config.rounds=1", "--config.local.steps=1", "--seeds=1"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(ROOT)
+    program = [sys.executable, *words, *small]
+    done = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "runs" / "patients" / "comparison.json").read_text())
+    assert [arm["label"] for arm in found["settings"][0]["arms"]] == [
+        "matu",
+        "per_task",
+        "untrained",
+    ]
+    assert (tmp_path / "runs" / "patients" / "report.html").exists()
 
 
 def test_an_exported_language_model_becomes_an_adapter(tmp_path, monkeypatch):
