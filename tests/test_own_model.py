@@ -245,29 +245,40 @@ def test_arms_that_an_own_model_cannot_have_are_named_before_the_first_run(
 def test_runs_and_trials_of_another_metric_are_not_taken_for_those_of_this_one(
     model, tmp_path, capsys
 ):
-    config = written(tmp_path, model, AS_A_COMPARISON)
+    config, tuned = written(tmp_path, model, AS_A_COMPARISON), tmp_path / "tuned.json"
     words = ["compare", config, f"--workdir={tmp_path / 'w'}", "--arms=matu", "--config.rounds=1"]
-    assert compare.main([*words, "--tune"]) == 0
-    assert compare.main(words) == 0
-    tuned = (tmp_path / "tuned.json").read_text()
-    assert json.loads(tuned)["arms"]["matu"]["measure"]["name"] == "r2"
-    written(tmp_path, model.replace('"r2": R2, "error": ERROR', '"error": ERROR'), AS_A_COMPARISON)
-    (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text().replace("chance=", "notes="))
-    (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text().replace('{"r2": 0.0}', "()"))
-    capsys.readouterr()
+
+    def measured_by(metrics):
+        text = FILE.format(model=model) + AS_A_COMPARISON
+        text = text.replace(', chance={"r2": 0.0}', "")  # of a metric that may not be there
+        (tmp_path / "own.py").write_text(text.replace('{"r2": R2, "error": ERROR}', metrics))
 
     def refused(*options):
+        capsys.readouterr()
         assert compare.main([*words, *options]) == 2
         return " ".join(capsys.readouterr().err.split())
 
-    was = "was measured by r2 (higher is better), and its like are now by error (lower is better)"
-    said = refused("--tune")
-    assert "w/tuning/matu/local.learning_rate=0.01: this run " + was in said
-    assert (tmp_path / "tuned.json").read_text() == tuned
+    measured_by('{"r2": R2, "error": ERROR}')
+    assert compare.main([*words, "--tune"]) == 0
+    assert compare.main(words) == 0
+    measured_by('{"r2": R2}')
+    assert compare.main([*words, "--tune"]) == 0  # which looks at the main metric alone
+    both = "this run was measured by r2 (higher is better), error (lower is better), and its like"
+    # Also before a run of this metric, beside which it could not stand.
+    for seeds in ("0", "1,0"):
+        said = refused(f"--seeds={seeds}")
+        assert f"w/runs/a/matu/0: {both} are now by r2 (higher is better), which" in said
+    assert not (tmp_path / "w" / "runs" / "a" / "matu" / "1").exists()
+
+    measured_by('{"error": ERROR}')
+    before = tuned.read_text()
+    was = "this run was measured by r2 (higher is better), and its like are now by error (lower is"
+    assert f"w/tuning/matu/local.learning_rate=0.01: {was}" in refused("--tune")
+    assert tuned.read_text() == before
     assert "tuned: the fields of 'matu' were chosen by r2, and it is measured by error" in refused()
     shutil.rmtree(tmp_path / "w" / "tuning")
     assert compare.main([*words, "--tune"]) == 0
-    assert "w/runs/a/matu/0: this run " + was in refused()
+    assert f"w/runs/a/matu/0: {both} are now by error (lower is better), which" in refused()
 
 
 @pytest.mark.parametrize("model", [EQUINOX], indirect=True, ids=["equinox"])

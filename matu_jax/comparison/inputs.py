@@ -16,12 +16,12 @@ from matu_jax.runs.commandline import Source
 from matu_jax.runs.plan import check_inputs
 from matu_jax.simulation import rounds
 from matu_jax.simulation.federation import algorithm_for, dealt_out, load_tasks
-from matu_jax.simulation.measures import Measure, main_measure, measure_of
+from matu_jax.simulation.measures import Measure, main_measure, measure_named, measure_of
 
 
 def check_runs(
     comparison: Comparison, runs: Sequence[Run], source: Source
-) -> dict[tuple[str, str], Measure]:
+) -> dict[tuple[str, str], tuple[Measure, ...]]:
     """Checks that what runs need is there, before the first of hours; see `runs.plan`.
 
     A model of one's own is built, with the first seed of its setting and arm, and its algorithm is
@@ -33,7 +33,8 @@ def check_runs(
       source: where the comparison is from, for the commands in messages.
 
     Returns:
-      What runs are measured by, by setting and arm; of models of one's own alone.
+      What runs are measured by, the main measure first, by setting and arm; of models of one's own
+      alone.
 
     Raises:
       UserError: one message with everything that is wrong, with the first setting and arm of each.
@@ -54,8 +55,8 @@ def check_runs(
     return measures
 
 
-def _tried(config: Config, built: dict[Any, tuple[Sequence[Task], Model]]) -> Measure:
-    """What a run of a model of one's own is measured by.
+def _tried(config: Config, built: dict[Any, tuple[Sequence[Task], Model]]) -> tuple[Measure, ...]:
+    """What a run of a model of one's own is measured by, the main measure first.
 
     Args:
       config: the run's.
@@ -73,22 +74,28 @@ def _tried(config: Config, built: dict[Any, tuple[Sequence[Task], Model]]) -> Me
     federation, algorithm = dealt_out(config, tasks), algorithm_for(config, model)
     jax.eval_shape(lambda: algorithm.init(model.base, federation.slots))
     rounds.run(config, algorithm, model, federation)  # no round is run until it is asked for
-    return main_measure(model.metrics, federation.tasks)
+    main = main_measure(model.metrics, federation.tasks)
+    metrics = (measure_named(name, metric) for name, metric in model.metrics.items())
+    return main, *(measure for measure in metrics if measure.name != main.name)
 
 
-def check_measure(summary: Mapping[str, Any], expected: Measure, folder: Path) -> None:
+def measures_of(summary: Mapping[str, Any]) -> tuple[Measure, ...]:
+    """What a run was measured by, the main measure first."""
+    return measure_of(summary), *(Measure(**also) for also in summary.get("also", []))
+
+
+def check_measures(found: Sequence[Measure], expected: Sequence[Measure], folder: Path) -> None:
     """Checks that a run is measured as its like are now; one of before may have been otherwise.
 
     Args:
-      summary: the run's.
+      found: what it was measured by, the main measure first.
       expected: what its like are measured by.
       folder: where the run is.
 
     Raises:
       UserError: if it is measured by something else.
     """
-    found = measure_of(summary)
-    if found != expected:
+    if found[0] != expected[0] or {*found} != {*expected}:
         raise UserError(
             f"{folder}: this run was measured by {_described(found)}, and its like are now by "
             f"{_described(expected)}, which cannot be compared. Bring model.metrics and the tasks' "
@@ -97,5 +104,6 @@ def check_measure(summary: Mapping[str, Any], expected: Measure, folder: Path) -
         )
 
 
-def _described(measure: Measure) -> str:
-    return f"{measure.name} ({'higher' if measure.higher_is_better else 'lower'} is better)"
+def _described(measures: Sequence[Measure]) -> str:
+    better = {True: "higher is better", False: "lower is better"}
+    return ", ".join(f"{each.name} ({better[each.higher_is_better]})" for each in measures)

@@ -1,5 +1,6 @@
 """Makes the runs of a comparison, and those of the search before it."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,12 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from matu_jax.comparison import plan, report
 from matu_jax.comparison.arms import number
 from matu_jax.comparison.collect import collect
-from matu_jax.comparison.inputs import check_measure, check_runs
+from matu_jax.comparison.inputs import check_measures, check_runs, measures_of
 from matu_jax.comparison.tuning import Tried, search
 from matu_jax.config import Config
 from matu_jax.errors import UserError
 from matu_jax.json_files import remove_unfinished, write_json
 from matu_jax.runs.commandline import Source, plain_console
+from matu_jax.runs.log import read_summary
 from matu_jax.runs.progress import RoundProgress, draws_bars
 from matu_jax.runs.provenance import machine, versions
 from matu_jax.runs.training import train
@@ -125,7 +127,7 @@ def tune(comparison: plan.Comparison, source: Source, workdir: Path, console: Co
             found["arms"][run.arm] = {
                 "chosen": best["fields"],
                 "validation": best["validation"],
-                "measure": measures[run.setting, run.arm]._asdict(),
+                "measure": measures[run.setting, run.arm][0]._asdict(),
                 "trials": all_tried,
             }
     found |= {
@@ -162,7 +164,7 @@ def _tried(
     run: plan.Run,
     runner: Runner,
     workdir: Path,
-    measures: dict[tuple[str, str], Measure],
+    measures: dict[tuple[str, str], tuple[Measure, ...]],
     fields: dict[str, Any],
 ) -> Tried:
     """Makes a trial, or reads it; one in which training fails is the worst.
@@ -192,7 +194,8 @@ def _tried(
         runner.say(f"{name}: {error}")
         return Tried(None, -math.inf)
     measure = measure_of(summary)
-    check_measure(summary, measures.setdefault((run.setting, run.arm), measure), folder)
+    expected = measures.setdefault((run.setting, run.arm), measures_of(summary))
+    check_measures((measure,), expected[:1], folder)  # by others nothing is chosen
     value = number(summary[measure.name]["validation_mean"])
     return Tried(value, measure.rank(value))
 
@@ -219,6 +222,8 @@ def compare(
     runs = list(plan.runs(comparison))
     measures = check_runs(comparison, runs, source)
     _check_tuned(tuning or {"arms": {}}, measures)
+    for run in runs:
+        _check_finished(run.folder(workdir), measures.get((run.setting, run.arm)))
     _print_plan(comparison, runs, workdir, console)
     news = False
     with disk_errors(workdir):
@@ -231,11 +236,9 @@ def compare(
             news = news or not (folder / "summary.json").exists()
             name = f"{run.setting} / {run.arm} / seed {run.seed}"
             try:
-                summary = runner.run(config, name, folder)
+                runner.run(config, name, folder)
             except StoppedError as error:
                 raise UserError(f"{name}: {error}") from None
-            expected = measures.get((run.setting, run.arm), measure_of(summary))
-            check_measure(summary, expected, folder)
             complete = run.arm == plan.arms_of(comparison, run.setting)[-1]
             if (news and complete) or run is runs[-1]:
                 news = False
@@ -250,16 +253,26 @@ def compare(
     return found
 
 
-def _check_tuned(tuning: Mapping[str, Any], measures: Mapping[tuple[str, str], Measure]) -> None:
+def _check_tuned(
+    tuning: Mapping[str, Any], measures: Mapping[tuple[str, str], tuple[Measure, ...]]
+) -> None:
     """Checks that arms were searched by what they are measured by."""
     for label, arm in tuning["arms"].items():
         now = measures.get((tuning.get("setting", ""), label))
-        before = measure_of(arm) if arm.get("measure") else now  # older versions do not say
-        if now and before and before != now:
+        # Older versions do not say.
+        if now and arm.get("measure") and measure_of(arm) != now[0]:
             raise UserError(
-                f"tuned: the fields of {label!r} were chosen by {before.name}, and it is measured "
-                f"by {now.name} now. Search it again with --tune, or bring the metrics back."
+                f"tuned: the fields of {label!r} were chosen by {measure_of(arm).name}, and it is "
+                f"measured by {now[0].name} now. Search it again with --tune, or bring the metrics "
+                "back."
             )
+
+
+def _check_finished(folder: Path, expected: Sequence[Measure] | None) -> None:
+    """Checks that a run, if it is finished, was measured as is expected, if that is known."""
+    if expected and (folder / "summary.json").exists():
+        with contextlib.suppress(ValueError):  # it is damaged, of which `collect` says what to do
+            check_measures(measures_of(read_summary(folder / "summary.json")), expected, folder)
 
 
 def _print_plan(
