@@ -140,6 +140,30 @@ def test_runs_are_ordered_so_that_a_part_is_a_comparison():
         ({"arms": {"matu": {"rounds": 2.5}, "per_task": {}}}, "config.rounds: found 2.5"),
         ({"arms": {"matu": {"rounds": 0}, "per_task": {}}}, "config.rounds: found 0"),
         ({"arms": {"matu": {}, "per_task": {}, "per task": {}}}, "has the same folder"),
+        (
+            {"arms": {"matu": {}, "per_task": {}, "é" * 101: {}}},
+            "name has 202 bytes, expected 200 at most",
+        ),
+        (
+            {"settings": {"a" * 201: plan.Setting("A.", {})}},
+            "settings: 'a+': its folder's name has 201 bytes",
+        ),
+        (
+            {"settings": {"a": plan.Setting("A.", {"data.seed": 4})}},
+            r"settings\['a'\]: found 'data.seed', and each of `seeds` is both",
+        ),
+        (
+            {"arms": {"matu": {}, "per_task": {"seed": 0}}},
+            r"arms\['per_task'\]: found 'seed', and each of `seeds` is both",
+        ),
+        (
+            {"tuned": "tuned.json", "search": {"rounds": (1, 2)}},
+            r"arms\['per_task'\]: found 'rounds', which is searched as well",
+        ),
+        (
+            {"tuned": "tuned.json", "own_search": {"per_task": {"rounds": (1, 2)}}},
+            r"arms\['per_task'\]: found 'rounds', which is searched as well",
+        ),
         ({"tuning_seed": 1}, "tuning_seed: found 1, which is one of seeds"),
         ({"tuning_setting": "c"}, "tuning_setting: found 'c'"),
         ({"own_search": {"fedprox": {}}}, "own_search: found 'fedprox', no such arm"),
@@ -157,6 +181,21 @@ def test_runs_are_ordered_so_that_a_part_is_a_comparison():
 def test_a_wrong_comparison_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         plan.check(plan.overridden(comparison(**changes), {}))
+
+
+@pytest.mark.parametrize("field", ["seed", "data.seed"])
+def test_a_seed_on_the_command_line_is_refused(field, write, capsys):
+    said = mistake(capsys, f"--config={write()}", f"--config.{field}=3")
+    assert f"--config.{field}: each of `seeds` is both `seed` and `data.seed`" in said
+    assert "Give --seeds in its place" in said
+
+
+def test_what_is_searched_for_another_arm_can_be_fixed():
+    plan.check(comparison(tuned="tuned.json", own_search={"matu": {"rounds": (1, 2)}}))
+
+
+def test_names_of_200_bytes_are_taken():
+    plan.check(comparison(arms={"matu": {}, "per_task": {}, "é" * 100: {}}))
 
 
 def test_lists_are_as_good_as_tuples():
@@ -330,6 +369,49 @@ def test_of_a_seed_that_diverged_no_mean_is_made(tmp_path):
     assert per_task["against_ours"] is None
     said = str(list(result_notes(setting["arms"], "matu", "per_task", 2)))
     assert "matu diverged with seed 0: outputs were no longer finite numbers." in said
+
+
+def test_runs_of_different_data_are_not_compared(tmp_path):
+    """With one seed in one setting; seeds may draw different splits, and settings differ anyway."""
+    made = comparison(seeds=(0, 1))
+    for run in plan.runs(made):
+        fake_run(run.folder(tmp_path), 0.5)
+        data = {"x": f"{run.setting} {run.seed}", "y": {"train": "1"}}
+        changed(run.folder(tmp_path), lambda s, d=data: s.update(data_fingerprint=d))
+    source = Source(Path("small.py"))
+    before = plan.Run("b", "matu", 1).folder(tmp_path)
+    changed(before, lambda summary: summary.pop("data_fingerprint"))  # of an older version
+    assert collect(made, tmp_path, source, tuning=None)["settings"][1]["arms"]
+    other = {"x": "b 1", "y": {"train": "2"}}
+    changed(before, lambda summary: summary.update(data_fingerprint=other))
+    with pytest.raises(ValueError, match="were made of different data") as raised:
+        collect(made, tmp_path, source, tuning=None)
+    folders = [plan.Run("b", arm, 1).folder(tmp_path) for arm in ("matu", "per_task")]
+    assert f"\n  {folders[0]}\nwith others than:\n  {folders[1]}\n" in str(raised.value)
+    assert "or give another --workdir" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda s: s["accuracy"].update(per_task={"x": 0.5}),
+            "has 3 clients and the tasks x; others have 3 clients and the tasks x, y",
+        ),
+        (
+            lambda s: s["config"]["data"].update(clients=4),
+            "has 4 clients and the tasks x, y; others have 3 clients and the tasks x, y",
+        ),
+    ],
+)
+def test_arms_of_other_tasks_or_clients_are_not_compared(tmp_path, change, words):
+    made = comparison(settings={"a": plan.Setting("A.", {})}, seeds=(0, 1))
+    for run in plan.runs(made):
+        fake_run(run.folder(tmp_path), 0.5)
+    changed(plan.Run("a", "per_task", 1).folder(tmp_path), change)
+    with pytest.raises(ValueError, match=r"settings\['a'\]: arm 'per_task', seed 1, ") as raised:
+        collect(made, tmp_path, Source(Path("small.py")), tuning=None)
+    assert words in str(raised.value)
 
 
 @pytest.mark.parametrize(

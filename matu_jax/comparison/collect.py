@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ def collect(
 
     Raises:
       ValueError: if a run's files are damaged, or arms of a setting are measured by different
-        metrics, with what to do.
+        metrics or on different tasks, have different numbers of clients, or were run on different
+        data with the same seed; with what to do.
     """
     results = {run: _result(run.folder(workdir)) for run in runs(comparison)}
     return {
@@ -56,7 +58,9 @@ def collect(
         "ours": comparison.ours,
         "experiment": dataclasses.asdict(comparison.experiment),
         "tuning": tuning,
-        "settings": [_setting(comparison, name, results, source) for name in comparison.settings],
+        "settings": [
+            _setting(comparison, name, results, workdir, source) for name in comparison.settings
+        ],
     }
 
 
@@ -96,6 +100,7 @@ def _setting(
     comparison: Comparison,
     name: str,
     by_run: Mapping[Run, dict[str, Any] | None],
+    workdir: Path,
     source: Source,
 ) -> dict[str, Any]:
     setting = comparison.settings[name]
@@ -104,7 +109,16 @@ def _setting(
         (arm, seed): by_run[Run(name, arm, seed)] for arm in labels for seed in comparison.seeds
     }
     there = [result for result in results.values() if result]
-    measure = _measure(name, {run: by_run[Run(name, *run)] for run in results})
+    measure = _measure(name, results)
+    _check_alike(name, results)
+    for seed in comparison.seeds:
+        _check_data(
+            {
+                Run(name, arm, seed).folder(workdir): result["summary"]
+                for arm in labels
+                if (result := results[arm, seed])
+            }
+        )
     tasks = list(there[0]["summary"][measure.name]["per_task"]) if there else []
     arms = []
     for label in labels:
@@ -146,6 +160,44 @@ def _measure(setting: str, results: Mapping[tuple[str, int], dict[str, Any] | No
                 "model.metrics, and tasks with the same first metric."
             )
     return next(iter(found.values()), ACCURACY)
+
+
+def _check_alike(setting: str, results: Mapping[tuple[str, int], dict[str, Any] | None]) -> None:
+    """Checks that all runs of a setting have the same tasks and as many clients."""
+    first = None
+    for (arm, seed), result in results.items():
+        if not result:
+            continue
+        summary = result["summary"]
+        tasks = list(summary[measure_of(summary).name]["per_task"])
+        found = tasks, summary["config"]["data"]["clients"]
+        first = first or found
+        if found != first:
+            mine, others = (
+                f"{clients} clients and the tasks {', '.join(tasks)}"
+                for tasks, clients in (found, first)
+            )
+            raise ValueError(
+                f"settings[{setting!r}]: arm {arm!r}, seed {seed}, has {mine}; others have "
+                f"{others}, which cannot be compared. Give all arms of a setting the same data, "
+                "and other data to a setting of its own."
+            )
+
+
+def _check_data(summaries: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Checks that runs of a setting with one seed, by folder, were made of the same data."""
+    by_data: dict[str, list[Path]] = {}
+    for folder, summary in summaries.items():
+        if held := summary.get("data_fingerprint"):  # older versions do not say
+            by_data.setdefault(json.dumps(held, sort_keys=True), []).append(folder)
+    if len(by_data) > 1:
+        groups = ["\n  ".join(map(str, folders)) for folders in by_data.values()]
+        raise ValueError(
+            "these runs were made of different data, which has changed between them, and cannot "
+            "be compared:\n  " + "\nwith others than:\n  ".join(groups) + "\nRemove those that "
+            "are not of the data of now: the same command makes them again. Or bring the data "
+            "back, or give another --workdir."
+        )
 
 
 def _result(folder: Path) -> dict[str, Any] | None:

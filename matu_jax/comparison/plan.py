@@ -17,6 +17,9 @@ from matu_jax.runs.commandline import Source
 Fields = Mapping[str, Any]
 """Fields of an experiment and their values, such as {"algorithm": "fedavg", "local.steps": 10}."""
 
+_SEEDED = frozenset({"seed", "data.seed"})
+_LONGEST = 200  # bytes of a folder's name; file systems take 255
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -131,9 +134,14 @@ def overridden(comparison: Comparison, changes: Mapping[str, str]) -> Comparison
 
     Raises:
       ValueError: for an unknown field (with "did you mean"), or a value of the wrong type, of the
-        comparison's own as well.
+        comparison's own as well; and for a seed, which `seeds` gives.
     """
     _check_types(comparison)
+    if given := _SEEDED & changes.keys():
+        raise ValueError(
+            f"--config.{min(given)}: each of `seeds` is both `seed` and `data.seed` of its runs. "
+            "Give --seeds in its place."
+        )
     experiment = commandline.overridden(comparison.experiment, changes)
     return dataclasses.replace(comparison, experiment=experiment)
 
@@ -194,6 +202,12 @@ def check(comparison: Comparison) -> None:
         for label, folder in zip(labels, folders, strict=True):
             if folders.count(folder) > 1:
                 problems.append(f"{what}: {label!r}: another one has the same folder, {folder!r}.")
+            if len(folder.encode()) > _LONGEST:
+                problems.append(
+                    f"{what}: {label!r}: its folder's name has {len(folder.encode())} bytes, "
+                    f"expected {_LONGEST} at most. Give it a shorter name."
+                )
+    problems += _overwritten(comparison)
     if not problems:
         for setting in comparison.settings:
             for arm in arms_of(comparison, setting):
@@ -203,6 +217,26 @@ def check(comparison: Comparison) -> None:
                     problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _overwritten(comparison: Comparison) -> Iterator[str]:
+    """Names the fields whose values would be replaced by seeds, or by what a search chooses."""
+    places = {f"settings[{name!r}]": each.fields for name, each in comparison.settings.items()}
+    places |= {f"arms[{label!r}]": fields for label, fields in comparison.arms.items()}
+    for where, fields in places.items():
+        for name in sorted(_SEEDED & fields.keys()):
+            yield (
+                f"{where}: found {name!r}, and each of `seeds` is both `seed` and `data.seed` of "
+                "its runs. Remove it, and give `seeds` the values to run with."
+            )
+    for label, fields in comparison.arms.items() if comparison.tuned else ():
+        for name in fields:
+            if name in comparison.search or name in comparison.own_search.get(label, {}):
+                yield (
+                    f"arms[{label!r}]: found {name!r}, which is searched as well, so that the "
+                    "arm's own value would not be used. Remove it from the arm, or from `search` "
+                    "and `own_search`."
+                )
 
 
 def _words(text: str) -> tuple[str, ...]:
