@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
+import stat
 import warnings
 from pathlib import Path
 from typing import Any
@@ -377,6 +379,19 @@ def test_the_program_says_what_it_wrote(tmp_path, clip_run, capsys):
         "model.safetensors",
         "vocab.json",
     ]
+
+
+def test_a_merged_checkpoint_is_as_readable_as_other_files(tmp_path, clip_run, clip_folder):
+    exported, before = read_run(clip_run, "svhn"), os.umask(0o022)
+    vocabulary = clip_folder / "vocab.json"
+    mode = vocabulary.stat().st_mode
+    try:
+        vocabulary.chmod(0o600)
+        write(exported, "merged", tmp_path / "out")
+    finally:
+        os.umask(before)
+        vocabulary.chmod(mode)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {0o644}
 
 
 def test_the_embedded_model_leaves_as_a_task_vector_only(tmp_path):

@@ -1,8 +1,12 @@
 """Models that the package has never seen: trained, resumed, compared and exported."""
 
 import json
+import math
+import os
 import shutil
+import stat
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +15,10 @@ import safetensors.numpy
 from matu_jax import compare, doctor, export, prepare, train
 from matu_jax.config import Config
 from matu_jax.data import SOURCES
+from matu_jax.errors import UserError
 from matu_jax.models import MODELS
+from matu_jax.runs import own_model
+from matu_jax.runs.saved import read_slot
 
 EQUINOX = """
     import equinox as eqx, jax, jax.numpy as jnp
@@ -189,6 +196,99 @@ def test_an_own_model_trains_resumes_and_is_exported(model, tmp_path, capsys):
     assert vector.keys() == parameters.keys()
     assert all(np.abs(x).max() > 0 for x in vector.values())
     assert f"| test {measure['name']} |" in (out / "README.md").read_text()
+
+
+CLASSES = """
+import jax.numpy as jnp, numpy as np
+from matu_jax.config import Config, DataConfig, LocalConfig, ModelConfig
+from matu_jax.data import SOURCES, Task
+from matu_jax.models import MODELS, Model, metrics
+
+def tasks(config):
+    rng = np.random.default_rng(0)
+    def split(examples):
+        x = rng.normal(size=(examples, 4)).astype(np.float32)
+        return {"x": x, "y": (x[:, 0] + rng.normal(size=examples) > 0).astype(np.int32)}
+    return [Task("sign", split(64), split(40), split(40), notes=("y: 0 = no, 1 = yes",))]
+
+def model(config, tasks, *, seed):
+    def outputs(params, frozen, batch, task, key=None):
+        return batch["x"] @ params["layers"][0]["kernel"] + params["bias"]
+
+    def loss(params, frozen, batch, task, key=None):
+        wanted = batch["y"].astype(jnp.float32)
+        return jnp.square(outputs(params, frozen, batch, task) - wanted).mean()
+
+    pair = lambda found, batch: ((found > 0.5).astype(jnp.int32), batch["y"])
+    base = {"layers": [{"kernel": jnp.zeros(4)}], "bias": jnp.zeros(())}
+    measured_by = {"accuracy": metrics.accuracy(pair), "iou": metrics.mean_iou(pair, 2)}
+    return Model(base, {}, loss, outputs, measured_by)
+
+SOURCES["columns"], MODELS["own"] = tasks, model
+
+def get_config():
+    return Config(
+        rounds=1,
+        data=DataConfig(source="columns", clients=1, tasks_per_client=1),
+        model=ModelConfig("own"),
+        local=LocalConfig(steps=20, learning_rate=0.03),
+    )
+"""
+
+
+@pytest.fixture
+def classes_run(tmp_path, monkeypatch):
+    """A workdir and the config's word, of a model of labels measured by accuracy and IoU."""
+    for registry, name in ((SOURCES, "columns"), (MODELS, "own")):
+        monkeypatch.setitem(registry, name, None)  # gone after the test
+    (tmp_path / "own.py").write_text(CLASSES)
+    config, run = f"--config={tmp_path / 'own.py'}", tmp_path / "run"
+    assert train.main(["train", config, f"--workdir={run}"]) == 0
+    return run, config
+
+
+def test_one_example_may_differ_where_a_metric_counts_examples_and_nowhere_else(
+    classes_run, tmp_path
+):
+    slot = read_slot(classes_run[0], "sign")
+    right, iou = (slot.recorded[name]["test"] for name in ("accuracy", "iou"))
+    assert 0.6 < right < 0.95
+    assert round(40 * right) == pytest.approx(40 * right)
+    assert abs(40 * iou - round(40 * iou)) > 0.01
+
+    def written(name, value, out="no"):
+        recorded = {**slot.recorded, name: {"test": value}}
+        own_model.write(replace(slot, recorded=recorded), "safetensors", tmp_path / out)
+
+    for i, (name, value) in enumerate(
+        (("iou", iou), ("accuracy", right), ("accuracy", right + 1 / 40))
+    ):
+        written(name, value, f"out{i}")
+    whole = math.ceil(40 * iou) / 40
+    for name, value in (
+        ("accuracy", right + 2 / 40),
+        ("accuracy", right + 0.5 / 40),
+        ("iou", iou + 0.9 / 40),
+        ("iou", iou - 1 / 40),
+        ("iou", whole),
+        ("iou", 1.0),
+    ):
+        with pytest.raises(UserError, match=f"test {name} is .*but the run recorded"):
+            written(name, value)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_exported_files_have_the_permissions_that_others_get(classes_run, tmp_path, umask):
+    slot, before = read_slot(classes_run[0], "sign"), os.umask(umask)
+    try:
+        own_model.write(slot, "safetensors", tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {f.name: stat.S_IMODE(f.stat().st_mode) for f in (tmp_path / "out").iterdir()}
+    names = ("README.md", "parameters.safetensors", "task_vector.safetensors")
+    assert modes == dict.fromkeys(names, 0o666 & ~umask)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
 
 
 def test_own_models_are_compared_by_their_own_metric(model, tmp_path, capsys):

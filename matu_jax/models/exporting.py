@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def write_merged(
         config = huggingface.read_json(source / "config.json")
         for name in (*huggingface.IMAGE_FILES, *huggingface.TOKENIZER_FILES):
             if (source / name).is_file() and is_own(source / name):
-                shutil.copy(source / name, folder / name)
+                shutil.copyfile(source / name, folder / name)
     assert config is not None
     if kind == "vit":
         bias = head.get("bias", np.zeros(len(class_names), np.float32))
@@ -252,13 +253,16 @@ def links_left_out(source: Path | None) -> list[str]:
 def save_checked(
     tensors: Mapping[str, Any], file: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file, and reads it back.
+    """Writes a safetensors file, readable by whom the process's umask says, and reads it back.
 
     Raises:
       ValueError: if it holds other names, dtypes, shapes or bits than it was given.
     """
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    save_file(tensors, file, metadata)
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(tensors, file, metadata)  # for the owner alone
+    file.chmod(mode)
     _check_same(file, load_file(file), tensors)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ _ROUNDING = 1e-3
 """How far a metric may be from what the run recorded, as a part of it: another number of slots at
 once is another order of the same sums."""
 _FEWEST = 20
-"""Examples from which on rounding may put one on the other side, where a metric is a part of 1."""
+"""Examples from which on rounding may put one on the other side, in a metric that counts them."""
 
 
 def write(
@@ -30,8 +31,8 @@ def write(
 ) -> None:
     """Writes a slot's task vector, and the parameters that it makes of the base, into a new folder.
 
-    Before that it is measured: each metric has to be what the run recorded, up to rounding. Files
-    are read back and compared bit for bit.
+    Before that it is measured: each metric has to be what the run recorded, up to rounding, or one
+    example where it counts examples. Files are read back and compared bit for bit.
 
     Args:
       slot: from `read_slot`.
@@ -93,9 +94,8 @@ def _measured(slot: SavedSlot, params: object) -> Iterator[tuple[str, str]]:
         examples = min(examples, slot.config.evaluation.max_examples or examples)
         for name, metric in metrics.items():
             found, recorded = float(metric.value(sums[name])), slot.recorded[name][split]
-            near = _ROUNDING * max(abs(recorded), abs(found), 1e-3)
-            near = max(near, 1 / examples if metric.percent and examples >= _FEWEST else 0.0)
-            if not abs(found - recorded) <= near:
+            near = abs(found - recorded) <= _ROUNDING * max(abs(recorded), abs(found), 1e-3)
+            if not near and not (metric.percent and _one_flipped(found, recorded, examples)):
                 raise UserError(
                     f"task {_task(slot)}: the model of client {slot.client} after round "
                     f"{slot.round}: {split} {name} is {found:.6g}, but the run recorded "
@@ -104,6 +104,16 @@ def _measured(slot: SavedSlot, params: object) -> Iterator[tuple[str, str]]:
                     "Versions then are in summary.json."
                 )
             yield f"{split} {name}", measure_named(name, metric).text(found)
+
+
+def _one_flipped(found: float, recorded: float, examples: int) -> bool:
+    """Whether two values, as parts of so many examples, are whole numbers that differ by one."""
+    counts = found * examples, recorded * examples
+    if examples < _FEWEST or not all(math.isfinite(count) for count in counts):
+        return False
+    whole = [round(count) for count in counts]
+    are_whole = all(abs(count - near) <= 1e-3 for count, near in zip(counts, whole, strict=True))
+    return are_whole and abs(whole[0] - whole[1]) == 1
 
 
 def _task(slot: SavedSlot) -> str:
