@@ -25,7 +25,7 @@ from matu_jax.comparison import plan, report
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tables import result_notes
 from matu_jax.comparison.tuning import Tried, search
-from matu_jax.config import Config
+from matu_jax.config import Config, LocalConfig
 from matu_jax.runs.commandline import Source, read_words
 from matu_jax.simulation.measures import ACCURACY, Measure
 
@@ -557,6 +557,7 @@ def test_the_program_compares_tunes_and_reports(write, tmp_path, capsys):
     assert compare.main(["compare", *arguments, "--tune"]) == 0
     tuned = json.loads((tmp_path / "found" / "tuned.json").read_text())
     assert {len(arm["trials"]) for arm in tuned["arms"].values()} == {3}
+    assert tuned["arms"]["per_task"]["fields"] == {"algorithm": "per_task"}
     for arm in tuned["arms"].values():
         best = max(arm["trials"], key=lambda trial: trial["validation"])
         assert arm["chosen"] == best["fields"]
@@ -682,6 +683,38 @@ def test_a_search_of_before_is_read_by_the_names_of_now(tmp_path):
     made, _ = plan.with_tuned(made, Source(tmp_path / "mine.py"))
     config = plan.run_config(made, plan.Run("a", "fedper", 0))
     assert (config.fedper.personal_blocks, config.local.learning_rate) == (2, 0.1)
+
+
+def test_choices_of_an_arm_that_has_changed_since_are_refused(tmp_path):
+    made = comparison(
+        tuned="tuned.json",
+        search={"local.learning_rate": (0.1, 0.2)},
+        arms={
+            "matu": {"model.lora_targets": ("query", "key"), "local": LocalConfig(steps=3)},
+            "per_task": {"algorithm": "per_task"},
+            "old": {"algorithm": "fedprox"},
+        },
+    )
+    chosen = {"local.learning_rate": 0.1}
+    found = {
+        label: {"chosen": chosen, "fields": plan.as_json(fields)}
+        for label, fields in made.arms.items()
+    }
+    found["old"].pop("fields")  # of an older version
+    (tmp_path / "tuned.json").write_text(json.dumps({"arms": found}))
+    source = Source(tmp_path / "mine.py", {}, {"workdir": "w"})
+    tuned, _ = plan.with_tuned(made, source)
+    assert tuned.arms["per_task"] == {"algorithm": "per_task"} | chosen
+
+    changed = dataclasses.replace(made, arms={**made.arms, "per_task": {"algorithm": "fedavg"}})
+    with pytest.raises(ValueError, match="whose own fields have changed since") as raised:
+        plan.with_tuned(changed, source)
+    said = str(raised.value)
+    was, now = "{'algorithm': 'per_task'}", "{'algorithm': 'fedavg'}"
+    assert f"\n  per_task: searched with {was}, has {now}\n" in said
+    assert said.endswith("mine.py --workdir=w --arms=per_task --tune")
+    with pytest.raises(ValueError, match=r"matu: searched with .*, has none"):
+        plan.with_tuned(dataclasses.replace(made, arms={**made.arms, "matu": {}}), source)
 
 
 @pytest.mark.parametrize("arms", [None, ("matu",), ("matu", "per_task", "a", "b")])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from matu_jax.comparison.plan import Comparison, Run, arms_of, runs
+from matu_jax.comparison.plan import Comparison, Run, arms_of, as_json, runs
 from matu_jax.runs.commandline import Source
 from matu_jax.runs.log import MetricsLog, read_summary
 from matu_jax.simulation.measures import ACCURACY, Measure, measure_of
@@ -128,7 +128,7 @@ def _setting(
     return {
         "name": name,
         "description": setting.description,
-        "overrides": dict(setting.fields),
+        "overrides": as_json(setting.fields),
         "measure": measure._asdict(),
         "tasks": tasks,
         "chance": _chance(there[0]["summary"], tasks) if there else None,
@@ -266,7 +266,7 @@ def _arm(
     return {
         "label": label,
         "algorithm": summaries[0]["algorithm"],
-        "overrides": dict(comparison.arms[label]),
+        "overrides": as_json(comparison.arms[label]),
         "commands": [
             source.command("compare", settings=setting, arms=label, seeds=str(seed))
             for seed in comparison.seeds

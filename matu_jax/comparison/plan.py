@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from matu_jax.config import Config, renamed
 from matu_jax.errors import did_you_mean
-from matu_jax.json_files import checked, read_json
+from matu_jax.json_files import checked, plain, read_json
 from matu_jax.runs import commandline
 from matu_jax.runs.commandline import Source
 
@@ -317,7 +317,8 @@ class _Measured(BaseModel):
 class _TunedArm(BaseModel):
     chosen: dict[str, Any]
     validation: float | None = None
-    measure: _Measured | None = None  # older versions lack it
+    measure: _Measured | None = None  # older versions lack it, and the next
+    fields: dict[str, Any] | None = None
     trials: list[_Trial] = []
 
 
@@ -328,7 +329,9 @@ class _Tuned(BaseModel):
 
 
 def read_tuned(path: Path) -> dict[str, Any]:
-    """Reads what a search has written: "arms" with "chosen" by label, and how it was made.
+    """Reads what a search has written: "arms" by label, and how it was made.
+
+    An arm has "chosen", and "fields", its own beside which these were chosen.
 
     Fields that an earlier version wrote have the names of now.
 
@@ -345,6 +348,8 @@ def read_tuned(path: Path) -> dict[str, Any]:
     checked(_Tuned, found, f"{path}: damaged")
     for arm in found["arms"].values():
         arm["chosen"] = renamed(arm["chosen"])
+        if arm.get("fields") is not None:
+            arm["fields"] = renamed(arm["fields"])
         for trial in arm.get("trials", []):
             trial["fields"] = renamed(trial["fields"])
     return found
@@ -361,27 +366,53 @@ def with_tuned(comparison: Comparison, source: Source) -> tuple[Comparison, dict
       The comparison, and what the search's file holds (None if `tuned` is "").
 
     Raises:
-      ValueError: if the search's file is missing or damaged, or lacks an arm.
+      ValueError: if the search's file is missing or damaged, or lacks an arm, or an arm's own
+        fields are no longer those beside which it was searched.
     """
     if not comparison.tuned:
         return comparison, None
     path = source.file.parent / comparison.tuned
-    advice = f"Make it with: {source.command('compare', ['--tune'])}"
-    advice = advice if comparison.search else _UNSEARCHED
+
+    def advice(what: str, labels: Sequence[str] = ()) -> str:
+        named = {"arms": ",".join(labels)}
+        given = named if labels and _names(named["arms"], comparison.arms) == labels else {}
+        if not comparison.search:
+            return _UNSEARCHED
+        return f"{what} with: {source.command('compare', ['--tune'], **given)}"
+
     try:
         found = read_tuned(path)
     except FileNotFoundError:
-        raise ValueError(f"tuned: {path} is not there. {advice}") from None
+        raise ValueError(f"tuned: {path} is not there. {advice('Make it')}") from None
     except ValueError as error:
-        raise ValueError(f"tuned: {error}. {advice}") from None
-    chosen = {label: arm["chosen"] for label, arm in found["arms"].items()}
-    lacking = [label for label in comparison.arms if label not in chosen]
-    if lacking:
-        arms = {}
-        if _names(",".join(lacking), comparison.arms) == lacking:
-            arms = {"arms": ",".join(lacking)}
-        advice = f"Add them with: {source.command('compare', ['--tune'], **arms)}"
-        advice = advice if comparison.search else _UNSEARCHED
-        raise ValueError(f"tuned: {path} lacks {', '.join(map(repr, lacking))}. {advice}")
-    arms = {label: {**fields, **chosen[label]} for label, fields in comparison.arms.items()}
+        raise ValueError(f"tuned: {error}. {advice('Make it')}") from None
+    searched = found["arms"]
+    if lacking := [label for label in comparison.arms if label not in searched]:
+        names = ", ".join(map(repr, lacking))
+        raise ValueError(f"tuned: {path} lacks {names}. {advice('Add them', lacking)}")
+    changed, was = [], ""
+    for label, fields in comparison.arms.items():
+        before, now = searched[label].get("fields"), as_json(fields)
+        if before is not None and before != now:
+            changed.append(label)
+            was += f"\n  {label}: searched with {before or 'none'}, has {now or 'none'}"
+    if changed:
+        raise ValueError(
+            f"tuned: in {path} are choices for arms whose own fields have changed since:{was}\n"
+            "Bring these back, or move the folders of these arms in the workdir's folder tuning "
+            f"away and search them again. {advice('Search them', changed)}"
+        )
+    arms = {
+        label: {**fields, **searched[label]["chosen"]} for label, fields in comparison.arms.items()
+    }
     return dataclasses.replace(comparison, arms=arms), found
+
+
+def as_json(fields: Fields) -> dict[str, Any]:
+    """Fields as JSON holds them, to be compared with what was kept of them."""
+    blocks = {
+        name: dataclasses.asdict(value)
+        for name, value in fields.items()
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+    }
+    return plain({**fields, **blocks})

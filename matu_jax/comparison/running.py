@@ -125,6 +125,7 @@ def tune(comparison: plan.Comparison, source: Source, workdir: Path, console: Co
                 lost.append(f"{run.arm} ({'; '.join(_words(t['fields']) for t in all_tried)})")
                 continue
             found["arms"][run.arm] = {
+                "fields": plan.as_json(comparison.arms[run.arm]),
                 "chosen": best["fields"],
                 "validation": best["validation"],
                 "measure": measures[run.setting, run.arm][0]._asdict(),
