@@ -170,7 +170,8 @@ def _images(
             raise ValueError(
                 f"{shown(entry.path)}: found a folder where images were expected; the layout is "
                 f"{root}/<split>/<class>/<image>, or {root}/<class>/<image>, with splits called "
-                f"{', '.join(SPLITS)}"
+                f"{', '.join(SPLITS)}; where {root} is the folder of a site, give the one that it "
+                "is in as config.data.sites"
             )
         if os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
             try:

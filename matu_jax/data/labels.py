@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 
 import numpy as np
 
@@ -101,7 +102,7 @@ def notes_of_classes(rows: Sequence[Row], classes: Sequence[str]) -> tuple[str, 
         classes: By label.
     """
     numbered = [f"{label} = {name}" for label, name in enumerate(classes)]
-    return (f"classes: {listed(numbered)}", *_alike(classes), *_rare(rows))
+    return (f"classes: {listed(numbered)}", *alike(classes, "classes"), *_rare(rows))
 
 
 def listed(words: Sequence[str], shown: int = _SHOWN) -> str:
@@ -110,16 +111,29 @@ def listed(words: Sequence[str], shown: int = _SHOWN) -> str:
     return ", ".join(words[:shown]) + more
 
 
-def _alike(classes: Sequence[str]) -> Iterator[str]:
-    spelled: dict[str, list[str]] = {}
-    for name in classes:
-        spelled.setdefault("".join(name.casefold().split()), []).append(name)
-    for names in spelled.values():
-        if len(names) > 1:
-            yield (
-                f"warning: {' and '.join(map(repr, names))} are {len(names)} classes that differ "
-                "only in case and spaces; spell them alike if they are one"
-            )
+def alike(names: Sequence[str], what: str) -> Iterator[str]:
+    """Warnings of different names that may be one, spelled in two ways.
+
+    Args:
+        names: Such as those of classes, each once.
+        what: What they are the names of, such as "classes".
+    """
+    letters: dict[str, list[str]] = {}
+    numbers: dict[Decimal, list[str]] = {}
+    for name in names:
+        letters.setdefault("".join(name.casefold().split()), []).append(name)
+        if is_number(name):
+            numbers.setdefault(Decimal(name), []).append(name)
+    for spelled, how in (
+        (letters, "differ only in case and spaces"),
+        (numbers, "are equal as numbers"),
+    ):
+        for same in spelled.values():
+            if len(same) > 1:
+                yield (
+                    f"warning: {' and '.join(map(repr, same))} are {len(same)} {what} that {how}; "
+                    "spell them alike if they are one"
+                )
 
 
 def _rare(rows: Sequence[Row]) -> Iterator[str]:

@@ -30,17 +30,21 @@ from pathlib import Path
 from matu_jax.data import SPLITS, selection
 from matu_jax.data.labels import is_number, listed
 from matu_jax.data.selection import SPLITS as SPLIT_NAMES
-from matu_jax.data.table import Row, Table, check_groups, in_float32
+from matu_jax.data.table import Row, Table, allowed, check_groups, in_float32
 from matu_jax.errors import did_you_mean
 from matu_jax.json_files import regular_file
 
 COLUMNS = ("path", "label", "site", "task", "split", "group")
 """What is no feature."""
 
+_NAMELESS = re.compile(r"(Unnamed: \d+)?")
+"""A column without a name, as it is and as pandas writes it the next time."""
+
 _SOMEBODY = re.compile(
-    r"(?i:patient|subject|participant|person|individual|group)|(?i:^|[^a-z])(?i:ids?)$|(?<=[a-z])I[dD]s?$"
+    r"(?i:patient|subject|participant|person|individual|group|hospital|clinic|institut)"
+    r"|(?i:^|[^a-z])(?i:ids?)$|(?<=[a-z])I[dD]s?$"
 )
-"""In the name of a column that may say whose an example is."""
+"""In the name of a column that may say of whom, or whose, an example is."""
 
 
 def read(file: str | os.PathLike[str]) -> Table:
@@ -78,13 +82,19 @@ def read(file: str | os.PathLike[str]) -> Table:
 
 
 def _with_validation(rows: list[Row]) -> list[Row]:
-    """Of tasks that have no example to validate on, those to train on may be in either split."""
-    validated = {row.task for row in rows if "validation" in row.splits}
+    """Rows with the splits that their groups leave them.
+
+    Of tasks that have no example to validate on, those to train on may be in either split.
+    """
+    open_to = allowed(rows)
+    validated = {
+        row.task for row, splits in zip(rows, open_to, strict=True) if "validation" in splits
+    }
     return [
-        row._replace(splits=SPLITS[:2])
-        if row.task not in validated and row.splits == SPLITS[:1]
-        else row
-        for row in rows
+        row._replace(
+            splits=SPLITS[:2] if row.task not in validated and splits == SPLITS[:1] else splits
+        )
+        for row, splits in zip(rows, open_to, strict=True)
     ]
 
 
@@ -108,8 +118,18 @@ def _check_header(header: list[str], path: Path) -> list[str]:
     features = [name for name in header if name not in COLUMNS]
     if not any(header):
         raise ValueError(f"{where}: found no header, expected names of columns such as path,label.")
+    if nameless := [at for at, name in enumerate(header, 1) if _NAMELESS.fullmatch(name)]:
+        index = (
+            " The first is pandas' index, if `to_csv` wrote it: write with index=False."
+            if nameless[0] == 1
+            else ""
+        )
+        raise ValueError(
+            f"{where}: found no name of column {listed([*map(str, nameless)])}, expected one each. "
+            f"Give it a name, or leave the column out.{index}"
+        )
     for name in header:
-        if not name or header.count(name) > 1:
+        if header.count(name) > 1:
             raise ValueError(f"{where}: found the column {name!r} {header.count(name)} times.")
     if "label" not in header:
         hint = did_you_mean("label", header) if len(header) > 1 else ""
@@ -123,8 +143,8 @@ def _check_header(header: list[str], path: Path) -> list[str]:
     if "path" in header and features:
         raise ValueError(
             f"{where}: found `path` and {listed(features)}, expected a column `path` of images, or "
-            "columns of features, and not both. Call the column that says whom or what an image is "
-            "of `group`, and leave other columns out."
+            "columns of features, and not both. A column that says whose an image is, is called "
+            "`site`; one that says of whom or what it is, `group`. Leave other columns out."
         )
     if "path" not in header and not features:
         raise ValueError(
@@ -142,7 +162,8 @@ def _notes(features: list[str], numbers: Sequence[tuple[float, ...]]) -> Iterato
         if repeats and _SOMEBODY.search(name):
             yield (
                 f"warning: the column {name!r}, whole numbers that repeat, is a feature; if it "
-                "says whom an example is of, rename it to `group`: nobody is in two splits then"
+                "says whom an example is of, rename it to `group`: nobody is in two splits then; "
+                "if it says whose an example is, rename it to `site`"
             )
 
 
@@ -195,7 +216,8 @@ def _number(text: str, where: str, name: str) -> float:
         raise ValueError(
             f"{where}: `{name}`: found {text!r}, expected a finite number (of float32). Leave the "
             "row out, or put a number there; a column that is no feature has to go, or be called "
-            "as what it is: `group` (such as a patient), `site` or `task`."
+            "as what it is: `site` if it says whose an example is (such as a hospital), `group` if "
+            "it says of whom (such as a patient), or `task`."
         )
     return float(text)
 

@@ -1,20 +1,21 @@
 """A table's rows as tasks, whose sites own their data."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from matu_jax.data import SPLITS, ImageTask, Split, Task, Transform, row_images, selection
 from matu_jax.data.datasets import GENERAL_TEMPLATES
 from matu_jax.data.labels import (
+    alike,
     are_numbers,
     classes_of,
     notes_of_classes,
     notes_of_numbers,
     readable_names,
 )
-from matu_jax.data.table import Row, Table, divided, in_float32
+from matu_jax.data.table import Row, Table, divided, in_float32, shares
 from matu_jax.errors import did_you_mean, look_alike
 
 
@@ -60,7 +61,9 @@ def tasks_of(
     splits = _without_repeats(splits, _contents(table.rows, images))
     if table.rows[0].site:
         _check_sites(table.rows, splits, table.name)
-    return tuple(_task(task, table, splits, images, numbers) for task in names)
+    return tuple(
+        _task(task, table, splits, images, numbers, shares(validation_fraction)) for task in names
+    )
 
 
 def _names(table: Table, wanted: str) -> list[str]:
@@ -80,7 +83,12 @@ def _names(table: Table, wanted: str) -> list[str]:
 
 
 def _task(
-    task: str, table: Table, splits: Sequence[str], images: np.ndarray | None, numbers: bool
+    task: str,
+    table: Table,
+    splits: Sequence[str],
+    images: np.ndarray | None,
+    numbers: bool,
+    asked: Mapping[str, float],
 ) -> Task:
     """Makes one task.
 
@@ -90,6 +98,7 @@ def _task(
         splits: Of each row; "" = left out.
         images: Of each row; None for features.
         numbers: Whether labels are numbers to predict.
+        asked: The share of each split among examples whose split is not given.
     """
     rows = table.rows
     mine = [i for i, row in enumerate(rows) if row.task == task]
@@ -100,18 +109,26 @@ def _task(
             raise ValueError(
                 f"{table.name}: task {task!r}: has {len(mine)} examples, none of them in the split "
                 f"{part!r}. {''.join(f'{note}. ' for note in left_out)}Give it some, or more "
-                "groups to divide (rows of equal features are one)."
+                f"groups to divide{' (rows of equal features are one)' * (images is None)}."
             )
     kept = [rows[i] for members in parts.values() for i in members]
     classes = [] if numbers else classes_of(kept, table.name)
     of_labels = notes_of_classes(kept, classes) if classes else notes_of_numbers(kept)
+    of_sites = alike(sorted({row.site for row in rows}), "sites")
     sites = {part: [rows[i].site for i in members] for part, members in parts.items()}
     about = {
         "label_space": task,
         "domain": task,
         "sites": sites if rows[0].site else {},
         "fingerprint": _fingerprint(rows, parts, images),
-        "notes": (*table.notes.get(task, ()), *_drawn(rows, parts), *left_out, *of_labels),
+        "notes": (
+            *table.notes.get(task, ()),
+            *_drawn(rows, parts),
+            *_far(rows, parts, asked),
+            *left_out,
+            *of_sites,
+            *of_labels,
+        ),
     }
     if images is None:
         return _of_features(task, rows, parts, classes, about)
@@ -154,6 +171,26 @@ def _drawn(rows: Sequence[Row], parts: dict[str, list[int]]) -> Iterator[str]:
         if drawn:
             of = "examples" if any("test" in among for _, among in open_ones) else "of train"
             yield f"{part}: {drawn:,} of {len(open_ones):,} {of}, drawn by config.data.seed"
+
+
+def _far(
+    rows: Sequence[Row], parts: dict[str, list[int]], asked: Mapping[str, float]
+) -> Iterator[str]:
+    """Warnings of splits that are far from the shares asked for, where all of them is drawn."""
+    ways = {rows[i].splits for members in parts.values() for i in members}
+    drawn = [way for way in ways if len(way) > 1]
+    if len(drawn) != 1 or any(way[0] in drawn[0] for way in ways - {*drawn}):
+        return
+    total = sum(len(parts[part]) for part in drawn[0])
+    for part in drawn[0][1:]:
+        share = asked[part] / sum(asked[part] for part in drawn[0])
+        found = len(parts[part]) / total
+        if abs(found - share) > 0.05 and not 0.5 < found / share < 2:
+            yield (
+                f"warning: {part}: drawn {100 * found:.0f} % of the examples, where "
+                f"{100 * share:.0f} % were asked for: whole groups are drawn, site by site, and "
+                "these are large or few; take smaller groups, or give the splits"
+            )
 
 
 def _left_out(count: int, of_images: bool) -> tuple[str, ...]:

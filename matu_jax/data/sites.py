@@ -31,13 +31,15 @@ def read(root: str | os.PathLike[str]) -> Table:
         )
     rows = []
     ignored, linked = defaultdict(list), defaultdict(list)
+    one_site = f" If {root} is the folder of one site, give the one above, {root.resolve().parent}"
     for site, at in _named(root, "site").items():
-        for task, folder in _named(at, "task").items():
+        for task, folder in _named(at, "task", one_site).items():
             try:
                 listing = list_folder(folder)
             except ValueError as error:
+                hint = "" if any(folder.glob("*/")) else one_site
                 raise ValueError(
-                    f"{error}. The layout is {root}/<site>/<task>/<split>/<class>/<image>."
+                    f"{error}. The layout is {root}/<site>/<task>/<split>/<class>/<image>.{hint}"
                 ) from None
             rows += _rows(site, task, listing)
             ignored[task] += listing.ignored
@@ -68,8 +70,17 @@ def _allowed(split: str, there) -> tuple[str, ...]:
     return tuple(part for part in SPLITS if part == split or part not in there)
 
 
-def _named(folder: Path, what: str) -> dict[str, Path]:
-    """The folders in a folder, by their composed names."""
+def _named(folder: Path, what: str, hint: str = "") -> dict[str, Path]:
+    """The folders in a folder, by their composed names.
+
+    Args:
+        folder: Of folders.
+        what: Each of them should be.
+        hint: What to do where one of them is a split.
+
+    Raises:
+        ValueError: If there is none, one is called as a split is, or two are called the same.
+    """
     names = sorted(
         entry.name
         for entry in os.scandir(folder)
@@ -82,7 +93,7 @@ def _named(folder: Path, what: str) -> dict[str, Path]:
         selection.check_utf8(name, folder)
         if name.lower() in selection.SPLITS:
             raise ValueError(
-                f"{folder}: found {name!r} in it, which is the name of a split, {layout}"
+                f"{folder}: found {name!r} in it, which is the name of a split, {layout}.{hint}"
             )
         same = [other for other in names if selection.composed(other) == selection.composed(name)]
         if len(same) > 1:

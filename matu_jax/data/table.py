@@ -78,10 +78,24 @@ def components(rows: Sequence[Row]) -> list[int]:
     return [root(i) for i in range(len(rows))]
 
 
+def allowed(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The splits that each row may be in, with all that it has to stay together with."""
+    groups = components(rows)
+    common: dict[int, tuple[str, ...]] = {}
+    for row, group in zip(rows, groups, strict=True):
+        common[group] = tuple(split for split in common.get(group, SPLITS) if split in row.splits)
+    return [common[group] for group in groups]
+
+
+def shares(validation_fraction: float) -> dict[str, float]:
+    """The part of examples without a split that each split should have."""
+    held_out = {"validation": (1 - TEST_FRACTION) * validation_fraction, "test": TEST_FRACTION}
+    return {"train": 1 - sum(held_out.values()), **held_out}
+
+
 def divided(rows: Sequence[Row], validation_fraction: float, seed: int) -> list[str]:
     """The split of each row, drawn where none is given; all rows of a group have one."""
-    shares = {"validation": (1 - TEST_FRACTION) * validation_fraction, "test": TEST_FRACTION}
-    shares = {"train": 1 - sum(shares.values()), **shares}
+    share = shares(validation_fraction)
     groups: dict[int, list[int]] = {}
     for i, group in enumerate(components(rows)):
         groups.setdefault(group, []).append(i)
@@ -91,7 +105,7 @@ def divided(rows: Sequence[Row], validation_fraction: float, seed: int) -> list[
     def lacks(members: Iterable[int], split: str) -> float:
         """How far the members' tasks at their sites are from what the split should have there."""
         held = {cells[i] for i in members}
-        return sum(1 - filled[cell, split] / (shares[split] * sizes[cell]) for cell in held)
+        return sum(1 - filled[cell, split] / (share[split] * sizes[cell]) for cell in held)
 
     def put(members: Sequence[int], split: str) -> None:
         for i in members:
@@ -100,15 +114,15 @@ def divided(rows: Sequence[Row], validation_fraction: float, seed: int) -> list[
 
     order = np.random.default_rng(seed).permutation(len(groups))
     by_group = list(groups.values())
-    open_ones = []
+    open_to, open_ones = allowed(rows), []
     for members in (by_group[index] for index in order):
-        allowed = set(SPLITS).intersection(*(rows[i].splits for i in members))
-        if len(allowed) == 1:
-            put(members, *allowed)
+        splits = open_to[members[0]]
+        if len(splits) == 1:
+            put(members, *splits)
         else:
-            open_ones.append((members, [split for split in SPLITS if split in allowed]))
-    for members, allowed in open_ones:
-        put(members, max(allowed, key=lambda split: lacks(members, split)))
+            open_ones.append((members, splits))
+    for members, splits in open_ones:
+        put(members, max(splits, key=lambda split: lacks(members, split)))
     return chosen
 
 

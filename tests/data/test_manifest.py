@@ -110,7 +110,7 @@ def test_features_and_words_are_classes(tmp_path):
     ("labels", "classes"),
     [
         (("1234567", "none", "other"), "0 = 1234567, 1 = none, 2 = other"),
-        (("1", "01", "x", "y"), "0 = 01, 1 = 1, 2 = x, 3 = y"),
+        (("1", "21", "x", "y"), "0 = 1, 1 = 21, 2 = x, 3 = y"),
         (("1_0", "10", "x"), "0 = 10, 1 = 1_0, 2 = x"),
         (("nan", "inf", "3"), "0 = 3, 1 = inf, 2 = nan"),
     ],
@@ -199,6 +199,36 @@ def test_without_examples_to_validate_on_a_part_of_train_is_taken(kind, pictures
         groups = [set((getattr(task, part)["x"][:, 0] // 2).tolist()) for part in SPLITS]
         assert sum(map(len, groups)) == 12  # none in two
         assert groups[2] == {10, 11}
+
+
+@pytest.mark.parametrize("kind", ["numbers", "images"])
+def test_a_part_of_train_is_validated_on_where_groups_have_the_rest(kind, pictures):
+    lines = ["path,label,split,group" if kind == "images" else "x,label,split,group"]
+    for i in range(24):
+        example = f"{i}.png" if kind == "images" else i
+        part = ("" if i % 2 else "train") if i < 20 else ("" if i % 2 else "test")
+        lines.append(f"{example},{'ab'[i % 2]},{part},{i // 2}")
+    (task,) = tasks_of(manifest.read(written(pictures, "\n".join(lines))))
+    assert [num_examples(getattr(task, part)) for part in SPLITS] == [16, 4, 4]
+    assert [note for note in task.notes if "drawn" in note] == [
+        "validation: 4 of 20 of train, drawn by config.data.seed"
+    ]
+    if kind == "numbers":
+        groups = [set((getattr(task, part)["x"][:, 0] // 2).tolist()) for part in SPLITS]
+        assert sum(map(len, groups)) == 12  # none in two
+        assert groups[2] == {10, 11}
+
+
+@pytest.mark.parametrize(("largest", "warned"), [(1, False), (50, True)])
+def test_splits_far_from_what_was_asked_for_are_told(largest, warned, tmp_path):
+    """Of three groups, each of which is a split of its own, none is as small as it should be."""
+    lines = [f"{i},{i / 4},{i // largest}" for i in range(150)]
+    file = written(tmp_path, "\n".join(["x,label,group", *lines]))
+    (task,) = tasks_of(manifest.read(file))
+    found = [note for note in task.notes if note.startswith("warning: validation: drawn")]
+    assert [note.partition(":")[2].partition(" for")[0] for note in found] == (
+        [" validation: drawn 33 % of the examples, where 16 % were asked"] if warned else []
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -293,6 +323,10 @@ GIVEN = "path,label,site,task,split,group\n"
             "path,label,age,patient\n0.png,a,3,4\n",
             "line 1: found `path` and age, patient, expected a column `path` of images.*`group`",
         ),
+        ("path,label,hospital\n0.png,a,n\n", "whose an image is, is called `site`; one that"),
+        (",x,label\n0,1,a\n", "line 1: found no name of column 1, .* `to_csv` .*index=False"),
+        ("x,label,,\n1,a,,\n", "line 1: found no name of column 3, 4, expected one each"),
+        ("Unnamed: 0,x,label\n0,1,a\n", "line 1: found no name of column 1, .*index=False"),
         ("x,label,Group\n1,a,3\n", "line 1: found the column 'Group', .*; spell it `group`"),
         ("label,site\na,b\n", "line 1: found label, site, expected a column `path` of images too"),
         ("x;y;label\n1;2;a\n", "line 1: found columns that semicolons separate, expected commas"),
@@ -300,7 +334,7 @@ GIVEN = "path,label,site,task,split,group\n"
         ("\ufeffx\ty\tlabel\n1\t2\ta\n", "line 1: found columns that tabs separate"),
         (
             "patient,label\np7,1\n",
-            "line 2: `patient`: found 'p7', .* called as what it is: `group`",
+            "line 2: `patient`: found 'p7', .* called as what it is: `site` if .*, `group` if",
         ),
         ("path,label,label\n0.png,a,a\n", "found the column 'label' 2 times"),
         ("path,label\n0.png\n", "line 2: found 1 values, expected 2"),
@@ -346,7 +380,10 @@ def test_what_is_wrong_is_said_with_its_line(text, words, pictures):
             "sites that have: north. Is 'north' meant?",
         ),
         (GIVEN + "0.png,a,s,t,train,\n1.png,b,s,t,test,\n", "none of them in the split 'validati"),
-        (GIVEN + "0.png,a,s,t,train,\n1.png,b,s,t,train,\n", "none of them in the split 'test'"),
+        (
+            GIVEN + "0.png,a,s,t,train,\n1.png,b,s,t,train,\n",
+            r"none of them in the split 'test'\. Give it some, or more groups to divide\.$",
+        ),
         ("path,label\n" + "".join(f"{i}.png,a\n" for i in range(9)), "found one class, 'a', exp"),
         (
             "path,label\n" + "".join(f"{i}.png,{i / 4}\n" for i in range(24)),
@@ -424,6 +461,12 @@ def test_folders_of_sites(tmp_path):
             "found 'train' in it, which is the name of a split, expected one per site",
         ),
         ("eyes/train/a/0.png", "found 'train' in it, .* expected one per task"),
+        (
+            "eyes/train/a/0.png",
+            "If .*/data is the folder of one site, give the one above, .*[0-9]$",
+        ),
+        ("eyes/a/0.png", "If .*/data is the folder of one site, give the one above, .*[0-9]$"),
+        ("data/n/eyes/train/a/0.png", r"eyes/train: .* where .*/data/data/n is the folder of a si"),
         ("n/eyes/train/0.png", "The layout is .*<site>/<task>/<split>/<class>/<image>"),
     ],
 )
@@ -505,6 +548,7 @@ def test_notes_say_how_a_task_was_read(tmp_path):
     ("name", "numbers", "warned"),
     [
         *((name, range(8), True) for name in ("patient", "Subject No", "pat_id", "ID", "visitId")),
+        ("Hospital", range(8), True),
         *((name, range(8), False) for name in ("age", "humid", "ACID", "ideal", "paid")),
         ("patient", range(80), False),  # each its own
         ("patient", [0.5, 1.5], False),
@@ -515,9 +559,24 @@ def test_a_column_that_may_be_a_group_is_told(name, numbers, warned, tmp_path):
     lines = [f"x,{name},label"]
     lines += [f"{i},{numbers[i % len(numbers)]},{i / 4}" for i in range(80)]
     found = [note for note in notes_on(lines, tmp_path) if note.startswith("warning")]
-    assert [f"{name!r}, whole numbers" in note and "`group`" in note for note in found] == (
-        [True] if warned else []
-    )
+    told = (f"{name!r}, whole numbers", "`group`", "`site`")
+    assert [all(word in note for word in told) for note in found] == ([True] if warned else [])
+
+
+def test_classes_and_sites_that_are_spelled_twice_are_told(tmp_path):
+    sites = ("north", "North", "5", "05")
+    lines = [
+        f"{i},{('1', '1.0', '01', 'x', 'y', 'z')[i % 6]},{sites[i // 6 % 4]}" for i in range(80)
+    ]
+    notes = notes_on(["x,label,site", *lines], tmp_path)
+    assert [note for note in notes if note.startswith("warning")] == [
+        "warning: 'North' and 'north' are 2 sites that differ only in case and spaces; spell them "
+        "alike if they are one",
+        "warning: '05' and '5' are 2 sites that are equal as numbers; spell them alike if they are "
+        "one",
+        "warning: '01' and '1' and '1.0' are 3 classes that are equal as numbers; spell them alike "
+        "if they are one",
+    ]
 
 
 def test_classes_that_may_be_misspelled_are_told(pictures):
