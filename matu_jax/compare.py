@@ -11,8 +11,9 @@
 
 How far it is goes to standard error: a bar on a terminal, elsewhere a line a round.
 
-Writes comparison.json, report.html, report.md and pictures into the workdir. A run that was
-interrupted goes on from its last checkpoint.
+Writes comparison.json, report.html, report.md and pictures into the workdir. They tell of all runs
+of the comparison that are finished there, also where --settings, --arms or --seeds choose a part.
+A run that was interrupted goes on from its last checkpoint.
 
 Exit codes: 0 done; 2 a mistake in the command, the config or the workdir, said in one message;
 130 stopped with Ctrl-C, 143 with SIGTERM: the round under way ends and is saved.
@@ -32,8 +33,12 @@ from matu_jax.runs.commandline import INTERRUPTED, Source, read_words, run_file,
 from matu_jax.runs.processes import keep_programs, use_cores
 
 
-def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Source, Path, bool]:
-    """Reads the command line: the comparison, its source, the workdir, and whether to search.
+def parse(argv: Sequence[str]) -> tuple[plan.Comparison, plan.Comparison, Source, Path, bool]:
+    """Reads the command line.
+
+    Returns:
+      The part of the comparison that is chosen, the whole, their source, the workdir, and whether
+      to search.
 
     Raises:
       UserError: with what is wrong, and where.
@@ -49,16 +54,16 @@ def parse(argv: Sequence[str]) -> tuple[plan.Comparison, Source, Path, bool]:
             "matu_jax.comparison.plan.Comparison. An experiment is run by matu_jax.train."
         )
     try:
-        comparison = plan.overridden(comparison, fields)
+        whole = plan.overridden(comparison, fields)
         chosen = {name: options[name] for name in names if name in options}
-        comparison = plan.part(comparison, **chosen)
+        comparison = plan.part(whole, **chosen)
         plan.check(comparison)
         for run in plan.runs(comparison):
             algorithms.build(plan.run_config(comparison, run))
     except ValueError as error:
         raise UserError(f"--config {file}: {error}") from None
     workdir = Path(options.get("workdir") or Path("runs") / file.stem)
-    return comparison, source, workdir, "tune" in options
+    return comparison, whole, source, workdir, "tune" in options
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,13 +71,13 @@ def main(argv: Sequence[str]) -> int:
 
     def work(console: Console) -> None:
         use_cores()  # before the experiment's file, which may use JAX
-        comparison, source, workdir, tuning = parse(argv)
+        comparison, whole, source, workdir, tuning = parse(argv)
         keep_programs()
         given = comparison, source, workdir, console
         if tuning:
             console.print(f"Written: {tune(*given)}")
         else:
-            compare(*given)
+            compare(*given, whole=whole)
 
     return run_program(work, interrupted=INTERRUPTED)
 

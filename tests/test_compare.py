@@ -25,6 +25,7 @@ from matu_jax.comparison import plan, report
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.tables import result_notes
 from matu_jax.comparison.tuning import Tried, search
+from matu_jax.comparison.whole import with_finished
 from matu_jax.config import Config, LocalConfig
 from matu_jax.runs.commandline import Source, read_words
 from matu_jax.simulation.measures import ACCURACY, Measure
@@ -587,7 +588,71 @@ def test_the_program_compares_tunes_and_reports(write, tmp_path, capsys):
     assert "Runs: 4, done: 2 (settings: 1, arms: 2, seeds: 2)." in text
     assert "seed 1: round 1 of 2: " in progress
     assert "seed 0: " not in progress
-    assert json.loads((out / "comparison.json").read_text())["seeds"] == [0, 1]
+    found = json.loads((out / "comparison.json").read_text())
+    assert found["seeds"] == [0, 1]
+
+    # The command of one row makes the same report again, of all that is there.
+    names = ("report.md", "report.html", "comparison.json")
+    before = [(out / name).read_bytes() for name in names]
+    (row,) = [arm["commands"][1] for arm in found["settings"][0]["arms"] if arm["label"] == "matu"]
+    assert compare.main(["compare", *shlex.split(row)[3:]]) == 0
+    assert "Runs: 1, done: 1 (settings: 1, arms: 1, seeds: 1)." in capsys.readouterr().out
+    assert before == [(out / name).read_bytes() for name in names]
+
+    # Of a run of a config that the comparison no longer has nothing is told.
+    changed = [*arguments, "--arms=matu", "--seeds=1", "--config.local.steps=3"]
+    assert "pairs/matu/0 holds a run of another config" in mistake(capsys, *changed)
+
+
+def test_a_report_of_a_part_tells_of_all_that_is_finished(tmp_path):
+    arms = {"matu": {}, "per_task": {"algorithm": "per_task"}, "a, b": {}, "c": {}}
+    whole = comparison(seeds=(0, 1), arms=arms)
+    some = {"settings": "b", "arms": "c", "seeds": "7"}
+    part = plan.part(whole, **some)
+    source = Source(Path("small.py"), {"rounds": "4"}, {**some, "workdir": "w"})
+    assert with_finished(part, whole, source, tmp_path) == (part, source)
+    fake_run(plan.Run("b", "c", 7).folder(tmp_path), 0.5)
+    assert with_finished(part, whole, source, tmp_path) == (part, source)
+
+    fake_run(plan.Run("b", "per_task", 1).folder(tmp_path), 0.5)
+    plan.Run("a", "matu", 0).folder(tmp_path).mkdir(parents=True)  # is not finished
+    fake_run(tmp_path / "runs" / "b" / "an arm of before" / "5", 0.5)
+    told, told_source = with_finished(part, whole, source, tmp_path)
+    assert (list(told.settings), list(told.arms), told.seeds) == (["b"], ["per_task", "c"], (1, 7))
+    assert (told.ours, told.reference) == ("per_task", "per_task")
+    assert told_source.fields == source.fields
+    assert told_source.options == {
+        "settings": "b",
+        "arms": "per_task,c",
+        "seeds": "1,7",
+        "workdir": "w",
+    }
+    (setting,) = collect(told, tmp_path, told_source, tuning=None)["settings"]
+    assert [arm["label"] for arm in setting["arms"]] == ["per_task", "c"]
+    assert setting["missing"] == [{"label": "per_task", "seed": 7}, {"label": "c", "seed": 1}]
+
+    for run in plan.runs(dataclasses.replace(whole, seeds=(0,))):
+        if run.arm != "per_task":
+            folder = run.folder(tmp_path)
+            folder.rmdir() if folder.exists() else None
+            fake_run(folder, 0.5)
+    part = plan.part(whole, seeds="0")
+    told, told_source = with_finished(part, whole, source, tmp_path)
+    assert (list(told.settings), list(told.arms)) == (["a", "b"], list(arms))
+    assert (told.ours, told.reference) == ("matu", "per_task")
+    assert told_source.options == {"seeds": "0,1,7", "workdir": "w"}
+
+
+def test_a_mean_over_seeds_that_have_other_metrics_is_refused(tmp_path):
+    made = comparison(settings={"a": plan.Setting("A.", {})}, seeds=(0, 1))
+    for run in plan.runs(made):
+        fake_run(run.folder(tmp_path), 0.5)
+    also = {"name": "error", "higher_is_better": False, "percent": False}
+    folder = plan.Run("a", "matu", 1).folder(tmp_path)
+    changed(folder, lambda s: s.update(also=[also], error={"mean": 0.5}))
+    words = "arm 'matu', seed 1, is also measured by error, with another seed by nothing"
+    with pytest.raises(ValueError, match=words):
+        collect(made, tmp_path, Source(Path("small.py")), tuning=None)
 
 
 def test_a_killed_comparison_goes_on_where_it_was(write, tmp_path):

@@ -163,8 +163,8 @@ def _measure(setting: str, results: Mapping[tuple[str, int], dict[str, Any] | No
 
 
 def _check_alike(setting: str, results: Mapping[tuple[str, int], dict[str, Any] | None]) -> None:
-    """Checks that all runs of a setting have the same tasks and as many clients."""
-    first = None
+    """Checks that runs have the tasks and clients of their setting, the metrics of their arm."""
+    first, by_arm = None, {}
     for (arm, seed), result in results.items():
         if not result:
             continue
@@ -181,6 +181,15 @@ def _check_alike(setting: str, results: Mapping[tuple[str, int], dict[str, Any] 
                 f"settings[{setting!r}]: arm {arm!r}, seed {seed}, has {mine}; others have "
                 f"{others}, which cannot be compared. Give all arms of a setting the same data, "
                 "and other data to a setting of its own."
+            )
+        names = [also["name"] for also in summary.get("also", [])]
+        if names != by_arm.setdefault(arm, names):
+            raise ValueError(
+                f"settings[{setting!r}]: arm {arm!r}, seed {seed}, is also measured by "
+                f"{', '.join(names) or 'nothing'}, with another seed by "
+                f"{', '.join(by_arm[arm]) or 'nothing'}, of which no mean can be made. Remove the "
+                "folders of the runs that are not measured as the arm is now: the same command "
+                "makes them again."
             )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,31 +263,55 @@ def part(comparison: Comparison, **chosen: str) -> Comparison:
     Raises:
       ValueError: for a name that is none of the comparison's.
     """
-    changes: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     for what, text in chosen.items():
         if what == "seeds":
             words = _words(text)
             if not words or not all(word.isdecimal() for word in words):
                 raise ValueError(f"--seeds: found {text!r}, expected numbers such as 0,1,2.")
-            changes["seeds"] = tuple(map(int, words))
+            names["seeds"] = tuple(map(int, words))
             continue
         there = getattr(comparison, what)
-        names = _names(text, there)
-        for name in names:
+        names[what] = _names(text, there)
+        for name in names[what]:
             if name not in there:
                 raise ValueError(f"--{what}: found {name!r}.{did_you_mean(name, there)}")
-        changes[what] = {name: value for name, value in there.items() if name in names}
+    return only(comparison, **names)
+
+
+def option(what: str, names: Sequence[str], known: Iterable[str]) -> dict[str, str]:
+    """The option of a command line that chooses names, such as {"arms": "matu,fedavg"}.
+
+    Nothing where names with commas in them would be read as others.
+    """
+    text = ",".join(names)
+    return {what: text} if _names(text, known) == list(names) else {}
+
+
+def only(
+    comparison: Comparison,
+    *,
+    settings: Collection[str] | None = None,
+    arms: Collection[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Comparison:
+    """A comparison of some settings, arms or seeds only, all of them where None is given."""
+    changes: dict[str, Any] = {} if seeds is None else {"seeds": tuple(seeds)}
+    for what, names in (("settings", settings), ("arms", arms)):
+        if names is not None:
+            there = getattr(comparison, what)
+            changes[what] = {name: value for name, value in there.items() if name in names}
     for name in ("reference", "ours"):
-        arms = changes.get("arms", comparison.arms)
-        if getattr(comparison, name) not in arms and arms:
-            changes[name] = next(iter(arms))
+        left = changes.get("arms", comparison.arms)
+        if getattr(comparison, name) not in left and left:
+            changes[name] = next(iter(left))
     if "arms" in changes:
-        settings = {}
+        kept = {}
         for name, setting in changes.get("settings", comparison.settings).items():
             own = tuple(label for label in setting.arms if label in changes["arms"])
             if own or not setting.arms:
-                settings[name] = dataclasses.replace(setting, arms=own)
-        changes["settings"] = settings
+                kept[name] = dataclasses.replace(setting, arms=own)
+        changes["settings"] = kept
         changes["own_search"] = {
             label: fields
             for label, fields in comparison.own_search.items()
@@ -374,8 +398,7 @@ def with_tuned(comparison: Comparison, source: Source) -> tuple[Comparison, dict
     path = source.file.parent / comparison.tuned
 
     def advice(what: str, labels: Sequence[str] = ()) -> str:
-        named = {"arms": ",".join(labels)}
-        given = named if labels and _names(named["arms"], comparison.arms) == labels else {}
+        given = option("arms", labels, comparison.arms) if labels else {}
         if not comparison.search:
             return _UNSEARCHED
         return f"{what} with: {source.command('compare', ['--tune'], **given)}"

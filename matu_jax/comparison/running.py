@@ -18,6 +18,7 @@ from matu_jax.comparison.arms import number
 from matu_jax.comparison.collect import collect
 from matu_jax.comparison.inputs import check_measures, check_runs, measures_of
 from matu_jax.comparison.tuning import Tried, search
+from matu_jax.comparison.whole import check_configs, is_finished, with_finished
 from matu_jax.config import Config
 from matu_jax.errors import UserError
 from matu_jax.json_files import remove_unfinished, write_json
@@ -206,9 +207,21 @@ def _words(fields: plan.Fields) -> str:
 
 
 def compare(
-    comparison: plan.Comparison, source: Source, workdir: Path, console: Console
+    comparison: plan.Comparison,
+    source: Source,
+    workdir: Path,
+    console: Console,
+    *,
+    whole: plan.Comparison,
 ) -> dict[str, Any]:
     """Makes all runs that are not there yet, and the report after each setting and seed.
+
+    Args:
+      comparison: the part whose runs are made.
+      source: where it is from.
+      workdir: where runs and report go.
+      console: for what is printed.
+      whole: the comparison, of which everything that is finished in the workdir is told.
 
     Returns:
       What comparison.json holds.
@@ -217,13 +230,16 @@ def compare(
       UserError: for what the user has to mend.
     """
     try:
+        told, told_source = with_finished(comparison, whole, source, workdir)
         comparison, tuning = plan.with_tuned(comparison, source)
+        told, _ = plan.with_tuned(told, told_source)
     except ValueError as error:
         raise UserError(str(error)) from None
     runs = list(plan.runs(comparison))
     measures = check_runs(comparison, runs, source)
     _check_tuned(tuning or {"arms": {}}, measures)
-    for run in runs:
+    check_configs(told, workdir)
+    for run in plan.runs(told):
         _check_finished(run.folder(workdir), measures.get((run.setting, run.arm)))
     _print_plan(comparison, runs, workdir, console)
     news = False
@@ -245,7 +261,7 @@ def compare(
                 news = False
                 with disk_errors(workdir):
                     try:
-                        found = collect(comparison, workdir, source, tuning=tuning)
+                        found = collect(told, workdir, told_source, tuning=tuning)
                     except ValueError as error:
                         raise UserError(str(error)) from None
                     write_json(workdir / "comparison.json", found)
@@ -279,7 +295,7 @@ def _check_finished(folder: Path, expected: Sequence[Measure] | None) -> None:
 def _print_plan(
     comparison: plan.Comparison, runs: Sequence[plan.Run], workdir: Path, console: Console
 ) -> None:
-    left = [run for run in runs if not (run.folder(workdir) / "summary.json").exists()]
+    left = [run for run in runs if not is_finished(run, workdir)]
     console.print(
         f"Runs: {len(runs)}, done: {len(runs) - len(left)} (settings: {len(comparison.settings)}, "
         f"arms: {len(comparison.arms)}, seeds: {len(comparison.seeds)})."
