@@ -13,12 +13,14 @@
 UTF-8; names that differ only in their Unicode normalisation (NFC or NFD) are one. Paths may lead
 out of the folder.
 
-Splits that are not given are drawn; of a task with rows for training and for testing, but none for
-validation, a part of train is validated on. A group is in one split in all tasks, and so is an
-image, and what they join by way of each other; a table that gives them two is refused. Rows with
-the same features (as float32) are drawn into one split too. Where the table gives them two, and
-where two files show the same pixels, the later split keeps them (test, else validation), and the
-run's notes count what the others lose.
+Splits that are not given are drawn, by hashes of `config.data.seed` and the row's group, else its
+image's path or its features: in whatever order rows stand, and whatever other rows there are, a row
+has the same split as far as the shares of its task at its site allow. Of a task with rows for
+training and for testing, but none for validation, a part of train is validated on. A group is in
+one split in all tasks, and so is an image, and what they join by way of each other; a table that
+gives them two is refused. Rows with the same features (as float32) are drawn into one split too.
+Where the table gives them two, and where two files show the same pixels, the later split keeps them
+(test, else validation), and the run's notes count what the others lose.
 """
 
 import csv
@@ -196,7 +198,7 @@ def _row(values: dict[str, str], features: list[str], path: Path, line: int) -> 
     splits = (SPLIT_NAMES[split],) if split else SPLITS
     groups = [f"group {values['group']!r}"] if values.get("group") else []
     if image:
-        groups.append(f"image {os.path.normpath(image)}")
+        groups.append(f"image {os.path.relpath(image, path.parent)}")
     elif "train" in splits:
         groups.append(f"features {in_float32(numbers).tolist()}")
     return Row(

@@ -57,7 +57,7 @@ def _rows(site: str, task: str, listing: Listing) -> Iterator[Row]:
                 site,
                 listing.folders[label],
                 _allowed(split, listing.splits),
-                (f"image {listing.root / path}",),
+                (f"image {site}/{task}/{path}",),
                 listing.root / path,
                 (),
             )

@@ -3,8 +3,9 @@
 `matu_jax.data.manifest` reads such rows from a file, `matu_jax.data.sites` from folders.
 """
 
+import hashlib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from matu_jax.data import SPLITS
 
 TEST_FRACTION = 0.2
 """Of the examples whose split is not given, what is tested on."""
+
+_Cell = tuple[str, str]  # a task, and a site
 
 
 class Row(NamedTuple):
@@ -29,6 +32,7 @@ class Row(NamedTuple):
         splits: Those that it may be in: one, where that is given.
         groups: What it belongs to that may not be divided among splits, such as a patient, and
             itself; rows that share one of them, with each other or by way of others, are in one.
+            Splits are drawn by the first. Without any, its split is given.
         path: The image's; None for features.
         features: Numbers; () for an image.
     """
@@ -94,36 +98,68 @@ def shares(validation_fraction: float) -> dict[str, float]:
 
 
 def divided(rows: Sequence[Row], validation_fraction: float, seed: int) -> list[str]:
-    """The split of each row, drawn where none is given; all rows of a group have one."""
-    share = shares(validation_fraction)
+    """The split of each row, drawn where none is given; all rows of a group have one.
+
+    Groups take their turns in the order of hashes of the seed and their rows' first group, so that
+    neither the order of rows matters nor, but for the number of examples that splits should have of
+    each task at each site, what other rows there are.
+    """
+    open_to, cells = allowed(rows), [(row.task, row.site) for row in rows]
+    quotas = _quotas(cells, open_to, shares(validation_fraction))
     groups: dict[int, list[int]] = {}
     for i, group in enumerate(components(rows)):
         groups.setdefault(group, []).append(i)
-    cells = [(row.task, row.site) for row in rows]
-    sizes, filled, chosen = Counter(cells), Counter(), [""] * len(rows)
+    left = Counter(cell for members in groups.values() for cell in {cells[i] for i in members})
+    filled, chosen = Counter(), [""] * len(rows)
 
-    def lacks(members: Iterable[int], split: str) -> float:
-        """How far the members' tasks at their sites are from what the split should have there."""
-        held = {cells[i] for i in members}
-        return sum(1 - filled[cell, split] / (share[split] * sizes[cell]) for cell in held)
+    def wants(split: str, members: Sequence[int]) -> bool:
+        """Whether a split is short of so many examples, or would else have none."""
+        held = Counter(cells[i] for i in members)
+        empty = [cell for cell in held if quotas[cell, split] and not filled[cell, split]]
+        if split == SPLITS[0]:
+            return bool(empty)
+        short = sum(quotas[cell, split] - filled[cell, split] - n / 2 for cell, n in held.items())
+        return short > 0 or any(left[cell] <= empty_splits(cell) for cell in empty)
 
-    def put(members: Sequence[int], split: str) -> None:
+    def empty_splits(cell: _Cell) -> int:
+        return sum(quotas[cell, split] > 0 and not filled[cell, split] for split in SPLITS)
+
+    def turn(members: Sequence[int]) -> tuple[bool, str]:
+        drawn = len(open_to[members[0]]) > 1
+        return drawn, min(_hash(seed, rows[i].groups[0]) for i in members) if drawn else ""
+
+    for members in sorted(groups.values(), key=turn):
+        splits = open_to[members[0]]
+        split = next((split for split in splits if wants(split, members)), splits[0])
         for i in members:
             chosen[i] = split
             filled[cells[i], split] += 1
-
-    order = np.random.default_rng(seed).permutation(len(groups))
-    by_group = list(groups.values())
-    open_to, open_ones = allowed(rows), []
-    for members in (by_group[index] for index in order):
-        splits = open_to[members[0]]
-        if len(splits) == 1:
-            put(members, *splits)
-        else:
-            open_ones.append((members, splits))
-    for members, splits in open_ones:
-        put(members, max(splits, key=lambda split: lacks(members, split)))
+        left.subtract({cells[i] for i in members})
     return chosen
+
+
+def _quotas(
+    cells: Sequence[_Cell], open_to: Sequence[tuple[str, ...]], share: Mapping[str, float]
+) -> Counter[tuple[_Cell, str]]:
+    """How many examples of each task at each site every split should have.
+
+    Args:
+        cells: Of each row its task and site.
+        open_to: Of each row the splits that it may be in.
+        share: Of each split, of examples that may be in any.
+    """
+    quotas = Counter()
+
+    def least(cell: _Cell, splits: Sequence[str]) -> str:
+        return min(splits, key=lambda split: quotas[cell, split] / share[split])
+
+    for _, cell, splits in sorted((len(s), c, s) for c, s in zip(cells, open_to, strict=True)):
+        quotas[cell, least(cell, splits)] += 1
+    return quotas
+
+
+def _hash(seed: int, group: Hashable) -> str:
+    return hashlib.sha256(repr((seed, group)).encode()).hexdigest()
 
 
 def check_groups(rows: Sequence[Row], name: str) -> None:
