@@ -37,11 +37,11 @@ def fingerprint(tree: PyTree) -> str:
     """SHA-256 of all leaves' paths, dtypes, shapes and bytes, as hexadecimal digits.
 
     Args:
-      tree: arrays, also such of random keys.
+      tree: arrays, also such of random keys, and numbers.
     """
     digest = hashlib.sha256()
     for path, leaf in leaf_items(tree):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
         digest.update(repr((path, array.dtype.str, array.shape)).encode())

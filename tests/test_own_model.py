@@ -453,6 +453,36 @@ def test_code_that_changed_is_told(tmp_path, capsys):
     assert "this run is finished" in said
 
 
+def test_a_file_that_was_mended_before_the_first_round_is_the_one_kept(tmp_path, capsys):
+    code = textwrap.dedent(TWO_TERMS)
+    config = written(tmp_path, code, AS_AN_EXPERIMENT)
+    right = (tmp_path / "own.py").read_text()
+    (tmp_path / "own.py").write_text(right + "\nMODELS['own'] = lambda config: 3\n")
+    words = ["train", config, f"--workdir={tmp_path}/run", "--config.rounds=1"]
+    assert train.main(words) == 2
+    assert "expected a function (config, tasks, *, seed)" in capsys.readouterr().err
+    (tmp_path / "own.py").write_text(right)
+    assert train.main(words) == 0
+    assert "has changed since" not in capsys.readouterr().out
+    assert (tmp_path / "run" / "experiment.py").read_text() == right
+
+
+def test_slots_whose_tasks_changed_places_are_not_gone_on_with(tmp_path, capsys):
+    """Task vectors go by the tasks' order, which a source of listed files may change."""
+    config = written(tmp_path, textwrap.dedent(TWO_TERMS), AS_AN_EXPERIMENT)
+    words = ["train", config, f"--workdir={tmp_path}/run", "--config.rounds=1"]
+    assert train.main(words) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    file = tmp_path / "own.py"
+    right = file.read_text()
+    file.write_text(right + "\nSOURCES['columns'] = lambda config: tasks(config)[::-1]\n")
+    assert train.main(words) == 2
+    assert "tasks stand in another order" in " ".join(capsys.readouterr().err.split())
+    file.write_text(right + FLIPPED)
+    assert train.main(words) == 2
+    assert "lower values were better of error, and now of none" in capsys.readouterr().err
+
+
 def test_heads_that_a_model_of_ones_own_lacks_are_refused(tmp_path, capsys):
     config = written(tmp_path, textwrap.dedent(TWO_TERMS), AS_AN_EXPERIMENT)
     words = ["train", config, f"--workdir={tmp_path}/run", "--config.model.head=trained"]
@@ -475,6 +505,16 @@ def test_some_of_a_sources_tasks_can_be_named(tmp_path, capsys, monkeypatch):
     assert "found 'column 9', no such task of this source" in capsys.readouterr().err
 
 
+FLIPPED = """
+def flipped(*args, **options):
+    made = model(*args, **options)
+    return dataclasses.replace(
+        made, metrics={n: m._replace(higher_is_better=True) for n, m in made.metrics.items()}
+    )
+
+import dataclasses
+MODELS["own"] = flipped
+"""
 BROKEN = """
     import jax.numpy as jnp
     from matu_jax.models import Metric, Model
@@ -495,8 +535,8 @@ BROKEN = """
 @pytest.mark.parametrize(
     ("changes", "options", "words"),
     [
-        ({"VALUE": "1 / 0"}, [], "model.metrics['r'].value: ZeroDivisionError: division by zero"),
-        ({"VALUE": "None"}, [], "model.metrics['r'].value: TypeError"),
+        ({"VALUE": "1 / 0"}, [], "model.metrics['r2'].value: ZeroDivisionError: division by zero"),
+        ({"VALUE": "None"}, [], "model.metrics['r2'].value: TypeError"),
         ({"LOSS": "lambda *_: jnp.zeros(2)"}, [], "model.loss: returned float32[2]"),
         ({"NAME": ""}, [], "found the name '', expected 1 to 60 printable"),
         ({}, ["--config.algorithm=ntk_fedavg"], "needs Model(..., linearise=...)"),
@@ -508,7 +548,7 @@ def test_what_a_model_does_wrongly_is_one_message(
     for registry, name in ((SOURCES, "columns"), (MODELS, "own")):
         monkeypatch.setitem(registry, name, None)
     code = textwrap.dedent(BROKEN)
-    for name, text in {"VALUE": "0.5", "LOSS": "loss", "NAME": "r", **changes}.items():
+    for name, text in {"VALUE": "0.5", "LOSS": "loss", "NAME": "r2", **changes}.items():
         code = code.replace(name, text)
     config = written(tmp_path, code, AS_AN_EXPERIMENT)
     assert train.main(["train", config, f"--workdir={tmp_path}/run", *options]) == 2

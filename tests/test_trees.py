@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import matu_jax as matu
+from matu_jax import trees
 
 
 def _tree(seed=0, dtype=np.float32, xp=np):
@@ -174,3 +175,10 @@ def test_task_vectors_name_leaves_of_another_dtype():
     for part in ("kernel", "bfloat16", "float32", "Cast"):
         assert part in message
     assert "bias" not in message
+
+
+def test_numbers_and_random_keys_have_a_fingerprint():
+    one = {"scale": 2.0, "key": jax.random.key(0), "w": np.ones(3)}
+    assert trees.fingerprint(one) == trees.fingerprint(dict(one))
+    assert trees.fingerprint(one) != trees.fingerprint(one | {"scale": 3.0})
+    assert trees.fingerprint(one) != trees.fingerprint(one | {"key": jax.random.key(1)})

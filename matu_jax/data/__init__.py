@@ -96,8 +96,9 @@ class Task:
 
     Raises:
         ValueError: If a split has no array or no example, its arrays differ in their number of
-            examples, one of them holds a NaN, no numbers, or integers beyond 32 bits, the splits
-            differ in what an example is, or not every example has a site.
+            examples, one of them holds no numbers, or such as are not finite or cannot be told
+            apart in 32 bits, the splits differ in what an example is, or not every example has a
+            site, by name.
     """
 
     name: str
@@ -119,12 +120,18 @@ class Task:
             where = f"task {self.name!r}: an example of split {part!r} against one of 'train'"
             _check_examples(getattr(self, part), self.train, where)
         for name, value in self.chance.items():
-            if not np.isfinite(value):
+            if isinstance(value, str) or not np.isfinite(value):
                 raise ValueError(
-                    f"task {self.name!r}: chance[{name!r}]: found {value}, expected a finite "
+                    f"task {self.name!r}: chance[{name!r}]: found {value!r}, expected a finite "
                     "number; leave it out where it is not known"
                 )
         for part in SPLITS if self.sites else ():
+            for site in self.sites.get(part, ()):
+                if not isinstance(site, str):
+                    raise ValueError(
+                        f"task {self.name!r}: sites: found {site!r} for the split {part!r}, "
+                        "expected a name, a str"
+                    )
             found, expected = len(self.sites.get(part, ())), num_examples(getattr(self, part))
             if found != expected:
                 raise ValueError(
@@ -138,26 +145,28 @@ class Task:
             raise ValueError(f"{where}: there is no array; expected arrays [examples, ...]")
         counts = {}
         for path, leaf in leaves:
-            if not isinstance(leaf, np.ndarray) or not leaf.ndim:
+            if (
+                not isinstance(leaf, np.ndarray)
+                or isinstance(leaf, np.ma.MaskedArray)
+                or not leaf.ndim
+            ):
                 found = f"{type(leaf).__name__} of shape {list(np.shape(leaf))}"
                 raise ValueError(
                     f"{where}: {path} is {found}; expected a numpy array [examples, ...]"
                 )
-            if not any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.number, jnp.bool_)):
+            numbers = any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.number, jnp.bool_))
+            if not numbers or leaf.dtype.itemsize > 8 or not leaf.dtype.isnative:
                 raise ValueError(
-                    f"{where}: {path} holds {leaf.dtype}, expected numbers; give each text a number"
+                    f"{where}: {path} holds {leaf.dtype}, expected numbers of at most 64 bits in "
+                    "this machine's order of bytes; give each text a number"
                 )
             if leaf.dtype in (np.int64, np.uint64) and _overflows(leaf):
                 raise ValueError(
                     f"{where}: {path} runs from {leaf.min()} to {leaf.max()}, beyond the 32 bits "
                     "that devices keep of integers; number them from 0, or make them floats"
                 )
-            if np.issubdtype(leaf.dtype, np.floating) and np.isnan(leaf).any():
-                row = int(np.flatnonzero(np.isnan(leaf.reshape(len(leaf), -1)).any(axis=1))[0])
-                raise ValueError(
-                    f"{where}: {path} holds NaN, first in example {row}; leave such examples out, "
-                    "or put a number there"
-                )
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                _check_floats(f"{where}: {path}", leaf)
             counts[path] = len(leaf)
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{path} {count}" for path, count in counts.items())
@@ -251,6 +260,28 @@ def check_tasks(tasks: Sequence[Task], where: str = "tasks: found") -> None:
     for task in tasks:
         where = f"an example of task {task.name!r} against one of {tasks[0].name!r}"
         _check_examples(task.train, tasks[0].train, where)
+
+
+def _check_floats(where: str, leaf: np.ndarray) -> None:
+    """Checks that numbers are finite, and differ, in the 32 bits that devices keep of them."""
+    with np.errstate(over="ignore"):
+        kept = leaf.astype(np.float32) if leaf.dtype.itemsize > 4 else leaf
+    finite = np.isfinite(kept)
+    if not finite.all():
+        row = int(np.flatnonzero(~finite.reshape(len(leaf), -1).all(axis=1))[0])
+        what = "NaN" if np.isnan(leaf[row]).any() else "a number that is infinite in float32"
+        raise ValueError(
+            f"{where} holds {what}, first in example {row}; leave such examples out, or put a "
+            "number there"
+        )
+    if kept is not leaf and len(leaf):
+        lost = np.abs(leaf - kept).max(axis=0) > leaf.std(axis=0) / 100
+        if (lost & (leaf.std(axis=0) > 0)).any():
+            raise ValueError(
+                f"{where} has float64 numbers such as {leaf.ravel()[0]!r}, which differ by less "
+                "than float32 can tell, and devices keep no more; subtract a constant near their "
+                "mean"
+            )
 
 
 def _overflows(leaf: np.ndarray) -> bool:

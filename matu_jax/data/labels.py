@@ -69,7 +69,8 @@ def classes_of(rows: Sequence[Row], name: str) -> list[str]:
         name: What messages call the whole.
 
     Raises:
-        ValueError: If there is one class alone, or most are numbers that are not whole.
+        ValueError: If there is one class alone, most are numbers that are not whole, or, of
+            features, they are words of which there are more than half as many as examples.
     """
     names = sorted({row.label for row in rows})
     where = f"{name}: task {rows[0].task!r}"
@@ -82,7 +83,43 @@ def classes_of(rows: Sequence[Row], name: str) -> list[str]:
             f"{broken[0]!r}, expected names of classes, which is what images are labelled with "
             "here. To predict numbers make tasks of your own, see matu_jax.data.SOURCES."
         )
+    words = not any(map(is_number, names))
+    if words and rows[0].path is None and len(rows) >= _SHOWN and 2 * len(names) > len(rows):
+        raise ValueError(
+            f"{where}: found {len(names)} different labels in {len(rows)} rows, such as "
+            f"{rows[0].label!r} ({rows[0].where}), expected classes of several rows each, or "
+            "numbers, which are written as 5.43."
+        )
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+
+
+def untrained_classes(train: Sequence[Row], others: Sequence[Row], name: str) -> Iterator[str]:
+    """Notes of classes that drawn splits measure a task on and do not train it on.
+
+    Args:
+        train: The task's examples to train on.
+        others: Those to validate and to test on.
+        name: What messages call the whole.
+
+    Raises:
+        ValueError: If one of these has its split given.
+    """
+    known = sorted({row.label for row in train})
+    lacking: dict[str, Row] = {}
+    for row in others:
+        if row.label not in known:
+            lacking.setdefault(row.label, row)
+            if len(row.splits) == 1:
+                raise ValueError(
+                    f"{name}, {row.where}: task {row.task!r}: found the class {row.label!r} in "
+                    f"{row.splits[0]}, which train lacks; it has {listed(known)}. Give train some, "
+                    "leave these out, or mend the spelling."
+                )
+    if lacking:
+        yield (
+            "warning: classes that train lacks, by the draw: "
+            f"{listed([f'{label!r} ({row.where})' for label, row in lacking.items()], 5)}"
+        )
 
 
 def notes_of_numbers(rows: Sequence[Row]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from matu_jax.data.labels import (
     notes_of_classes,
     notes_of_numbers,
     readable_names,
+    untrained_classes,
 )
 from matu_jax.data.table import Row, Table, divided, in_float32, shares
 from matu_jax.errors import did_you_mean, look_alike
@@ -115,6 +116,10 @@ def _task(
     classes = [] if numbers else classes_of(kept, table.name)
     of_labels = notes_of_classes(kept, classes) if classes else notes_of_numbers(kept)
     of_sites = alike(sorted({row.site for row in rows}), "sites")
+    if classes:
+        measured = [rows[i] for part in SPLITS[1:] for i in parts[part]]
+        trained = [rows[i] for i in parts["train"]]
+        of_labels = (*of_labels, *untrained_classes(trained, measured, table.name))
     sites = {part: [rows[i].site for i in members] for part, members in parts.items()}
     about = {
         "label_space": task,
@@ -126,6 +131,7 @@ def _task(
             *_drawn(rows, parts),
             *_far(rows, parts, asked),
             *left_out,
+            *_repeated(kept),
             *of_sites,
             *of_labels,
         ),
@@ -197,6 +203,14 @@ def _left_out(count: int, of_images: bool) -> tuple[str, ...]:
     what, same = ("images", "pixels") if of_images else ("examples", "features")
     note = f"{what} left out, since a later split has the same {same}: {count:,}"
     return (note,) if count else ()
+
+
+def _repeated(rows: Sequence[Row]) -> tuple[str, ...]:
+    """A note of rows of a table that are there twice; images never are."""
+    different = {(row.features, row.label, row.site) for row in rows}
+    if rows[0].path is not None or len(different) == len(rows):
+        return ()
+    return (f"rows equal to another, in features, label and site: {len(rows) - len(different):,}",)
 
 
 def _check_sites(rows: Sequence[Row], splits: Sequence[str], name: str) -> None:

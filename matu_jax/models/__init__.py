@@ -90,7 +90,10 @@ def build(config: ModelConfig, tasks: Sequence[Task], *, seed: int = 0) -> Model
     except ValueError:
         raise
     except Exception as error:  # of a function of the user's
-        raise ValueError(f"{told(where, error)}.") from error
+        raise ValueError(
+            f"{told(where, error)}; expected a function (config, tasks, *, seed) that returns a "
+            "model, where config is config.model."
+        ) from error
     if not isinstance(model, Model):
         raise ValueError(
             f"{where} returned {type(model).__name__}, expected a matu_jax.models.Model."

@@ -14,8 +14,11 @@ from matu_jax.data import Task, example_shapes
 from matu_jax.models.contract import ContractError, Metric, Model
 from matu_jax.trees import PyTree, leaf_items
 
-_EXAMPLES = 2  # of the batch that loss and outputs are tried with
-_LIBRARIES = {Path(__file__).parents[1], Path(sysconfig.get_path("stdlib"))}
+_EXAMPLES = 13  # of the batch that loss and outputs are tried with; few other axes are as long
+_LIBRARIES = {
+    Path(__file__).parents[1],
+    *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")),
+}
 
 
 def check_model(model: Model, tasks: Sequence[Task]) -> None:
@@ -49,6 +52,14 @@ def check_model(model: Model, tasks: Sequence[Task]) -> None:
 
     def sums(base, frozen, batch):
         outputs = model.outputs(base, frozen, batch, task)
+        if not jax.tree.leaves(outputs):
+            raise ContractError("model.outputs: returned no array, expected what is measured.")
+        for path, leaf in leaf_items(outputs):
+            if jnp.shape(leaf)[:1] != (_EXAMPLES,):
+                raise ContractError(
+                    f"model.outputs: {path}: found {list(jnp.shape(leaf))}, expected [{_EXAMPLES}, "
+                    "...] of as many examples: what the batch has in common is no output."
+                )
         for name, metric in model.metrics.items():
             where = f"model.metrics[{name!r}].sums"
             found = _tried(where, lambda metric=metric: metric.sums(outputs, batch))
@@ -62,6 +73,13 @@ def _check_base(model: Model) -> None:
     leaves = leaf_items(model.base)
     if not leaves:
         raise ContractError("model.base: found no array, expected what trains: leaves of floats.")
+    paths = [path for path, _ in leaves]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ContractError(
+                f"model.base: two leaves have the path {path}; give one of them another name, as "
+                "files hold leaves by path."
+            )
     for path, leaf in leaves:
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):

@@ -121,6 +121,10 @@ def first_order(base: PyTree, outputs: Callable[..., Any]) -> tuple[Callable[...
 
         step = jax.tree.map(jnp.subtract, params, origin)
         value, change = jax.jvp(function, (origin,), (step,))
-        return jax.tree.map(jnp.add, value, change)
+
+        def moved(x, by):  # labels and counts among the outputs have no derivative
+            return x + by if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+        return jax.tree.map(moved, value, change)
 
     return expanded, lambda frozen: {"frozen": frozen, "origin": base}

@@ -24,6 +24,8 @@ __all__ = [
     "r2",
 ]
 
+_SLACK = 1e-5  # of rounded probabilities
+
 Pair = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
 
 
@@ -35,8 +37,8 @@ def accuracy(pair: Pair) -> Metric:
     """
 
     def sums(outputs, batch):
-        found, expected = pair(outputs, batch)
-        right = _flat(found == expected)
+        found, expected = _compared(pair, outputs, batch)
+        right = found == expected
         return {"right": right.sum(axis=1), "all": _ones(right)}
 
     return Metric(sums, lambda sums: _quotient(sums["right"], sums["all"]), percent=True)
@@ -51,7 +53,7 @@ def balanced_accuracy(pair: Pair, classes: int) -> Metric:
     """
 
     def sums(outputs, batch):
-        found, expected = map(_labels, pair(outputs, batch))
+        found, expected = map(_integers, _compared(pair, outputs, batch))
 
         def of_class(label):
             there = expected == label
@@ -68,14 +70,17 @@ def mean_iou(pair: Pair, classes: int) -> Metric:
     Args:
       pair: found and expected labels, integers `[examples, ...]` such as one per pixel, from 0 to
         `classes - 1`.
-      classes: how many there are; those neither found nor expected anywhere do not count.
+      classes: how many there are; those neither found nor expected anywhere do not count, and
+        neither does what is expected to be of none, such as void pixels, often 255.
     """
 
     def sums(outputs, batch):
-        found, expected = map(_labels, pair(outputs, batch))
+        found, expected = map(_integers, _compared(pair, outputs, batch))
+
+        known = (expected >= 0) & (expected < classes)
 
         def of_class(label):
-            one, other = found == label, expected == label
+            one, other = known & (found == label), expected == label
             return {"both": one & other, "any": one | other}
 
         return _by_class(of_class, classes)
@@ -91,17 +96,31 @@ def auc(pair: Pair, bins: int = 1000) -> Metric:
 
     Args:
       pair: scores in [0, 1], such as probabilities, and whether it is a positive; `[examples]`.
-      bins: how many there are.
+      bins: how many there are; scores that are all within one of them tell nothing.
+
+    Raises:
+      ValueError: from its value, if scores are not in [0, 1].
     """
 
     def sums(outputs, batch):
-        score, positive = pair(outputs, batch)
+        score, positive = _of_examples(pair, outputs, batch)
+        score = score.astype(jnp.float32)
         position = jnp.clip((score * bins).astype(jnp.int32), 0, bins - 1)
         there = jax.nn.one_hot(position, bins, dtype=jnp.bool_)
         is_positive = positive.astype(jnp.bool_)[:, None]
-        return {"positive": there & is_positive, "negative": there & ~is_positive}
+        outside = (score < -_SLACK) | (score > 1 + _SLACK)
+        return {
+            "positive": there & is_positive,
+            "negative": there & ~is_positive,
+            "outside": outside,
+        }
 
     def value(sums):
+        if sums["outside"]:
+            raise ValueError(
+                f"{int(sums['outside'])} scores are not in [0, 1]: give probabilities, such as "
+                "jax.nn.sigmoid of logits"
+            )
         positive, negative = sums["positive"], sums["negative"]
         below = np.cumsum(negative) - negative
         return _quotient((positive * (below + negative / 2)).sum(), positive.sum() * negative.sum())
@@ -116,12 +135,13 @@ def r2(pair: Pair) -> Metric:
     one alone.
 
     Args:
-      pair: found and expected numbers, floats `[examples, ...]`; expected ones best near zero,
-        such as standardised, since their squares are summed in float32.
+      pair: found and expected numbers, floats `[examples, ...]`. Squares are summed in float32: of
+        numbers whose mean is a hundred times their spread or more, subtract a constant near that
+        mean from both, which changes nothing else.
     """
 
     def sums(outputs, batch):
-        found, expected = map(_flat, pair(outputs, batch))
+        found, expected = _compared(pair, outputs, batch)
         return {
             "errors": jnp.square(found - expected).sum(axis=1),
             "squares": jnp.square(expected).sum(axis=1),
@@ -146,7 +166,7 @@ def mean_squared_error(pair: Pair) -> Metric:
     """
 
     def sums(outputs, batch):
-        found, expected = map(_flat, pair(outputs, batch))
+        found, expected = _compared(pair, outputs, batch)
         return {"errors": jnp.square(found - expected).sum(axis=1), "all": _ones(expected)}
 
     return Metric(sums, lambda sums: _quotient(sums["errors"], sums["all"]), False)
@@ -161,7 +181,7 @@ def perplexity(pair: Pair) -> Metric:
     """
 
     def sums(outputs, batch):
-        loss, tokens = pair(outputs, batch)
+        loss, tokens = _of_examples(pair, outputs, batch)
         return {"loss": loss, "tokens": tokens}
 
     def value(sums):
@@ -171,14 +191,34 @@ def perplexity(pair: Pair) -> Metric:
     return Metric(sums, value, False)
 
 
-def _flat(x: jax.Array) -> jax.Array:
-    """`[examples, ...]` to `[examples, n]`."""
-    return x.reshape(x.shape[0], -1)
+def _compared(pair: Pair, outputs: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """What is compared, of one shape, as `[examples, n]`.
+
+    Raises:
+      ValueError: if the two differ in shape, which broadcasting would hide.
+    """
+    found, expected = map(jnp.asarray, pair(outputs, batch))
+    if found.shape != expected.shape or not found.ndim:
+        raise ValueError(
+            f"pair gives found {list(found.shape)} and expected {list(expected.shape)}, expected "
+            "two arrays [examples, ...] of one shape: take labels by argmax(axis=-1), and an axis "
+            "of length 1 away by [..., 0]."
+        )
+    return found.reshape(len(found), -1), expected.reshape(len(expected), -1)
 
 
-def _labels(x: jax.Array) -> jax.Array:
-    """`[examples, ...]` of any integers to int32 `[examples, n]`."""
-    return _flat(x).astype(jnp.int32)
+def _of_examples(pair: Pair, outputs: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """What is compared, one number per example each."""
+    found, expected = _compared(pair, outputs, batch)
+    if found.shape[1] != 1:
+        raise ValueError(
+            f"pair gives {found.shape[1]} numbers for each example, expected one: [examples]."
+        )
+    return found[:, 0], expected[:, 0]
+
+
+def _integers(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.int32)
 
 
 def _by_class(of_class: Callable[[jax.Array], PyTree], classes: int) -> PyTree:

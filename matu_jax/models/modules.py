@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from matu_jax.models.contract import Metric, Model, first_order, loss_of_outputs
+from matu_jax.models.contract import ContractError, Metric, Model, first_order, loss_of_outputs
 from matu_jax.trees import PyTree, leaf_items
 
 
@@ -57,20 +57,22 @@ def of_nnx(
     """Takes a module apart, once, into what trains and what does not.
 
     Args:
-      module: with its parameters as they are before fine-tuning. What it changes of itself when it
-        is called, such as running means, is not kept: put it into the mode in which nothing
-        changes, as with `module.eval()`, or leave that to training with a key.
+      module: with its parameters as they are before fine-tuning, and as it shall be evaluated, such
+        as after `module.eval()`. What it changes of itself when it is called, such as running means
+        in training with a key, is not kept.
       trains: a filter of NNX for what trains, such as `nnx.LoRAParam` or `nnx.Param`, or
         `(path, variable) -> bool`; floats alone.
       outputs: `(module, batch, task, key) -> tree`, leaves `[examples, ...]`: a forward pass; task
         is an int32 scalar, key what dropout may be drawn from, such as
-        `module(batch["x"], rngs=nnx.Rngs(dropout=key))`; None in evaluation.
+        `module(batch["x"], deterministic=False, rngs=nnx.Rngs(dropout=key))`; None in evaluation.
       loss: `(outputs, batch) -> scalar`, of one term or several.
       metrics: as in `Model`.
       stochastic: whether outputs use the key, which is None in training, too, if not.
 
     Raises:
       ValueError: if the filter selects nothing, or what is no float.
+      ContractError: from loss and outputs, if the module is in the mode for training: draws from a
+        random stream of its own, or changes its statistics in evaluation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -110,7 +112,11 @@ def of_nnx(
 
     def forward(params, frozen, batch, task, key=None):
         merged = nnx.merge(graph, restored(training, params), restored(rest, frozen))
-        return outputs(merged, batch, task, key)
+        found = outputs(merged, batch, task, key)
+        _check_unchanged(merged, frozen, nnx.RngState)
+        if key is None:
+            _check_unchanged(merged, frozen, nnx.BatchStat)
+        return found
 
     def model(forward, frozen, linearise) -> Model:
         of_params = loss_of_outputs(forward, loss)
@@ -121,6 +127,19 @@ def of_nnx(
         return model(expanded, frozen_of(frozen), None)
 
     return model(forward, frozen, linearise)
+
+
+def _check_unchanged(module: nnx.Module, frozen: PyTree, kind: type) -> None:
+    """Checks that a forward pass has left the variables of a kind as they were."""
+    before = dict(leaf_items(frozen))
+    for path, leaf in leaf_items(nnx.to_pure_dict(nnx.state(module, kind))):
+        if path in before and leaf is not before[path]:
+            raise ContractError(
+                f"of_nnx: outputs change {path} ({kind.__name__}) of {type(module).__name__}, "
+                "which is in the mode for training; nothing of that is kept: call module.eval() "
+                "before. For dropout in training set stochastic=True, and where key is not None "
+                "give deterministic=False and rngs=nnx.Rngs(dropout=key) to the call."
+            )
 
 
 def restored(state: nnx.State, values: PyTree) -> nnx.State:

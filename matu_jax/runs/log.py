@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import BaseModel, Field, create_model
 
 from matu_jax.json_files import checked, parse_json, plain, read_json, regular_file, replace_file
-from matu_jax.simulation.measures import ACCURACY, Measure, measure_of
+from matu_jax.simulation.measures import ACCURACY, measure_of
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -26,8 +27,11 @@ _Count = Annotated[int, Field(ge=0)]
 _Size = Annotated[_Finite, Field(ge=0)]
 
 
-def selection(measure: Measure) -> str:
-    """By what rule `selected` chooses, in words."""
+def selection(record: Mapping[str, Any]) -> str:
+    """By what rule `selected` has chosen a record, in words."""
+    measure = measure_of(record)
+    if _rank(record) == -math.inf:
+        return f"the last round measured, since none has a finite mean validation {measure.name}"
     return f"the round with the best mean validation {measure.name}, the first of equals"
 
 
@@ -42,7 +46,8 @@ def selected(records: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
       One of them; None where none was measured.
     """
     measured = [record for record in records if measured_in(record)]
-    return max(measured, key=_rank, default=None)
+    best = max(measured, key=_rank, default=None)
+    return best if best is None or _rank(best) > -math.inf else measured[-1]
 
 
 def measured_in(record: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -176,7 +176,7 @@ def _summary(
         "seed": config.seed,
         "rounds": config.rounds,
         "selected_round": best["round"],
-        "selection": selection(by),
+        "selection": selection(best),
         "measure": by._asdict(),
         "also": [measure._asdict() for measure in also],
         **{measure.name: _results(measure.name, best, records) for measure in (by, *also)},

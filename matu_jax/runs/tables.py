@@ -18,10 +18,13 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     share = _percent(summary.get("overhead", {}).get("share"))  # runs of older versions lack it
     data = summary.get("data_fingerprint", {}).values()
     stand_ins = "on generated stand-ins, " * any(str(x).startswith("synthetic-") for x in data)
+    chosen = "the best on validation"
+    if summary[measure_of(summary).name].get("validation_mean") is None:
+        chosen = "the last one: validation gave no finite number"
     table = Table(
         title=_text(
             f"{stand_ins}{summary['algorithm']}, seed {summary['seed']}: "
-            f"round {summary['selected_round']} of {summary['rounds']},\nthe best on validation"
+            f"round {summary['selected_round']} of {summary['rounds']},\n{chosen}"
         ),
         caption="per client and round:\n"
         f"{human_bits(communication['uplink_bits_per_client_round'])} up, "

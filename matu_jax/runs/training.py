@@ -156,7 +156,9 @@ def _finished(workdir: Path, console: Console) -> dict[str, Any]:
         raise UserError(
             f"{error}. Remove it: the same command makes it again from the checkpoints."
         ) from None
-    console.print(f"{workdir}: this run is finished; its results:")
+    console.print(
+        f"{workdir}: this run is finished; its results (data and model were not looked at again):"
+    )
     console.print(result_table(summary))
     return summary
 

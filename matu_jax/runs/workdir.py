@@ -16,7 +16,6 @@ from matu_jax.errors import UserError
 from matu_jax.json_files import checked, is_unfinished, read_json, replace_file, write_json
 from matu_jax.runs.checkpoints import Checkpoints, unreadable
 from matu_jax.runs.log import MetricsLog, read_summary, selected, selection
-from matu_jax.simulation.measures import measure_of
 
 LOCK = ".lock"
 
@@ -25,6 +24,9 @@ CONFIG = "config.json"
 
 
 EXPERIMENT = "experiment.py"
+
+
+_BEGUN = ("summary.json", "checkpoints/*", "runs/*/*/*/summary.json")  # of a run or a comparison
 
 
 _MOVE_AWAY = "Move it away; then the same command with the same --workdir goes on."
@@ -75,15 +77,17 @@ def opened(workdir: Path, config: Config) -> Iterator[None]:
 def keep_experiment(workdir: Path, file: Path) -> str | None:
     """Keeps a copy of the experiment's file in the workdir, as it is when the work begins.
 
+    The work has begun with the first round that is saved; older versions kept no copy.
+
     Returns:
       What to say if the file has changed since then; a model's or a source's code is in it, by
       which no run is told from another.
     """
     kept, text = workdir / EXPERIMENT, file.read_bytes()
-    if not kept.exists():
+    if not any(any(workdir.glob(pattern)) for pattern in _BEGUN):
         workdir.mkdir(parents=True, exist_ok=True)
         replace_file(kept, text)
-    if kept.read_bytes() == text:
+    if not kept.exists() or kept.read_bytes() == text:
         return None
     return (
         f"{file} has changed since the work in {workdir} began; it was then as {kept} is. Configs, "
@@ -285,7 +289,7 @@ def chosen_round(
     best = selected(records)
     if best is None:
         return there[-1], "the last one saved; nothing was measured"
-    how = selection(measure_of(best))
+    how = selection(best)
     if best["round"] not in there:
         raise UserError(
             f"--workdir {workdir}: round {best['round']}, {how}, has no checkpoint, as in "
@@ -339,8 +343,23 @@ def check_identity(
     check_origin(directory, meta, config)
     _check_data(directory, meta, identity["data"])
     _check_base(directory, meta, identity["base"])
+    held, lower = identity["held"], identity["lower_is_better"]
+    if meta.get("held", held) != held:  # older versions put none there
+        raise UserError(
+            f"{directory}: tasks stand in another order, or slots or sites hold other examples, "
+            "than when this run began, so that its task vectors would be taken for others'. Bring "
+            "the source back as it was, such as with sorted names, or remove that folder to start "
+            "from round 0."
+        )
     now = identity["measured_by"]
-    before = meta.get("measured_by", now)  # older versions put none there
+    before = meta.get("measured_by", now)
+    if before == now and meta.get("lower_is_better", lower) != lower:
+        raise UserError(
+            f"{directory}: when this run began lower values were better of "
+            f"{', '.join(meta['lower_is_better']) or 'no metric'}, and now of "
+            f"{', '.join(lower) or 'none'}: rounds could not be compared. Bring model.metrics back "
+            "as they were, or remove that folder to start from round 0."
+        )
     if before != now:
         raise UserError(
             f"{directory}: this run was measured by {', '.join(before)}, and the model is now by "

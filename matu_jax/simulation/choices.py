@@ -36,6 +36,16 @@ class LocalConfig:
     weight_decay: float = field(0.0, at_least=0)
     parallel_slots: int = field(0, at_least=0)
 
+    def conflicts(self, where: str) -> Iterator[str]:
+        """Yields what is wrong where a field is without effect for the optimiser."""
+        for name, optimizer in (("momentum", "sgd"), ("weight_decay", "adamw")):
+            found, default = getattr(self, name), getattr(LocalConfig, name)
+            if self.optimizer != optimizer and found != default:
+                yield (
+                    f"{where}.{name}: found {found}, but {where}.optimizer is {self.optimizer!r}, "
+                    f"which has none: set it to {optimizer!r}, or leave {name} at {default}."
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:

@@ -74,6 +74,7 @@ class EvaluationSet:
 
     Attributes:
       pieces: what `load` takes.
+      examples: int64 `[slots]`, how many each slot is measured on.
 
     Raises:
       ValueError: if all splits are empty.
@@ -102,6 +103,7 @@ class EvaluationSet:
             for i, count in enumerate(counts)
         ]
         lengths = np.array([len(order) for order in self._order])
+        self.examples = lengths[slot_tasks]
         self._batch = min(batch_examples, int(lengths.max()))
         each = example_bytes(splits[0])
         batches = -(-int(lengths.max()) // self._batch)
@@ -185,7 +187,8 @@ def evaluation(
     Returns:
       `((base, frozen, examples, there), vectors, local, task) -> sums`, to be jitted: examples and
       there from `EvaluationSet.load`, put `on_each` device, vectors leaves `[slots, ...]`, local
-      (position in the piece) and task int32 `[slots]`; sums by metric, leaves `[slots, ...]`.
+      (position in the piece) and task int32 `[slots]`; sums by metric, leaves float32 `[slots,
+      ...]`, or int32 `[slots, 2, ...]`, see `_halved`.
     """
 
     def sums(shared, vector, local, task):
@@ -198,9 +201,11 @@ def evaluation(
             counted = there[local, index]
 
             def total(x):
-                x = x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
                 padding = counted.reshape(-1, *[1] * (x.ndim - 1))
-                return jnp.where(padding, x, 0).sum(axis=0)
+                x = jnp.where(padding, x, jnp.zeros((), x.dtype))
+                if jnp.issubdtype(x.dtype, jnp.floating):
+                    return x.astype(jnp.float32).sum(axis=0)
+                return _halved(x).sum(axis=1)
 
             found = {name: metric.sums(outputs, batch) for name, metric in metrics.items()}
             for name, own in found.items():
@@ -208,10 +213,30 @@ def evaluation(
             return jax.tree.map(total, found)
 
         found = jax.lax.map(of_batch, jnp.arange(there.shape[1]))
-        return jax.tree.map(lambda x: x.sum(axis=0), found)
+        return jax.tree.map(_over_batches, found)
 
     specs = (WHOLE, WHOLE, ROWS, ROWS)
     return map_slots(sums, mesh, parallel_slots=parallel_slots, shared_specs=specs)
+
+
+def _halved(x: Shaped[Array, "..."]) -> Int32[Array, "2 ..."]:
+    """Integers as two of 16 bits, `high * 2**16 + low`, whose sums int32 holds."""
+    if x.dtype != jnp.uint32:
+        x = x.astype(jnp.int32)
+    high = jax.lax.shift_right_arithmetic(x, jnp.asarray(16, x.dtype))
+    if x.dtype == jnp.uint32:
+        high = jax.lax.shift_right_logical(x, jnp.asarray(16, x.dtype))
+    low = jnp.bitwise_and(x, jnp.asarray(0xFFFF, x.dtype))
+    return jnp.stack([high.astype(jnp.int32), low.astype(jnp.int32)])
+
+
+def _over_batches(x: Shaped[Array, "batches ..."]) -> Shaped[Array, "..."]:
+    """The sum over batches, of floats, or of halves, whose low ones are carried first."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x.sum(axis=0)
+    carried = jax.lax.shift_right_logical(x[:, 1], jnp.int32(16))
+    low = jnp.bitwise_and(x[:, 1], jnp.int32(0xFFFF))
+    return jnp.stack([(x[:, 0] + carried).sum(axis=0), low.sum(axis=0)])
 
 
 def summed(
@@ -263,7 +288,13 @@ def summed(
     if waiting:
         collect(*waiting)
 
+    def whole_numbers(part):
+        if np.issubdtype(part.dtype, np.floating):
+            return part
+        return part[:, 0].astype(np.int64) * 2**16 + part[:, 1]
+
     def total(*parts):
+        parts = [whole_numbers(part) for part in parts]
         wide = np.float64 if np.issubdtype(parts[0].dtype, np.floating) else np.int64
         sums = np.zeros((len(task), *parts[0].shape[1:]), wide)
         for (piece, _), part in zip(found, parts, strict=True):
@@ -334,9 +365,10 @@ def measuring(
     main = main_metrics(model.metrics, tasks)
     measured_by = [set(task.metrics or model.metrics) for task in tasks]
 
-    def of_metric(name: str, sums: PyTree) -> np.ndarray:
+    def of_metric(name: str, sums: PyTree, examples: np.ndarray) -> np.ndarray:
         metric = model.metrics[name]
-        asked = np.flatnonzero([name in measured_by[task] for task in slots.task])
+        asked = np.array([name in measured_by[task] for task in slots.task])
+        asked = np.flatnonzero(asked & (examples > 0))
         own = jax.tree.map(lambda x: x[asked], sums[name])
         finite = _finite(own) & (sums[_DIVERGED][asked] == 0)
         worst = -np.inf if metric.higher_is_better else np.inf
@@ -356,7 +388,7 @@ def measuring(
                 mesh,
                 resident=resident.get(split),
             )
-            found = {name: of_metric(name, sums) for name in model.metrics}
+            found = {name: of_metric(name, sums, whole.examples) for name in model.metrics}
             if len(set(main)) > 1:
                 own = [found[main[task]][slot] for slot, task in enumerate(slots.task)]
                 found[SCORE] = np.array(own)
@@ -373,13 +405,10 @@ def _diverged(outputs: PyTree, batch: PyTree) -> Bool[Array, "examples"]:
 
     def of_leaf(x):
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.zeros(examples, jnp.bool_)
-        wrong = jnp.isnan(x) | jnp.isposinf(x)
-        return wrong.reshape(x.shape[0], -1).any(axis=1) if x.ndim else wrong
+            return jnp.zeros(len(x), jnp.bool_)
+        return (jnp.isnan(x) | jnp.isposinf(x)).reshape(len(x), -1).any(axis=1)
 
-    examples = num_examples(batch)
-    found = [jnp.broadcast_to(of_leaf(x), examples) for x in jax.tree.leaves(outputs)]
-    return jnp.stack(found).any(axis=0)
+    return jnp.stack([of_leaf(x) for x in jax.tree.leaves(outputs)]).any(axis=0)
 
 
 def _finite(sums: PyTree[Shaped[np.ndarray, "slots ..."]]) -> Bool[np.ndarray, "slots"]:

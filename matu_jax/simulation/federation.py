@@ -1,6 +1,7 @@
 """Who holds what: the tasks of an experiment, dealt out to clients."""
 
 import dataclasses
+import hashlib
 import operator
 import shlex
 from collections import Counter
@@ -137,7 +138,9 @@ def _own_tasks(data: DataConfig) -> tuple[Task, ...]:
     except ValueError:
         raise
     except Exception as error:  # of a function of the user's
-        raise ValueError(f"{told(where, error)}.") from error
+        raise ValueError(
+            f"{told(where, error)}; expected a function that takes config.data and returns tasks."
+        ) from error
     check_tasks(tasks, f"{where} returned")
     by_name = {task.name: task for task in tasks}
     asked = [name.strip() for name in data.tasks.split(",") if name.strip()] or list(by_name)
@@ -368,10 +371,23 @@ def fingerprints(federation: Federation) -> dict[str, Any]:
     return {task.name: task.fingerprint or fingerprint(task) for task in federation.tasks}
 
 
+def _held_by(federation: Federation) -> str:
+    """A hash of the order of tasks and slots, and of the examples of each."""
+    slots, tasks = federation.slots, federation.tasks
+    digest = hashlib.sha256(repr([task.name for task in tasks]).encode())
+    for client, task, rows in zip(slots.client, slots.task, federation.indices, strict=True):
+        digest.update(repr((int(client), int(task), len(rows))).encode())
+        digest.update(np.asarray(rows, np.int64).tobytes())
+    for task in tasks if federation.sites else ():
+        digest.update(repr([list(task.sites[part]) for part in SPLITS]).encode())
+    return digest.hexdigest()
+
+
 def identity(config: SimulationConfig, federation: Federation, model: Model) -> dict[str, Any]:
     """What a run is of, as its checkpoints keep it: "config", and what "data" and "base" hold.
 
-    "measured_by" are its metrics, the main one first.
+    "measured_by" are its metrics, the main one first; "lower_is_better" says of which; "held" tells
+    who holds which examples of which task.
 
     `workdir.check_identity` compares with it.
 
@@ -383,4 +399,6 @@ def identity(config: SimulationConfig, federation: Federation, model: Model) -> 
         "data": fingerprints(federation),
         "base": base_fingerprint(config.model, model),
         "measured_by": [main_measure(model.metrics, federation.tasks).name, *model.metrics],
+        "lower_is_better": [n for n, m in model.metrics.items() if not m.higher_is_better],
+        "held": _held_by(federation),
     }

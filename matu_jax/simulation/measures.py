@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from matu_jax.data import Task
+from matu_jax.data import ImageTask, Task
 from matu_jax.errors import did_you_mean
 from matu_jax.models import Metric
 
@@ -53,13 +53,20 @@ def main_metrics(metrics: Mapping[str, Metric], tasks: Sequence[Task]) -> list[s
     """Of each task the metric that it is measured by above all others.
 
     Raises:
-      ValueError: for a task that names a metric which the model lacks.
+      ValueError: for a task that names a metric, or the chance of one, which the model lacks.
     """
     for task in tasks:
         for name in task.metrics:
             if name not in metrics:
                 raise ValueError(
                     f"task {task.name!r}: metrics: found {name!r}, which the model lacks."
+                    f"{did_you_mean(name, metrics)}"
+                )
+        own = {} if isinstance(task, ImageTask) else task.chance  # theirs is of accuracy, always
+        for name in own:
+            if name not in metrics:
+                raise ValueError(
+                    f"task {task.name!r}: chance: found {name!r}, no metric of the model."
                     f"{did_you_mean(name, metrics)}"
                 )
     return [task.metrics[0] if task.metrics else next(iter(metrics)) for task in tasks]

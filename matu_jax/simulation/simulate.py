@@ -1,6 +1,6 @@
 """A simulated federation of one's own tasks and model, without files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from jax.sharding import Mesh
 
@@ -16,7 +16,7 @@ from matu_jax.simulation.rounds import RoundResult, run
 
 
 def simulate(
-    tasks: Sequence[Task], model: Model, config: SimulationConfig, *, mesh: Mesh | None = None
+    tasks: Iterable[Task], model: Model, config: SimulationConfig, *, mesh: Mesh | None = None
 ) -> Iterator[RoundResult]:
     """Simulates a federation, round by round.
 
@@ -26,7 +26,7 @@ def simulate(
       config: algorithm, rounds, local training, and how the tasks are dealt out to clients: `data`
         without `tasks`, `source`, `folders`, `sites`, `manifest` and `validation_fraction`, and all
         without `model`, which must be left as they are by default.
-      mesh: the devices; all, if None.
+      mesh: the devices, along one axis, "slots"; all, if None.
 
     Yields:
       One `RoundResult` per round: its `record` holds each metric by name, its `vectors` are every
@@ -63,16 +63,26 @@ def simulate(
       >>> round(last.record["r2"]["test_mean"], 1)
       1.0
     """
-    config = fields.checked(config, "config")
+    if not isinstance(config, SimulationConfig):
+        raise ValueError(
+            f"config: found {type(config).__name__}, expected a SimulationConfig(...)."
+        )
+    if not isinstance(tasks, Iterable):
+        raise ValueError(f"tasks: found {type(tasks).__name__}, expected some matu_jax.Task.")
+    if mesh is not None and mesh.axis_names != ("slots",):
+        raise ValueError(f"mesh: found the axes {mesh.axis_names}, expected one, 'slots'.")
+    config, tasks = fields.checked(config, "config"), tuple(tasks)
     ignored = {"config.model": (config.model, ModelConfig())}
+    for name in fields.kinds(type(config)).keys() - fields.kinds(SimulationConfig).keys():
+        ignored[f"config.{name}"] = getattr(config, name), getattr(type(config)(), name)
     for name in ("tasks", "source", "folders", "sites", "manifest", "validation_fraction"):
         default = getattr(DataConfig(), name)
         ignored[f"config.data.{name}"] = getattr(config.data, name), default
     for name, (found, default) in ignored.items():
         if found != default:
             raise ValueError(
-                f"{name}: found {found!r}, but simulate takes tasks and model themselves; leave it "
-                f"as it is by default, {default!r}."
+                f"{name}: found {found!r}, but simulate takes tasks and model themselves, and "
+                f"writes no files; leave it as it is by default, {default!r}."
             )
     federation = dealt_out(config, tasks)
     check_model(model, tasks)

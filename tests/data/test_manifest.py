@@ -470,6 +470,35 @@ def test_what_is_wrong_with_examples_is_said(text, words, pictures):
         tasks_of(manifest.read(written(pictures, text)))
 
 
+def test_a_class_that_is_not_trained_is_refused_or_told(pictures):
+    lines = [f"{i}.png,{'ab'[i % 2]},{('train', 'test')[i // 2 % 2]}" for i in range(20)]
+    text = "\n".join(["path,label,split", *lines, "20.png,zebra,test"])
+    words = (
+        r"m.csv, line 22: task '\S+': found the class 'zebra' in test, which train lacks; it has a"
+    )
+    with pytest.raises(ValueError, match=words):
+        tasks_of(manifest.read(written(pictures, text)))
+    drawn = text.replace(",train", ",").replace(",test", ",")
+    found = [tasks_of(manifest.read(written(pictures, drawn)), seed=s)[0].notes for s in range(9)]
+    words = "warning: classes that train lacks, by the draw: 'zebra' (line 22)"
+    assert 0 < sum(words in notes for notes in found) < 9
+
+
+def test_labels_that_are_nearly_all_different_are_no_classes(tmp_path):
+    lines = [f'{i},"{i},5"' for i in range(30)]
+    with pytest.raises(
+        ValueError, match=r"30 different labels in 30 rows, such as '0,5' \(line 2\)"
+    ):
+        tasks_of(manifest.read(written(tmp_path, "\n".join(["size,label", *lines]))))
+
+
+def test_equal_rows_are_told(tmp_path):
+    lines = [f"{i // 2},{i // 2}" for i in range(40)]
+    (task,) = tasks_of(manifest.read(written(tmp_path, "\n".join(["size,label", *lines]))))
+    assert "rows equal to another, in features, label and site: 20" in task.notes
+    assert sum(num_examples(getattr(task, part)) for part in SPLITS) == 40
+
+
 def test_a_file_that_is_not_there_and_one_that_is_no_text(tmp_path):
     with pytest.raises(ValueError, match=r"manifest: .*none\.csv: No such file"):
         manifest.read(tmp_path / "none.csv")
@@ -640,7 +669,8 @@ def test_classes_and_sites_that_are_spelled_twice_are_told(tmp_path):
 def test_classes_that_may_be_misspelled_are_told(pictures):
     labels = ["big cat", "dog"] * 11 + ["Big  cat", "dgo"]
     lines = ["path,label,split", *(f"{i}.png,{label}," for i, label in enumerate(labels))]
-    classes, alike, rare = notes_on(lines, pictures)
+    classes, alike, rare, *drawn = notes_on(lines, pictures)
+    assert all("by the draw" in note for note in drawn)
     assert classes == "classes: 0 = Big  cat, 1 = big cat, 2 = dgo, 3 = dog"
     assert alike.startswith(
         "warning: 'Big  cat' and 'big cat' are 2 classes that differ only in case"

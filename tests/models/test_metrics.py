@@ -95,6 +95,40 @@ def test_targets_that_vary_a_little_have_an_r2():
     assert measured(metrics.r2(pair), found, expected) == pytest.approx(theirs, rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    "metric",
+    [
+        metrics.accuracy(pair),
+        metrics.balanced_accuracy(pair, 3),
+        metrics.mean_iou(pair, 3),
+        metrics.mean_squared_error(pair),
+        metrics.r2(pair),
+        metrics.auc(pair),
+    ],
+)
+@pytest.mark.parametrize("promotion", ["allow", "raise"])
+def test_shapes_that_broadcasting_would_hide_are_refused(metric, promotion):
+    with jax.numpy_rank_promotion(promotion), pytest.raises(ValueError, match=r"\[5, 1\] and exp"):
+        metric.sums(jnp.zeros((5, 1)), jnp.zeros(5))
+
+
+def test_scores_that_are_no_probabilities_are_refused():
+    metric = metrics.auc(pair)
+    with pytest.raises(ValueError, match=r"2 scores are not in \[0, 1\]: give probabilities"):
+        measured(metric, np.array([-3.0, 0.2, 5.0]), np.array([0, 1, 1]))
+    assert measured(metric, np.array([0.0, 1.000001, 1.0]), np.array([0, 1, 1])) == 1
+    with pytest.raises(ValueError, match="pair gives 2 numbers for each example, expected one"):
+        metric.sums(jnp.zeros((5, 2)), jnp.zeros((5, 2)))
+
+
+def test_void_pixels_do_not_count():
+    found, expected = PIXELS.copy()
+    void = RNG.random(found.shape) < 0.3
+    theirs = sklearn.jaccard_score(expected[~void], found[~void], average="macro")
+    expected[void] = 255
+    assert measured(metrics.mean_iou(pair, 4), found, expected) == pytest.approx(theirs)
+
+
 @pytest.mark.parametrize("make", [metrics.mean_iou, metrics.balanced_accuracy])
 def test_memory_does_not_grow_with_classes(make):
     pixels = jnp.zeros((16, 64, 64), jnp.int32)

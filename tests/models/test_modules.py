@@ -113,6 +113,60 @@ def test_a_filter_that_selects_nothing_or_no_floats_is_refused(trains, words):
         of_nnx(module, trains, outputs=lambda *_: None, loss=squared, metrics=R2)
 
 
+class InTraining(nnx.Module):
+    """A module as NNX makes it: in the mode for training."""
+
+    def __init__(self, layer, rngs):
+        self.layer, self.out = layer, nnx.Linear(3, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return {"y": self.out(self.layer(x))[:, 0], "size": jnp.square(x).sum(axis=1)}
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (lambda rngs: nnx.Dropout(0.5, rngs=rngs), r"layer/rngs/count \(RngState\)"),
+        (lambda rngs: nnx.BatchNorm(3, rngs=rngs), r"layer/mean \(BatchStat\)"),
+    ],
+)
+def test_a_module_in_training_is_not_evaluated(layer, words, stochastic):
+    """Dropout would stay on, and statistics be those of a batch with its padding."""
+    rngs = nnx.Rngs(0)
+    module = InTraining(layer(rngs), rngs)
+
+    def model():
+        return of_nnx(
+            module,
+            nnx.Param,
+            outputs=lambda module, batch, task, key: module(batch["x"]),
+            loss=squared,
+            metrics=R2,
+            stochastic=stochastic,
+        )
+
+    with pytest.raises(
+        ValueError, match=rf"outputs change {words} of InTraining.*module\.eval\(\)"
+    ):
+        result_of(model())
+    module.eval()
+    assert np.isfinite(result_of(model()).record["r2"]["test_mean"])
+
+
+def test_labels_among_outputs_do_not_hinder_the_first_order_expansion():
+    """Where they are integers they have no derivative."""
+
+    def outputs(module, batch, task, key):
+        found = module(batch["x"])
+        return found | {"positive": (found["y"] > 0).astype(jnp.int32)}
+
+    module = Perceptron(nnx.Rngs(0))
+    model = of_nnx(module, nnx.Param, outputs=outputs, loss=squared, metrics=R2)
+    config = dataclasses.replace(CONFIG, algorithm="ntk_fedavg")
+    assert np.isfinite(result_of(model, config).record["r2"]["test_mean"])
+
+
 def test_a_linen_module_is_its_tree_of_parameters():
     class Net(nn.Module):
         @nn.compact

@@ -15,7 +15,7 @@ from records import a_round
 from sklearn.metrics import roc_auc_score
 
 from matu_jax.json_files import plain, write_json
-from matu_jax.runs.log import MetricsLog
+from matu_jax.runs.log import MetricsLog, selected, selection
 from matu_jax.runs.provenance import versions
 from matu_jax.simulation.relatedness import relatedness_auc
 
@@ -25,6 +25,25 @@ def symmetric(values, tasks):
     for (i, j), value in zip(itertools.combinations(range(tasks), 2), values, strict=True):
         matrix[i, j] = matrix[j, i] = value
     return matrix
+
+
+@pytest.mark.parametrize(
+    ("means", "chosen", "words"),
+    [
+        ([0.3, 0.5, 0.5, 0.4], 2, "the best mean validation accuracy, the first of equals"),
+        ([None, 0.1, None], 2, "the best mean validation accuracy"),
+        ([None, None, None], 3, "the last round measured, since none has a finite mean validation"),
+    ],
+)
+def test_without_a_number_on_validation_the_last_round_is_chosen(means, chosen, words):
+    records = [
+        a_round(i + 1, accuracy=a_round(0)["accuracy"] | {"validation_mean": mean})
+        for i, mean in enumerate(means)
+    ]
+    best = selected(records)
+    assert best is not None
+    assert best["round"] == chosen
+    assert words in selection(best)
 
 
 @given(st.data(), st.integers(3, 7))

@@ -1,6 +1,7 @@
 """Federations of one's own tasks and models: regressions that are worked out again in numpy."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,15 @@ from jax.sharding import AxisType
 from sklearn.metrics import r2_score
 
 import matu_jax
-from matu_jax.config import AttackConfig, DataConfig, LocalConfig, ModelConfig, SimulationConfig
+from matu_jax.config import (
+    AttackConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LocalConfig,
+    ModelConfig,
+    SimulationConfig,
+)
 from matu_jax.data.batching import round_indices
 from matu_jax.models import Model, metrics
 from matu_jax.simulation.federation import dealt_out
@@ -144,6 +153,8 @@ def replaced(**fields):
 
 
 MEAN = metrics.Metric(lambda outputs, batch: {"all": outputs.sum()}, lambda sums: sums["all"])
+ONE = jnp.ones(1)
+LOGITS = metrics.accuracy(lambda outputs, batch: (batch["x"], batch["y"]))
 NOTHING = metrics.Metric(lambda outputs, batch: {}, lambda sums: 0)
 FAILS = metrics.Metric(lambda outputs, batch: outputs, lambda sums: 1 / 0)
 NO_NAN = {"x": np.zeros((3, 2), np.float32), "y": np.zeros(3, np.float32)}
@@ -162,12 +173,13 @@ NO_NAN = {"x": np.zeros((3, 2), np.float32), "y": np.zeros(3, np.float32)}
         ({"attack": AttackConfig("label_flip", share=1.0)}, MODEL, "attack.kind: .*about labels"),
         ({"data": DataConfig(sites="there")}, MODEL, "config.data.sites: found 'there'"),
         ({"data": DataConfig(manifest="m.csv")}, MODEL, "config.data.manifest: found 'm.csv'"),
+        ({"checkpoint": CheckpointConfig(keep=7)}, MODEL, "config.checkpoint: found .*no files"),
         ({"rounds": 0}, MODEL, "config.rounds: found 0, expected at least 1"),
         ({"algorithm": "ntk_fedavg"}, MODEL, r"needs Model\(..., linearise=...\)"),
         (
             {},
             replaced(loss=lambda p, f, b, *_: outputs(p, f, b, 0)),
-            r"model.loss: returned float32\[2\], expected one float",
+            r"model.loss: returned float32\[13\], expected one float",
         ),
         ({}, replaced(loss=lambda *_: None), "model.loss: returned NoneType, expected one float"),
         ({}, replaced(loss=lambda *_: (1.0, {})), "model.loss: returned tuple, expected one float"),
@@ -177,6 +189,25 @@ NO_NAN = {"x": np.zeros((3, 2), np.float32), "y": np.zeros(3, np.float32)}
             r"model.loss: KeyError: 'z' \(.*test_simulate.py, line \d+\)",
         ),
         ({}, replaced(outputs=lambda p, *_: p["v"]), "model.outputs: KeyError: 'v'"),
+        (
+            {},
+            replaced(loss=lambda p, f, b, *_: (b["x"] @ jnp.ones(3)).mean()),
+            r"model.loss: TypeError: dot_general.*\(\S*test_simulate.py, line \d+\)",
+        ),
+        (
+            {},
+            replaced(outputs=lambda p, f, b, *_: (b["x"] @ p["w"], p["w"])),
+            r"model.outputs: 1: found \[2\], expected \[13, ...\]",
+        ),
+        (
+            {"local": LocalConfig(weight_decay=0.1)},
+            MODEL,
+            "weight_decay: found 0.1, but config.loc",
+        ),
+        ({"local": LocalConfig(momentum=0.5)}, MODEL, "momentum: found 0.5, .* set it to 'sgd'"),
+        ({}, replaced(outputs=lambda *_: {}), "model.outputs: returned no array"),
+        ({}, replaced(base={"a/b": ONE, "a": {"b": ONE}}), "base: two leaves have the path a/b"),
+        ({}, replaced(metrics={"all": LOGITS}), r"\['all'\].sums: .*found \[13, 2\] and expected"),
         ({}, replaced(base={}), "model.base: found no array"),
         ({}, replaced(base={"w": jnp.ones(2, int)}), "base: w: found int32, expected an array of"),
         ({}, replaced(base={"w": 0.5}), "base: w: found float, expected an array of floats"),
@@ -196,8 +227,10 @@ NO_NAN = {"x": np.zeros((3, 2), np.float32), "y": np.zeros(3, np.float32)}
     ],
 )
 def test_what_breaks_the_contract_is_refused(config, model, words):
+    own = {each.name: getattr(CONFIG, each.name) for each in dataclasses.fields(CONFIG)}
+    made = (Config if "checkpoint" in config else SimulationConfig)(**own | config)
     with pytest.raises(ValueError, match=words):
-        last(dataclasses.replace(CONFIG, **config), model)
+        last(made, model)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +243,16 @@ def test_what_breaks_the_contract_is_refused(config, model, words):
             {"validation": NO_NAN | {"y": np.array([0, np.nan, 1], np.float32)}},
             "NaN, first in example 1",
         ),
+        (
+            {"test": NO_NAN | {"y": np.array([0, 1, np.inf], np.float32)}},
+            "y holds a number that is infinite in float32, first in example 2",
+        ),
+        ({"train": {"x": np.array([1.0, 1e300])}}, "infinite in float32, first in example 1"),
+        ({"train": {"x": np.ma.zeros(3)}}, "x is MaskedArray"),
+        ({"train": {"x": np.zeros(3, ">f4")}}, "x holds >f4, expected numbers of at most 64 bits"),
+        ({"chance": {"r2": "0"}}, "chance.*found '0', expected a finite"),
+        ({"train": {"x": 1.7e9 + np.arange(9.0)}}, "differ by less than float32 can tell"),
+        ({"sites": {"train": [0, 1, 1]}}, "sites: found 0 for the split 'train', expected a name"),
         ({"train": {}}, "there is no array"),
         ({"train": {"x": np.array(["a", "b"])}}, "x holds <U1, expected numbers"),
         ({"train": {"x": np.array([0, 2**31])}}, "x runs from 0 to 2147483648, beyond the 32 bits"),
@@ -227,6 +270,37 @@ def test_tasks_of_two_forms_are_refused():
     other = matu_jax.Task("other", split, split, split)
     with pytest.raises(ValueError, match=r"(?s)'other' against one of 'up'.*x: found \(3,\)"):
         last(tasks=[*TASKS, other])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number"), [(jnp.int32, 1_000_000), (jnp.int32, -(2**31)), (jnp.uint32, 3 * 10**9)]
+)
+def test_sums_of_integers_do_not_overflow(dtype, number):
+    def sums(outputs, batch):
+        return {"sum": jnp.full(len(batch["y"]), number, dtype), "all": jnp.ones(len(batch["y"]))}
+
+    mean = metrics.Metric(sums, lambda sums: sums["sum"] / sums["all"])
+    tasks = [task_of(name, (5, 3000, 7)) for name in SLOPES]
+    record = last(dataclasses.replace(CONFIG, rounds=1), replaced(metrics={"mean": mean}), tasks)
+    assert record.record["mean"]["validation_per_task"] == dict.fromkeys(SLOPES, float(number))
+
+
+def test_arguments_that_are_none_of_these_are_refused():
+    cases: Any = (
+        (TASKS, {"rounds": 1}, None, "config: found dict, expected a SimulationConfig"),
+        (MODEL, CONFIG, None, "tasks: found Model, expected some matu_jax.Task"),
+        (
+            TASKS,
+            CONFIG,
+            jax.make_mesh((1,), ("x",)),
+            r"mesh: found the axes \('x',\), expected one",
+        ),
+    )
+    for tasks, config, mesh, words in cases:
+        with pytest.raises(ValueError, match=words):
+            matu_jax.simulate(tasks, MODEL, config, mesh=mesh)
+    config = dataclasses.replace(CONFIG, rounds=1)
+    assert len(list(matu_jax.simulate((task for task in TASKS), MODEL, config))) == 1
 
 
 def test_tasks_of_one_name_are_refused():
@@ -257,6 +331,12 @@ def test_a_metric_is_measured_on_the_tasks_that_ask_for_it_alone():
     record = last(dataclasses.replace(CONFIG, rounds=1), model, tasks).record
     found = record["near"]["test_per_task"]
     assert found == pytest.approx({"up": 1 / 33, "down": 1 / 33, "steep": np.nan}, nan_ok=True)
+
+
+def test_the_chance_of_no_metric_is_refused():
+    tasks = [dataclasses.replace(task, chance={"rr2": 0.0}) for task in TASKS]
+    with pytest.raises(ValueError, match=r"'up': chance: found 'rr2', no metric.*mean \"r2\""):
+        last(tasks=tasks)
 
 
 def test_the_face_imports_what_is_heavy_when_asked():

@@ -62,6 +62,21 @@ def task(name, slope):
 TASKS = [task("up", 1.0), task("down", -2.0)]
 
 
+def test_a_slot_without_examples_is_not_measured():
+    """Whatever a metric makes of sums of nothing, such as 0 / max(0, 1)."""
+
+    def sums(outputs, batch):
+        error = jnp.abs(outputs - batch["y"])
+        return {"error": error, "all": jnp.ones_like(error)}
+
+    mean = metrics.Metric(sums, lambda sums: sums["error"] / max(sums["all"], 1), False)
+    model = dataclasses.replace(MODEL, metrics={"error": mean})
+    record = list(matu_jax.simulate(TASKS, model, CONFIG))[-1].record["error"]
+    assert np.isnan(record["test_per_slot"][2])  # of "down", b has none to test on
+    assert np.isfinite(np.delete(record["test_per_slot"], 2)).all()
+    assert record["test_per_task"]["down"] == record["test_per_slot"][3]
+
+
 def test_a_site_is_a_client_that_holds_what_it_has():
     federation = dealt_out(CONFIG, TASKS)
     assert federation.sites == ("a", "b", "c")
