@@ -480,7 +480,7 @@ def test_slots_whose_tasks_changed_places_are_not_gone_on_with(tmp_path, capsys)
     assert "tasks stand in another order" in " ".join(capsys.readouterr().err.split())
     file.write_text(right + FLIPPED)
     assert train.main(words) == 2
-    assert "lower values were better of error, and now of none" in capsys.readouterr().err
+    assert "began lower values were better of " in capsys.readouterr().err
 
 
 def test_heads_that_a_model_of_ones_own_lacks_are_refused(tmp_path, capsys):
@@ -509,7 +509,7 @@ FLIPPED = """
 def flipped(*args, **options):
     made = model(*args, **options)
     return dataclasses.replace(
-        made, metrics={n: m._replace(higher_is_better=True) for n, m in made.metrics.items()}
+        made, metrics={n: m._replace(higher_is_better=not m.higher_is_better) for n, m in made.metrics.items()}
     )
 
 import dataclasses
