@@ -487,7 +487,7 @@ def test_a_class_that_is_not_trained_is_refused_or_told(pictures):
 def test_labels_that_are_nearly_all_different_are_no_classes(tmp_path):
     lines = [f'{i},"{i},5"' for i in range(30)]
     with pytest.raises(
-        ValueError, match=r"30 different labels in 30 rows, such as '0,5' \(line 2\)"
+        ValueError, match=r"30 different labels in 30 rows, such as '\d+,5' \(line "
     ):
         tasks_of(manifest.read(written(tmp_path, "\n".join(["size,label", *lines]))))
 
