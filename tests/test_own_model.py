@@ -509,7 +509,11 @@ FLIPPED = """
 def flipped(*args, **options):
     made = model(*args, **options)
     return dataclasses.replace(
-        made, metrics={n: m._replace(higher_is_better=not m.higher_is_better) for n, m in made.metrics.items()}
+        made,
+        metrics={
+            name: metric._replace(higher_is_better=not metric.higher_is_better)
+            for name, metric in made.metrics.items()
+        },
     )
 
 import dataclasses
