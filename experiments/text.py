@@ -278,7 +278,7 @@ def get_config():
             "untrained": {"algorithm": "untrained", "rounds": 1, "local.steps": 1},
         },
         seeds=(0, 1, 2),
-        search={"local.learning_rate": (1e-2, 3e-3)},
-        trials=3,
+        search={"local.learning_rate": (1e-2, 3e-3, 1e-3)},
+        trials=4,
         tuned="results/text/tuned.json",
     )
