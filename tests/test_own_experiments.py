@@ -1,6 +1,7 @@
 """The experiments of tasks that are no benchmark's: their arms, and what they are measured by."""
 
 import dataclasses
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from matu_jax.comparison import plan
 from matu_jax.config import DataConfig, ModelConfig, SimulationConfig
 from matu_jax.data import SOURCES, SPLITS
 from matu_jax.models import MODELS
-from matu_jax.simulation.measures import main_measure
+from matu_jax.simulation.measures import main_measure, measure_of
 
 ROOT = Path(matu_jax.__file__).parents[1]
 OWN = {"tabular": ("diabetes", "mlp"), "dense": ("pixels", "dense"), "text": ("text", "decoder")}
@@ -46,6 +47,25 @@ def test_a_proof_has_the_five_arms_and_three_seeds(name):
     assert set(found.arms) == ARMS
     assert tuning is not None
     assert tuning["seed"] not in comparison.seeds
+
+
+@pytest.mark.parametrize("name", [*OWN, "own_images"])
+def test_the_results_of_a_proof_are_of_five_arms_and_three_seeds(name):
+    file = ROOT / "experiments" / "results" / name / "comparison.json"
+    found = json.loads(file.read_text("utf-8"))
+    assert len(found["seeds"]) == 3
+    (setting,) = found["settings"]
+    assert setting["missing"] == []
+    assert {arm["label"] for arm in setting["arms"]} == ARMS
+    for arm in setting["arms"]:
+        reached = arm[measure_of(arm).name]
+        for values in (
+            reached["per_seed"],
+            [each["mean"] for each in reached["per_task"].values()],
+        ):
+            assert values
+            assert np.isfinite(np.array(values, float)).all(), arm["label"]
+        assert len(reached["per_seed"]) == 3
 
 
 def test_dense_tasks_are_measured_each_by_its_own(monkeypatch):

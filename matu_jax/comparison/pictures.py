@@ -58,6 +58,8 @@ def _of_traffic(
 ) -> Block:
     measure = measure_of(setting)
     better = "more accurate" if measure == ACCURACY else "better"
+    turned = f" (the axis is turned round: lower {measure.name} is better, and stands higher)"
+    turned = "" if measure.higher_is_better else turned
     summary = "; ".join(f"{arm['label']} {result_words(arm)}" for arm in arms)
     return _picture(
         f"{prefix}_traffic",
@@ -66,9 +68,9 @@ def _of_traffic(
         f"{summary}.",
         [
             Bold(f"{_first(measure.name)} against traffic."),
-            f" Each point is an arm: the higher the {better}, the further to the left the less "
-            "is sent. Arms on the pale line (the Pareto front) are the ones to choose from: no "
-            "other arm is better without sending more. Bars are ± std over seeds.",
+            f" Each point is an arm: the higher the {better}{turned}, the further to the left the "
+            "less is sent. Arms on the pale line (the Pareto front) are the ones to choose from: "
+            "no other arm is better without sending more. Bars are ± std over seeds.",
             left_out_words(arms, lambda arm: None in (total_traffic(arm), mean_result(arm))),
         ],
         f"No arm has both {measure.name} and traffic to draw.",
@@ -103,12 +105,12 @@ def _of_rounds(
 
 def _of_chance(arms: _Arms, chance: float | None) -> str:
     """What the picture of rounds says of guessing."""
-    if chance is None:
+    if chance is None or not arms:
         return ""
+    reached = measure_of(arms[0]).text(chance)
     if figures.is_far(arms, chance):
-        reached = measure_of(arms[0]).text(chance)
         return f" Chance, guessing, is {reached}, too far away for the picture."
-    return " The dotted line is chance: guessing."
+    return f" The dotted line is chance: guessing ({reached})."
 
 
 def _of_tasks(

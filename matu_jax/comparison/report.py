@@ -102,7 +102,10 @@ def _title(comparison: Mapping[str, Any]) -> str:
 
 def _taken(comparison: Mapping[str, Any]) -> str:
     seconds = comparison.get("run_seconds")
-    return f"; the runs took {seconds / 60:.0f} minutes in sum" if seconds else ""
+    if not seconds:
+        return ""
+    minutes, few = round(seconds / 60), "less than 30 seconds"
+    return f"; the runs took {counted(minutes, 'minute') if minutes else few} in sum"
 
 
 def _document(comparison: Mapping[str, Any], *, draw: bool = True) -> Iterator[Block]:

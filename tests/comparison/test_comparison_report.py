@@ -769,3 +769,24 @@ def test_chance_far_from_all_curves_is_told_and_not_drawn(tmp_path):
     assert "Chance, guessing, is 256.0, too far away for the picture." in text
     assert "The dotted line is chance" not in text
     assert "perplexity over rounds, lower is better" in text.lower()
+    turned = (
+        "the higher the better (the axis is turned round: lower perplexity is better, and stands"
+    )
+    assert turned in text
+
+
+def test_chance_is_told_beside_the_line_that_is_drawn(tmp_path):
+    comparison = make_comparison()
+    for setting in comparison["settings"]:
+        setting["chance"] = 0.3083
+    text = written(comparison, tmp_path)[2]
+    assert "The dotted line is chance: guessing (30.8 %)." in text
+    assert "turned round" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(62.0, "1 minute"), (130.0, "2 minutes"), (8.0, "less than 30 seconds")]
+)
+def test_the_time_of_one_minute_is_a_minute(seconds, words):
+    text = report.markdown(make_comparison() | {"run_seconds": seconds})
+    assert f"; the runs took {words} in sum." in text
