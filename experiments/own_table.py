@@ -32,25 +32,25 @@ def linear(config, tasks, *, seed):
         "x_mean": x.mean(axis=0),
         "x_std": x.std(axis=0) + 1e-6,  # of a column that is constant
         "y_mean": np.array([task.train["y"].mean() for task in tasks]),
-        "y_std": np.array([task.train["y"].std() for task in tasks]),
+        "y_std": np.array([task.train["y"].std() + 1e-6 for task in tasks]),
     }
 
-    def standard(params, frozen, batch, task):
-        """Predictions and labels, in deviations from the task's mean."""
+    def outputs(params, frozen, batch, task, key=None):
+        """Predictions and labels, in deviations from the task's mean, in which R² is the same.
+
+        Of labels as they stand, whose mean may be a thousand times their spread, float32 would not
+        hold the squares.
+        """
         x = (batch["x"] - frozen["x_mean"]) / frozen["x_std"]
         y = (batch["y"] - frozen["y_mean"][task]) / frozen["y_std"][task]
-        return x @ params["weights"] + params["bias"], y
+        return {"found": x @ params["weights"] + params["bias"], "label": y}
 
     def loss(params, frozen, batch, task, key=None):
-        found, y = standard(params, frozen, batch, task)
-        return jnp.square(found - y).mean()
-
-    def outputs(params, frozen, batch, task, key=None):
-        found, _ = standard(params, frozen, batch, task)
-        return found * frozen["y_std"][task] + frozen["y_mean"][task]
+        made = outputs(params, frozen, batch, task)
+        return jnp.square(made["found"] - made["label"]).mean()
 
     base = {"weights": jnp.zeros(x.shape[1]), "bias": jnp.zeros(())}
-    r2 = metrics.r2(lambda found, batch: (found, batch["y"]))
+    r2 = metrics.r2(lambda made, batch: (made["found"], made["label"]))
     return Model(base, frozen, loss, outputs, {"r2": r2})
 
 
