@@ -12,13 +12,14 @@ and beside it head.safetensors ("weight" [classes, features]; "bias" of a traine
 Of a model of the experiment's own (`matu_jax.models.MODELS`) there is safetensors alone: the task
 vector, the parameters that it makes of the base, and the card.
 
-The round is the one that the run's results speak of, the best on validation, or --round. Data, base
-checkpoint and state have to be the run's, byte for byte. Then the model is measured as the run did:
-it must get as many validation and test examples right as the run recorded, up to those that are
-near ties, which rounding may decide; else nothing is written. Of a round that the run did not
-measure nothing can be compared. The card's accuracy is that on the test examples in float32. All
-files of tensors are read back and compared bit for bit. Algorithms that train a linearised model
-(ntk_fedavg) have none that these formats could hold.
+The round is the one that the run's results speak of, the best on validation, or --round. Of the
+clients that hold the task it is the one that is best on validation, which the last lines and the
+card name, or --client. Data, base checkpoint and state have to be the run's, byte for byte. Then
+the model is measured as the run did: it must get as many validation and test examples right as the
+run recorded, up to those that are near ties, which rounding may decide; else nothing is written. Of
+a round that the run did not measure nothing can be compared. The card's accuracy is that on the
+test examples in float32. All files of tensors are read back and compared bit for bit. Algorithms
+that train a linearised model (ntk_fedavg) have none that these formats could hold.
 
 Exit codes: 0 done; 2 a mistake in the command or the run, said in one message.
 """
@@ -52,8 +53,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument(
         "--client",
-        type=int,
-        help="whose model (default: the holder that is best on validation)",
+        metavar="CLIENT",
+        help="whose model: a client's number, or a site's name (default: of the clients that hold "
+        "the task the one that is best on validation, which the last lines name)",
     )
     parser.add_argument(
         "--round",
@@ -84,10 +86,11 @@ def main(argv: Sequence[str]) -> int:
                 model_folder.write(exported(slot), options.format, options.out, console.print)
         except OSError as error:
             raise UserError(f"--out {options.out}: {error}") from None
-        client = slot.federation.slots.client[slot.row]
+        name = slot.client_name
         console.print(
-            f"{options.out}: task {options.task}, client {client}, after round "
-            f"{slot.round}, as {options.format}. README.md there says how to load it.\n"
+            f"{options.out}: task {options.task}, {name}, after round {slot.round}, as "
+            f"{options.format}. README.md there says how to load it.\n"
+            f"{name[0].upper()}{name[1:]}: {slot.why_client}.\n"
             f"Round {slot.round} of {slot.config.rounds}: {slot.why}."
         )
 

@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import textwrap
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from matu_jax import compare, doctor, export, prepare, train
 from matu_jax.config import Config
@@ -159,6 +162,18 @@ def what_was_seen(workdir):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
+def loaded_as_the_card_says(out, **names):
+    """The names that the code of an exported model's card makes."""
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
+    exec(code.replace("FOLDER", str(out)), names)
+    return names
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_an_own_model_trains_resumes_and_is_exported(model, tmp_path, capsys):
     config = written(tmp_path, model, AS_AN_EXPERIMENT)
     whole, again, out = (tmp_path / name for name in ("whole", "again", "out"))
@@ -196,6 +211,18 @@ def test_an_own_model_trains_resumes_and_is_exported(model, tmp_path, capsys):
     assert vector.keys() == parameters.keys()
     assert all(np.abs(x).max() > 0 for x in vector.values())
     assert f"| test {measure['name']} |" in (out / "README.md").read_text()
+    slot = read_slot(whole, "column 1")
+    names = loaded_as_the_card_says(out)
+    expected = jax.tree.map(lambda a, b: np.asarray(a + b), slot.model.base, slot.vector)
+    assert_same(names["params"], expected)
+    if "of_nnx" in model:
+        module = MODELS["own"].__globals__["Net"](nnx.Rngs(7))  # pyright: ignore[reportFunctionMemberAccess]
+        assert np.abs(module.head.kernel[...] - expected["head"]["kernel"]).max() > 0
+        card = (out / "README.md").read_text()
+        exec(
+            "\n".join(re.findall(r"^#   (.*)", card, re.M)), names | {"nnx": nnx, "module": module}
+        )
+        assert_same(nnx.to_pure_dict(nnx.state(module, nnx.Param)), expected)
 
 
 CLASSES = """
@@ -289,6 +316,120 @@ def test_exported_files_have_the_permissions_that_others_get(classes_run, tmp_pa
     names = ("README.md", "parameters.safetensors", "task_vector.safetensors")
     assert modes == dict.fromkeys(names, 0o666 & ~umask)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
+
+
+def settings_of(card):
+    return json.loads(card.split("```json\n")[1].split("```")[0])
+
+
+def test_the_card_of_an_own_model_says_what_it_is_of(classes_run, tmp_path, capsys):
+    run, config = classes_run
+    out, summary = tmp_path / "out", json.loads((run / "summary.json").read_text())
+    words = [f"--workdir={run}", "--task=sign", "--format=safetensors", f"--out={out}"]
+    assert export.main(["export", *words, config]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Client 0: the only one that holds the task. Round 1 of 1: the round with" in said
+    card = (out / "README.md").read_text()
+    digests = summary["data_fingerprint"]["sign"]
+    data = "columns, a source of the experiment's own; fingerprint train " + digests["train"]
+    assert f"| data | {data}, validation {digests['validation']}, test " in card
+    assert "| about the data | y: 0 = no, 1 = yes |" in card
+    assert settings_of(card)["model"] == {"architecture": "own"}
+    assert settings_of(card)["local"] == summary["config"]["local"]
+
+    # Of a base with a list in it, paths alone do not tell the tree.
+    slot = read_slot(run, "sign")
+    params = loaded_as_the_card_says(out, base=slot.model.base)["params"]
+    assert_same(params, jax.tree.map(lambda a, b: np.asarray(a + b), slot.model.base, slot.vector))
+    assert isinstance(params["layers"], list)
+    other = replace(slot.config.model, lora_rank=3)
+    slot = replace(slot, config=replace(slot.config, model=other))
+    own_model.write(slot, "safetensors", tmp_path / "rank")
+    card = (tmp_path / "rank" / "README.md").read_text()
+    assert settings_of(card)["model"] == {"architecture": "own", "lora_rank": 3}
+
+
+@pytest.mark.parametrize(
+    ("base", "needed"),
+    [
+        (np.zeros(3), True),
+        ({"a/b": np.zeros(2)}, True),
+        ({"a": {0: np.ones(1), 1: np.zeros(2)}}, True),
+        ((np.ones(1), {"b": np.zeros(2)}), True),
+        ({"a": np.ones(2), "a/b": np.zeros(2)}, True),
+        ({"a": {"b": np.ones(1)}, "empty": {}}, True),
+        ({"a": {"b": np.ones(1), "c": {"d": np.zeros(2)}}}, False),
+    ],
+    ids=["array", "slash", "numbers", "tuple", "slash twice", "empty", "names"],
+)
+def test_a_base_of_any_form_is_made_again_as_the_card_says(base, needed, classes_run, tmp_path):
+    slot = read_slot(classes_run[0], "sign")
+    base = jax.tree.map(np.float32, base)
+    slot = replace(slot, model=replace(slot.model, base=base), vector=base, recorded={})
+    own_model.write(slot, "safetensors", tmp_path / "out")
+    names = {"base": base} if needed else {}
+    params = loaded_as_the_card_says(tmp_path / "out", **names)["params"]
+    assert_same(params, jax.tree.map(lambda x: 2 * x, base))
+
+
+def test_the_card_of_a_table_says_what_its_columns_and_classes_are(tmp_path, monkeypatch, capsys):
+    for registry, name in ((SOURCES, "columns"), (MODELS, "own")):
+        monkeypatch.setitem(registry, name, None)  # gone after the test
+    (tmp_path / "own.py").write_text(CLASSES)
+    rng, table = np.random.default_rng(0), tmp_path / "visits.csv"
+    rows = [
+        [*rng.normal(size=4), rng.choice(("ill", "well")), site]
+        for site in ("east", "south")
+        for _ in range(60)
+    ]
+    lines = [["pulse", "age", "height", "weight", "label", "site"], *rows]
+    table.write_text("".join(f"{','.join(map(str, line))}\n" for line in lines))
+    words = [f"--config={tmp_path / 'own.py'}", "--config.data.source=prepared"]
+    words += [f"--config.data.manifest={table}", "--config.data.clients=2"]
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert train.main(["train", *words, f"--workdir={run}"]) == 0
+    task = read_slot(run, "visits").federation.tasks[0]
+    words = [f"--workdir={run}", "--task=visits", "--format=safetensors", f"--out={out}"]
+    assert export.main(["export", *words, "--client=south"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "task visits, client 1 (site south), after round 1, as safetensors" in said
+    assert "Client 1 (site south): as asked for." in said
+    card = (out / "README.md").read_text()
+    assert f"| data | manifest {table}; fingerprint {task.fingerprint} |" in card
+    about = card.split("| about the data |")[1].split("|\n")[0]
+    for words in ("pulse, age, height, weight", "ill", "well"):
+        assert words in about
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("default_rng(0)", "default_rng(1)", "the data of task 'sign', or how this version"),
+        ("jnp.zeros(4)", "jnp.ones(4)", "a model of your own, holds other tensors than when"),
+        ('"bias": ', '"more": jnp.zeros(3), "bias": ', "a model of your own, holds other tensors"),
+        (', "iou": metrics.mean_iou(pair, 2)', "", "then accuracy, accuracy, iou, now accuracy, a"),
+        ("iou(pair, 2)", "iou(pair, 2)._replace(higher_is_better=False)", "then none, now iou"),
+        ('"sign", ', '"mark", ', "the order of tasks, or which examples slots or sites hold"),
+    ],
+    ids=["data", "base", "leaves", "metrics", "better", "held"],
+)
+def test_an_export_of_what_has_changed_says_what_to_bring_back(
+    before, after, words, classes_run, tmp_path, capsys
+):
+    run, config = classes_run
+    assert before in CLASSES
+    (tmp_path / "own.py").write_text(CLASSES.replace(before, after))
+    given = [f"--workdir={run}", "--format=safetensors", f"--out={tmp_path / 'o'}"]
+    name = "mark" if "mark" in after else "sign"
+    assert export.main(["export", *given, f"--task={name}", config]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert words in said
+    assert "Bring the data, files and code of then back, and give the same command again." in said
+    assert f"{run / 'experiment.py'} is a copy of the experiment's file as it was then." in said
+    for wrong in ("remove", "esume", "start from round 0", "another folder"):
+        assert wrong not in said
+    given += ["--task=sign", f"--config={run / 'experiment.py'}"]
+    assert export.main(["export", *given]) == 0
 
 
 def test_own_models_are_compared_by_their_own_metric(model, tmp_path, capsys):

@@ -1,23 +1,25 @@
 """A model of one's own out of a run, as safetensors files with a card."""
 
 import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from matu_jax.data import num_examples
 from matu_jax.errors import UserError
 from matu_jax.models import exporting
-from matu_jax.runs.card import rows_of_clients
+from matu_jax.models.choices import ModelConfig
+from matu_jax.runs.card import rows_of_clients, rows_of_data
 from matu_jax.runs.provenance import versions
 from matu_jax.runs.saved import SavedSlot, sums_of
 from matu_jax.simulation.measures import measure_named
-from matu_jax.trees import leaf_items
+from matu_jax.trees import PyTree, leaf_items
 
 _ROUNDING = 1e-3
 """How far a metric may be from what the run recorded, as a part of it: another number of slots at
@@ -132,19 +134,60 @@ def _card(slot: SavedSlot, measured: dict[str, str]) -> str:
         "rounds": f"{slot.round} of {config.rounds}: {slot.why}",
         **rows_of_clients(slot),
         **measured,
-        "data": f"{config.data.source}, {json.dumps(task.fingerprint or 'own arrays')}",
+        **rows_of_data(slot),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    loading = (
-        "import safetensors.numpy\n\n"
-        "# What trained, by its path in the model's base: fine-tuned, and fine-tuned minus base.\n"
-        'parameters = safetensors.numpy.load_file("FOLDER/parameters.safetensors")\n'
-        'vector = safetensors.numpy.load_file("FOLDER/task_vector.safetensors")'
-    )
     return exporting.model_card(
         f"{task.name}, fine-tuned with matu_jax",
         {"library_name": "matu_jax"},
         rows,
-        code={"Load it": loading},
-        settings=dataclasses.asdict(config),
+        code={"Load it": _loading(slot)},
+        settings=dataclasses.asdict(config) | {"model": _settings(config.model)},
     )
+
+
+def _loading(slot: SavedSlot) -> str:
+    """Python code that makes a model's `params` of the file."""
+    needed, tree = _BY_PATHS if _is_told_by_paths(slot.vector) else _BY_BASE
+    return (
+        f"{needed}\n\n"
+        "# What trained, by its path in the model's base; task_vector.safetensors, in the same\n"
+        "# form, is that minus base.\n"
+        'parameters = safetensors.numpy.load_file("FOLDER/parameters.safetensors")\n'
+        f"{tree}\n"
+        "# The model's `outputs` and `loss` take `params`; a module of Flax NNX does so:\n"
+        "#   state = nnx.state(module, nnx.Param)  # or what else of it trains\n"
+        "#   nnx.replace_by_pure_dict(state, params)\n"
+        "#   nnx.update(module, state)"
+    )
+
+
+_BY_PATHS = (
+    "import safetensors.numpy\nfrom flax.traverse_util import unflatten_dict",
+    'params = unflatten_dict(parameters, sep="/")',
+)
+_BY_BASE = (
+    "import jax\nimport safetensors.numpy\n\nfrom matu_jax.trees import leaf_items",
+    "# `base` is that of the Model which the experiment's file makes.\n"
+    "leaves = [parameters[path] for path, _ in leaf_items(base)]\n"
+    "params = jax.tree.unflatten(jax.tree.structure(base), leaves)",
+)
+
+
+def _is_told_by_paths(tree: PyTree) -> bool:
+    """Whether its leaves' paths alone say what a tree is: dicts, by names without a slash."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    names = [getattr(key, "key", None) for path in paths for key in path]
+    if not all(paths) or not all(isinstance(name, str) and "/" not in name for name in names):
+        return False
+    nested = unflatten_dict(dict(leaf_items(tree)), sep="/")
+    return jax.tree.structure(nested) == jax.tree.structure(tree)
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """What of the config's model a model of one's own may have been built by."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != field.default or field.name == "architecture"
+    }

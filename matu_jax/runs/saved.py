@@ -11,11 +11,12 @@ import numpy as np
 from matu_jax import models
 from matu_jax.algorithms import ALGORITHMS, Algorithm
 from matu_jax.config import Config
+from matu_jax.data import selection
 from matu_jax.errors import UserError, did_you_mean
 from matu_jax.models import Metric, Model
 from matu_jax.runs.checkpoints import Checkpoints
 from matu_jax.runs.log import selected
-from matu_jax.runs.workdir import check_identity, chosen_round, config_of, records_of
+from matu_jax.runs.workdir import EXPERIMENT, chosen_round, config_of, differences, records_of
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.evaluate import EvaluationSet, evaluation, summed
 from matu_jax.simulation.federation import (
@@ -42,6 +43,7 @@ class SavedSlot:
       row: of the slot.
       round: rounds completed.
       why: how this round was chosen.
+      why_client: how this client was chosen.
       vector: task vector, leaves `[...]`, numpy arrays.
       recorded: by metric and split, what the run recorded of it; nothing where it did not measure.
       at_sites: by site, what the run recorded of this round on the test split, by what it is
@@ -55,6 +57,7 @@ class SavedSlot:
     row: int
     round: int
     why: str
+    why_client: str
     vector: PyTree
     recorded: Mapping[str, Mapping[str, float]]
     at_sites: Mapping[str, float | None]
@@ -75,21 +78,30 @@ class SavedSlot:
         """Whose it is."""
         return int(self.federation.slots.client[self.row])
 
+    @property
+    def client_name(self) -> str:
+        """Whose it is, for people: "client 2", "client 2 (site north)"."""
+        return _client_name(self.federation, self.client)
+
 
 def read_slot(
-    workdir: Path, task_name: str, client: int | None = None, round_index: int | None = None
+    workdir: Path,
+    task_name: str,
+    client: int | str | None = None,
+    round_index: int | None = None,
 ) -> SavedSlot:
     """Reads a slot's task vector out of a run's checkpoint.
 
     Args:
       workdir: of the run.
       task_name: one of its tasks.
-      client: one that holds the task; None = the holder that is best on validation.
+      client: one that holds the task, by its number (a text, too) or its site's name; None = the
+        holder that is best on validation.
       round_index: rounds completed; None = the round of the run's results, see `log.selected`.
 
     Raises:
       UserError: if there is no such run, task, holder or round, the run's data or checkpoint is not
-        there, or its algorithm trains a linearised model.
+        there or another than it was, or its algorithm trains a linearised model.
     """
     config = config_of(workdir)
     try:
@@ -107,12 +119,19 @@ def read_slot(
             records = records_of(workdir, checkpoints, config)
             chosen, why = chosen_round(workdir, checkpoints, records, round_index)
             saved = {"state": target, "similarity_sum": similarity}
-            restored, meta = checkpoints.restore_round(chosen, saved)
-        check_identity(workdir / "checkpoints", meta, config, identity(config, federation, model))
+            now = identity(config, federation, model)
+            try:
+                restored, meta = checkpoints.restore_round(chosen, saved)
+            except ValueError:  # a model that has changed has other leaves, too
+                newest, _ = checkpoints.whole()
+                if newest is not None:
+                    _check_same(workdir, checkpoints.meta(newest), config, now)
+                raise
+        _check_same(workdir, meta, config, now)
     except ValueError as error:
         raise UserError(str(error)) from None
     record = selected([record for record in records if record["round"] == chosen])
-    row = _holder(federation, names.index(task_name), client, record)
+    row, why_client = _holder(federation, names.index(task_name), client, record)
     vectors = jax.jit(algorithm.evaluated or algorithm.download)
     vector = jax.tree.map(
         lambda x: np.asarray(x[row]), vectors(restored["state"], federation.slots)
@@ -121,7 +140,7 @@ def read_slot(
     measure = main_measure(model.metrics, federation.tasks)
     at_sites = record[measure.name].get("test_per_site", {}) if record else {}
     return SavedSlot(
-        config, federation, model, row, chosen, why, vector, recorded, at_sites, measure
+        config, federation, model, row, chosen, why, why_client, vector, recorded, at_sites, measure
     )
 
 
@@ -139,6 +158,61 @@ def _check_registered(config: Config) -> None:
             f"{error}\nIf the run's experiment file registers an algorithm, architecture, model, "
             "source or dataset of its own, give that file to --config."
         ) from None
+
+
+def _check_same(
+    workdir: Path, meta: Mapping[str, Any], config: Config, now: Mapping[str, Any]
+) -> None:
+    """Refuses what was trained on other data, another base or by another config than there are now.
+
+    Args:
+      workdir: of the run.
+      meta: what was saved with a checkpoint; older versions left some of it out.
+      config: of the run.
+      now: from `federation.identity`.
+
+    Raises:
+      UserError: with what differs.
+    """
+    before = {**now, **meta}
+    lines = differences(meta["config"], config) if "config" in meta else []
+    changed = [f"the checkpoint's config, where {line}" for line in lines]
+    tasks = [
+        repr(name)
+        for name in {**before["data"], **now["data"]}
+        if before["data"].get(name) != now["data"].get(name)
+    ]
+    if tasks:
+        changed.append(
+            f"the data of task {', '.join(tasks)}, or how this version of matu_jax divides it"
+        )
+    if before["base"] != now["base"]:
+        changed.append(
+            "config.model.checkpoint, or a model of your own, holds other tensors than when this "
+            "run began"
+        )
+    if before["measured_by"] != now["measured_by"]:
+        then, since = (", ".join(of["measured_by"]) for of in (before, now))
+        changed.append(f"metrics (the main one first): then {then}, now {since}")
+    if before["lower_is_better"] != now["lower_is_better"]:
+        then, since = (", ".join(of["lower_is_better"]) or "none" for of in (before, now))
+        changed.append(f"metrics of which lower values are better: then {then}, now {since}")
+    if before["held"] != now["held"]:
+        changed.append(
+            "the order of tasks, or which examples slots or sites hold: task vectors would be "
+            "taken for others'"
+        )
+    if not changed:
+        return
+    kept = workdir / EXPERIMENT
+    copy = f" {kept} is a copy of the experiment's file as it was then." if kept.exists() else ""
+    raise UserError(
+        f"--workdir {workdir}: is not exported, since not all is as it was when the run was made:"
+        + "\n  "
+        + "\n  ".join(changed)
+        + "\nBring the data, files and code of then back, and give the same command again."
+        f"{copy} The run itself is whole: leave its folders as they are."
+    )
 
 
 def _check_ordinary(workdir: Path, config: Config, algorithm: Algorithm) -> None:
@@ -198,9 +272,12 @@ def sums_of(
 
 
 def _holder(
-    federation: Federation, task: int, client: int | None, record: Mapping[str, Any] | None
-) -> int:
-    """The slot whose model is taken."""
+    federation: Federation,
+    task: int,
+    client: int | str | None,
+    record: Mapping[str, Any] | None,
+) -> tuple[int, str]:
+    """The slot whose model is taken, and how its client was chosen."""
     slots, name = federation.slots, federation.tasks[task].name
     measure = measure_of(record or {})
     measured = record[measure.name] if record else None
@@ -213,16 +290,38 @@ def _holder(
                 f"metrics.jsonl: {split}: found {found} numbers, expected {len(slots.task)}, one "
                 "for each slot of this federation. Bring the file back."
             )
-    rows = np.flatnonzero(slots.task == task)
+    rows = np.flatnonzero(slots.task == task).tolist()
     holders = slots.client[rows].tolist()
     if client is not None:
-        if client not in holders:
+        number = _client_number(federation, client)
+        if number not in holders:
+            names = ", ".join(_client_name(federation, holder) for holder in holders)
             raise UserError(
-                f"--client {client}: does not hold task {name}; clients "
-                f"{', '.join(map(str, holders))} do."
+                f"--client {client}: does not hold task {name}; those that do: {names}."
             )
-        return int(rows[holders.index(client)])
-    if measured is None:
-        return int(rows[0])
-    of_slots = measured["validation_per_slot"]  # None of a slot of which nothing was measured
-    return int(max(rows.tolist(), key=lambda row: measure.rank(of_slots[row])))
+        return rows[holders.index(number)], "as asked for"
+    if len(rows) == 1:
+        return rows[0], "the only one that holds the task"
+    # None of a slot of which nothing was measured.
+    ranks = [
+        measure.rank(measured["validation_per_slot"][row]) if measured else -np.inf for row in rows
+    ]
+    if max(ranks) == -np.inf:
+        return rows[0], f"the first of {len(rows)} that hold the task, none measured on validation"
+    best = rows[int(np.argmax(ranks))]
+    return best, f"of {len(rows)} that hold the task, the best on validation"
+
+
+def _client_number(federation: Federation, client: int | str) -> int | None:
+    """A client's number, given as that or by its site's name; None where there is none such."""
+    if isinstance(client, int):
+        return client
+    site = selection.composed(client)
+    if site in federation.sites:
+        return federation.sites.index(site)
+    return int(client) if client.isdecimal() else None
+
+
+def _client_name(federation: Federation, client: int) -> str:
+    site = f" (site {federation.sites[client]})" if federation.sites else ""
+    return f"client {client}{site}"

@@ -260,4 +260,34 @@ def test_sites_train_resume_and_are_exported(folders, tmp_path, monkeypatch, cap
     by_site = [f"{site} {100 * value:.1f} %" for site, value in summary["per_site"].items()]
     assert f"| test accuracy at each site | {', '.join(by_site)}: of its own models" in card
     assert "tasks of each" not in card
-    assert "| data | prepared sites, " in card
+    assert f"| data | folder of sites {folders / 'images'}; fingerprint " in card
+    best = slots_best(run)
+    name = ("client 0 (site north)", "client 1 (site south)")[best]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"task shape, {name}, after round" in said
+    assert f"C{name[1:]}: of 2 that hold the task, the best on validation. Round" in said
+    assert f"{('north', 'south')[best]} (client {best}), of 2 that hold the task, the best" in card
+    options[1] = f"--out={tmp_path / 'of a table'}"
+    words = ["export", f"--workdir={table}", "--task=shape", *options]
+    assert export.main([*words, "--client=nroth"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "--client nroth: does not hold task shape; those that do: client 0 (site north), " in said
+    )
+    other = ("south", "north")[best]
+    assert export.main([*words, f"--client={other}"]) == 0
+    card = (tmp_path / "of a table" / "README.md").read_text()
+    assert f"this is the model of {other} (client {1 - best}), as asked for |" in card
+    assert f"| data | manifest {folders / 'm.csv'}; fingerprint " in card
+
+
+def slots_best(run):
+    """Of the first task's two slots, the one that was best on validation in the run's round."""
+    chosen = json.loads((run / "summary.json").read_text())["selected_round"]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (record,) = (record for record in records if record["round"] == chosen)
+    slots = json.loads((run / "summary.json").read_text())["slots"]
+    names = list(record["accuracy"]["test_per_task"])
+    rows = [i for i, task in enumerate(slots["task"]) if names[task] == "shape"]
+    values = [record["accuracy"]["validation_per_slot"][row] for row in rows]
+    return int(np.argmax(values))
