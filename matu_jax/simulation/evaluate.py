@@ -18,6 +18,7 @@ from matu_jax.data.feed import BUDGET_BYTES, prefetched
 from matu_jax.models import Metric, Model
 from matu_jax.models.checks import check_sums, told
 from matu_jax.models.contract import ContractError
+from matu_jax.simulation import integers
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import Federation, measured
 from matu_jax.simulation.measures import SCORE, main_metrics
@@ -188,7 +189,7 @@ def evaluation(
       `((base, frozen, examples, there), vectors, local, task) -> sums`, to be jitted: examples and
       there from `EvaluationSet.load`, put `on_each` device, vectors leaves `[slots, ...]`, local
       (position in the piece) and task int32 `[slots]`; sums by metric, leaves float32 `[slots,
-      ...]`, or int32 `[slots, 2, ...]`, see `_halved`.
+      ...]`, or int32 `[slots, 2, ...]`, see `integers.halved`.
     """
 
     def sums(shared, vector, local, task):
@@ -205,7 +206,7 @@ def evaluation(
                 x = jnp.where(padding, x, jnp.zeros((), x.dtype))
                 if jnp.issubdtype(x.dtype, jnp.floating):
                     return x.astype(jnp.float32).sum(axis=0)
-                return _halved(x).sum(axis=1)
+                return integers.halved(x).sum(axis=1)
 
             found = {name: metric.sums(outputs, batch) for name, metric in metrics.items()}
             for name, own in found.items():
@@ -213,30 +214,10 @@ def evaluation(
             return jax.tree.map(total, found)
 
         found = jax.lax.map(of_batch, jnp.arange(there.shape[1]))
-        return jax.tree.map(_over_batches, found)
+        return jax.tree.map(integers.over_batches, found)
 
     specs = (WHOLE, WHOLE, ROWS, ROWS)
     return map_slots(sums, mesh, parallel_slots=parallel_slots, shared_specs=specs)
-
-
-def _halved(x: Shaped[Array, "..."]) -> Int32[Array, "2 ..."]:
-    """Integers as two of 16 bits, `high * 2**16 + low`, whose sums int32 holds."""
-    if x.dtype != jnp.uint32:
-        x = x.astype(jnp.int32)
-    high = jax.lax.shift_right_arithmetic(x, jnp.asarray(16, x.dtype))
-    if x.dtype == jnp.uint32:
-        high = jax.lax.shift_right_logical(x, jnp.asarray(16, x.dtype))
-    low = jnp.bitwise_and(x, jnp.asarray(0xFFFF, x.dtype))
-    return jnp.stack([high.astype(jnp.int32), low.astype(jnp.int32)])
-
-
-def _over_batches(x: Shaped[Array, "batches ..."]) -> Shaped[Array, "..."]:
-    """The sum over batches, of floats, or of halves, whose low ones are carried first."""
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return x.sum(axis=0)
-    carried = jax.lax.shift_right_logical(x[:, 1], jnp.int32(16))
-    low = jnp.bitwise_and(x[:, 1], jnp.int32(0xFFFF))
-    return jnp.stack([(x[:, 0] + carried).sum(axis=0), low.sum(axis=0)])
 
 
 def summed(
@@ -288,13 +269,8 @@ def summed(
     if waiting:
         collect(*waiting)
 
-    def whole_numbers(part):
-        if np.issubdtype(part.dtype, np.floating):
-            return part
-        return part[:, 0].astype(np.int64) * 2**16 + part[:, 1]
-
     def total(*parts):
-        parts = [whole_numbers(part) for part in parts]
+        parts = [integers.joined(part) for part in parts]
         wide = np.float64 if np.issubdtype(parts[0].dtype, np.floating) else np.int64
         sums = np.zeros((len(task), *parts[0].shape[1:]), wide)
         for (piece, _), part in zip(found, parts, strict=True):
