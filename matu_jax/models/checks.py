@@ -1,5 +1,6 @@
 """Checks that a model of one's own does what `matu_jax.models.contract` asks of it."""
 
+import collections
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -73,9 +74,8 @@ def _check_base(model: Model) -> None:
     leaves = leaf_items(model.base)
     if not leaves:
         raise ContractError("model.base: found no array, expected what trains: leaves of floats.")
-    paths = [path for path, _ in leaves]
-    for path in paths:
-        if paths.count(path) > 1:
+    for path, count in collections.Counter(path for path, _ in leaves).items():
+        if count > 1:
             raise ContractError(
                 f"model.base: two leaves have the path {path}; give one of them another name, as "
                 "files hold leaves by path."
