@@ -45,6 +45,7 @@ ARMS = {
         "matu.uploads": "vector",
         "matu.magnitude": "max",
         "matu.agreement_threshold": 0.4,
+        "matu.transfer": "mean",
     },
     "per_task": {"algorithm": "per_task"},
     "individual": {"algorithm": "individual"},

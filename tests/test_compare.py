@@ -199,6 +199,14 @@ def test_names_of_200_bytes_are_taken():
     plan.check(comparison(arms={"matu": {}, "per_task": {}, "é" * 100: {}}))
 
 
+def test_an_arm_may_have_the_value_that_its_search_starts_from():
+    arms = {"matu": {"rounds": 4}, "per_task": {"algorithm": "per_task"}}
+    made = {"arms": arms, "tuned": "tuned.json", "own_search": {"matu": {"rounds": (4, 2)}}}
+    plan.check(comparison(**made))
+    with pytest.raises(ValueError, match="or make it the first value there"):
+        plan.check(comparison(**made | {"own_search": {"matu": {"rounds": (2, 4)}}}))
+
+
 def test_lists_are_as_good_as_tuples():
     plan.check(comparison(seeds=[4, 2], search={"rounds": [1, 2]}))
 

@@ -230,12 +230,13 @@ def _overwritten(comparison: Comparison) -> Iterator[str]:
                 "its runs. Remove it, and give `seeds` the values to run with."
             )
     for label, fields in comparison.arms.items() if comparison.tuned else ():
-        for name in fields:
-            if name in comparison.search or name in comparison.own_search.get(label, {}):
+        searched = {**comparison.search, **comparison.own_search.get(label, {})}
+        for name in fields.keys() & searched.keys():
+            if fields[name] not in searched[name][:1]:  # the one to start from
                 yield (
                     f"arms[{label!r}]: found {name!r}, which is searched as well, so that the "
                     "arm's own value would not be used. Remove it from the arm, or from `search` "
-                    "and `own_search`."
+                    "and `own_search`, or make it the first value there."
                 )
 
 
