@@ -219,7 +219,11 @@ def summary():
         "seed": 3,
         "rounds": 10,
         "selected_round": 9,
-        "accuracy": {"mean": 0.8125, "per_task": {"hue [bold]": 0.75, "tilt": 0.875}},
+        "accuracy": {
+            "mean": 0.8125,
+            "validation_mean": 0.8,
+            "per_task": {"hue [bold]": 0.75, "tilt": 0.875},
+        },
         "communication": {
             "uplink_bits_per_client_round": 1259520,
             "downlink_bits_per_client_round": 131072.0,
@@ -244,6 +248,14 @@ def test_result_table_says_accuracy_traffic_and_time():
     rows = [line.strip("│ ").split("│") for line in text.splitlines() if "│" in line]
     found = {name.strip(): value.strip() for name, value in rows}
     assert found == {"hue [bold]": "75.0 %", "tilt": "87.5 %", "mean": "81.2 %"}
+
+
+def test_a_table_says_where_validation_chose_nothing():
+    values = summary()
+    values["accuracy"]["validation_mean"] = None
+    text = rendered(result_table(values))
+    assert "the best on validation" not in text
+    assert "the last one: validation gave no finite number" in " ".join(text.split())
 
 
 def test_result_table_without_a_value():

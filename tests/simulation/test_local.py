@@ -14,6 +14,7 @@ from matu_jax.algorithms import LocalRule
 from matu_jax.config import LocalConfig, ModelConfig
 from matu_jax.data import ImageTask, Split
 from matu_jax.models.classification import class_mask
+from matu_jax.simulation import integers
 from matu_jax.simulation.evaluate import EvaluationSet, evaluation, per_task
 from matu_jax.simulation.local import local_training, optimizer
 from matu_jax.simulation.placement import on_each, padded_rows
@@ -278,7 +279,8 @@ def test_accuracy_counts_every_example_once(model, budget, pieces):
             piece.local,
             task[piece.slots].astype(np.int32),
         )["accuracy"]
-        found = np.stack([found["right"], found["examples"]], axis=1)
+        found = [integers.joined(np.asarray(found[name])) for name in ("right", "examples")]
+        found = np.stack(found, axis=1)
         counts[piece.slots[: piece.rows]] += found[: piece.rows]
     assert len(traces) == 1
     for slot in range(SLOTS):
