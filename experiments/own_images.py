@@ -59,7 +59,7 @@ def get_config():
             "untrained": {"algorithm": "untrained", "rounds": 1, "local.steps": 1},
         },
         seeds=(0, 1, 2),
-        search={"local.learning_rate": (3e-3, 1e-2)},
-        trials=3,
+        search={"local.learning_rate": (3e-3, 1e-2, 1e-3, 3e-4)},
+        trials=5,
         tuned="results/own_images/tuned.json",
     )
