@@ -16,7 +16,15 @@ from matu_jax.errors import UserError, did_you_mean
 from matu_jax.models import Metric, Model
 from matu_jax.runs.checkpoints import Checkpoints
 from matu_jax.runs.log import selected
-from matu_jax.runs.workdir import EXPERIMENT, chosen_round, config_of, differences, records_of
+from matu_jax.runs.workdir import (
+    EXPERIMENT,
+    changed_tasks,
+    changes,
+    chosen_round,
+    config_of,
+    differences,
+    records_of,
+)
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.evaluate import EvaluationSet, evaluation, summed
 from matu_jax.simulation.federation import (
@@ -174,30 +182,24 @@ def _check_same(
     Raises:
       UserError: with what differs.
     """
-    before = {**now, **meta}
     lines = differences(meta["config"], config) if "config" in meta else []
     changed = [f"the checkpoint's config, where {line}" for line in lines]
-    tasks = [
-        repr(name)
-        for name in {**before["data"], **now["data"]}
-        if before["data"].get(name) != now["data"].get(name)
-    ]
-    if tasks:
-        changed.append(
-            f"the data of task {', '.join(tasks)}, or how this version of matu_jax divides it"
-        )
-    if before["base"] != now["base"]:
+    found = changes(meta, now)
+    if "data" in found:
+        tasks = ", ".join(changed_tasks(*found["data"]))
+        changed.append(f"the data of task {tasks}, or how this version of matu_jax divides it")
+    if "base" in found:
         changed.append(
             "config.model.checkpoint, or a model of your own, holds other tensors than when this "
             "run began"
         )
-    if before["measured_by"] != now["measured_by"]:
-        then, since = (", ".join(of["measured_by"]) for of in (before, now))
+    if "measured_by" in found:
+        then, since = (", ".join(names) for names in found["measured_by"])
         changed.append(f"metrics (the main one first): then {then}, now {since}")
-    if before["lower_is_better"] != now["lower_is_better"]:
-        then, since = (", ".join(of["lower_is_better"]) or "none" for of in (before, now))
+    if "lower_is_better" in found:
+        then, since = (", ".join(names) or "none" for names in found["lower_is_better"])
         changed.append(f"metrics of which lower values are better: then {then}, now {since}")
-    if before["held"] != now["held"]:
+    if "held" in found:
         changed.append(
             "the order of tasks, or which examples slots or sites hold: task vectors would be "
             "taken for others'"

@@ -5,7 +5,7 @@ import dataclasses
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -341,32 +341,61 @@ def check_identity(
       UserError: with what differs.
     """
     check_origin(directory, meta, config)
-    _check_data(directory, meta, identity["data"])
-    _check_base(directory, meta, identity["base"])
-    held, lower = identity["held"], identity["lower_is_better"]
-    if meta.get("held", held) != held:  # older versions put none there
+    changed = changes(meta, identity)
+    if "data" in changed:
+        raise UserError(
+            f"{directory}: the data of this run has changed since it began, or this version of "
+            f"matu_jax divides it otherwise: task {', '.join(changed_tasks(*changed['data']))}. "
+            "Bring it back as it was, go on with the version that began the run, or remove that "
+            "folder to start from round 0 with the data of now."
+        )
+    if "base" in changed:
+        raise UserError(
+            f"{directory}: config.model.checkpoint, or a model of your own, holds other tensors "
+            "than when this run began, and task vectors are differences from those. Bring them "
+            "back as they were, or remove that folder to start from round 0 with those of now."
+        )
+    if "held" in changed:
         raise UserError(
             f"{directory}: tasks stand in another order, or slots or sites hold other examples, "
             "than when this run began, so that its task vectors would be taken for others'. Bring "
             "the source back as it was, such as with sorted names, or remove that folder to start "
             "from round 0."
         )
-    now = identity["measured_by"]
-    before = meta.get("measured_by", now)
-    if before == now and meta.get("lower_is_better", lower) != lower:
+    if "measured_by" in changed:
+        before, now = (", ".join(names) for names in changed["measured_by"])
+        raise UserError(
+            f"{directory}: this run was measured by {before}, and the model is now by {now} (the "
+            "main metric first): rounds could not be compared. Bring model.metrics and the tasks' "
+            "metrics back as they were, or remove that folder to start from round 0."
+        )
+    if "lower_is_better" in changed:
+        before, now = changed["lower_is_better"]
         raise UserError(
             f"{directory}: when this run began lower values were better of "
-            f"{', '.join(meta['lower_is_better']) or 'no metric'}, and now of "
-            f"{', '.join(lower) or 'none'}: rounds could not be compared. Bring model.metrics back "
-            "as they were, or remove that folder to start from round 0."
+            f"{', '.join(before) or 'no metric'}, and now of {', '.join(now) or 'none'}: rounds "
+            "could not be compared. Bring model.metrics back as they were, or remove that folder "
+            "to start from round 0."
         )
-    if before != now:
-        raise UserError(
-            f"{directory}: this run was measured by {', '.join(before)}, and the model is now by "
-            f"{', '.join(now)} (the main metric first): rounds could not be compared. Bring "
-            "model.metrics and the tasks' metrics back as they were, or remove that folder to "
-            "start from round 0."
-        )
+
+
+def changes(meta: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What a run is of that is no longer as a checkpoint has noted it: then and now, by name.
+
+    Args:
+      meta: what was saved with the checkpoint; what older versions left out counts as it is now.
+      identity: of the run, from `federation.identity`, whose config `differences` compares.
+    """
+    return {
+        name: (meta[name], now)
+        for name, now in identity.items()
+        if name != "config" and meta.get(name, now) != now
+    }
+
+
+def changed_tasks(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names, in quotes, of the tasks whose data's fingerprints differ."""
+    return [repr(name) for name in {**now, **before} if before.get(name) != now.get(name)]
 
 
 def check_origin(directory: Path, meta: dict[str, Any], config: Config) -> None:
@@ -386,48 +415,6 @@ def check_origin(directory: Path, meta: dict[str, Any], config: Config) -> None:
             f"{directory} holds checkpoints of another config:\n  "
             + "\n  ".join(lines)
             + "\nBring this run's own back, or remove that folder to start from round 0."
-        )
-
-
-def _check_data(directory: Path, meta: dict[str, Any], fingerprints: dict[str, Any]) -> None:
-    """Refuses checkpoints of a run whose data was another.
-
-    Args:
-      directory: where they are.
-      meta: what was saved with the checkpoint; older versions put no fingerprints there.
-      fingerprints: of the tasks' data as it is now, by name.
-
-    Raises:
-      UserError: with the tasks whose data differs.
-    """
-    before = meta.get("data", fingerprints)
-    names = [*fingerprints, *(name for name in before if name not in fingerprints)]
-    changed = [repr(name) for name in names if before.get(name) != fingerprints.get(name)]
-    if changed:
-        raise UserError(
-            f"{directory}: the data of this run has changed since it began, or this version of "
-            f"matu_jax divides it otherwise: task {', '.join(changed)}. Bring it back as it was, "
-            "go on with the version that began the run, or remove that folder to start from round "
-            "0 with the data of now."
-        )
-
-
-def _check_base(directory: Path, meta: dict[str, Any], fingerprint: str | None) -> None:
-    """Refuses checkpoints of a run that fine-tuned another base, to which task vectors are added.
-
-    Args:
-      directory: where they are.
-      meta: what was saved with the checkpoint; older versions put no fingerprint there.
-      fingerprint: of the base as it is now, from `models.base_fingerprint`.
-
-    Raises:
-      UserError: if it has changed.
-    """
-    if meta.get("base", fingerprint) != fingerprint:
-        raise UserError(
-            f"{directory}: config.model.checkpoint, or a model of your own, holds other tensors "
-            "than when this run began, and task vectors are differences from those. Bring them "
-            "back as they were, or remove that folder to start from round 0 with those of now."
         )
 
 
