@@ -1,6 +1,6 @@
 """Whether all that the runs of a comparison need is there, and by what they are measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from matu_jax.runs.commandline import Source
 from matu_jax.runs.plan import check_inputs
 from matu_jax.simulation import rounds
 from matu_jax.simulation.federation import algorithm_for, dealt_out, load_tasks
-from matu_jax.simulation.measures import Measure, main_measure, measure_named, measure_of
+from matu_jax.simulation.measures import Measure, main_measure, measure_named
 
 
 def check_runs(
@@ -77,11 +77,6 @@ def _tried(config: Config, built: dict[Any, tuple[Sequence[Task], Model]]) -> tu
     main = main_measure(model.metrics, federation.tasks)
     metrics = (measure_named(name, metric) for name, metric in model.metrics.items())
     return main, *(measure for measure in metrics if measure.name != main.name)
-
-
-def measures_of(summary: Mapping[str, Any]) -> tuple[Measure, ...]:
-    """What a run was measured by, the main measure first."""
-    return measure_of(summary), *(Measure(**also) for also in summary.get("also", []))
 
 
 def check_measures(found: Sequence[Measure], expected: Sequence[Measure], folder: Path) -> None:

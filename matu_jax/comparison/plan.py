@@ -13,6 +13,7 @@ from matu_jax.errors import did_you_mean
 from matu_jax.json_files import checked, plain, read_json
 from matu_jax.runs import commandline
 from matu_jax.runs.commandline import Source
+from matu_jax.runs.log import MeasureSchema
 
 Fields = Mapping[str, Any]
 """Fields of an experiment and their values, such as {"algorithm": "fedavg", "local.steps": 10}."""
@@ -333,16 +334,10 @@ class _Trial(BaseModel):
     validation: float | None
 
 
-class _Measured(BaseModel):
-    name: str
-    higher_is_better: bool
-    percent: bool
-
-
 class _TunedArm(BaseModel):
     chosen: dict[str, Any]
     validation: float | None = None
-    measure: _Measured | None = None  # older versions lack it, and the next
+    measure: MeasureSchema | None = None  # older versions lack it, and the next
     fields: dict[str, Any] | None = None
     trials: list[_Trial] = []
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from matu_jax.comparison import plan, report
 from matu_jax.comparison.arms import number
 from matu_jax.comparison.collect import collect
-from matu_jax.comparison.inputs import check_measures, check_runs, measures_of
+from matu_jax.comparison.inputs import check_measures, check_runs
 from matu_jax.comparison.tuning import Tried, search
 from matu_jax.comparison.whole import check_configs, is_finished, with_finished
 from matu_jax.config import Config
@@ -29,7 +29,7 @@ from matu_jax.runs.provenance import machine, versions
 from matu_jax.runs.training import train
 from matu_jax.runs.workdir import disk_errors, keep_experiment, opened
 from matu_jax.simulation.attendance import StoppedError
-from matu_jax.simulation.measures import Measure, measure_of
+from matu_jax.simulation.measures import Measure, measure_of, measures_of
 
 
 class Runner:

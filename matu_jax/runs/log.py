@@ -69,7 +69,9 @@ class _Measured(BaseModel, Generic[_N]):
     test_per_slot: list[_N | None]
 
 
-class _Measure(BaseModel):
+class MeasureSchema(BaseModel):
+    """A `Measure` as JSON has kept it."""
+
     name: str
     higher_is_better: bool
     percent: bool
@@ -78,7 +80,7 @@ class _Measure(BaseModel):
 class _Named(BaseModel):
     """What says which of its fields holds what was measured; older versions lack it."""
 
-    measure: _Measure | None = None
+    measure: MeasureSchema | None = None
 
 
 class _Record(BaseModel):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from matu_jax.simulation.measures import Measure, measure_of
+from matu_jax.simulation.measures import measure_of, measures_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +31,7 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
         f"{human_bits(communication['downlink_bits_per_client_round'])} down\n"
         f"{seconds:.0f} seconds in all\n{share} the algorithm's own",
     )
-    measures = [measure_of(summary), *(Measure(**also) for also in summary.get("also", []))]
+    measures = measures_of(summary)
     table.add_column("task")
     for measure in measures:
         table.add_column(_text(f"test {measure.name}"), justify="right")

@@ -107,3 +107,8 @@ def measure_of(found: Mapping[str, Any]) -> Measure:
     """
     said = found.get("measure")
     return Measure(**said) if said else ACCURACY
+
+
+def measures_of(summary: Mapping[str, Any]) -> tuple[Measure, ...]:
+    """What a run was measured by, as its summary says, the main measure first."""
+    return measure_of(summary), *(Measure(**also) for also in summary.get("also", []))
