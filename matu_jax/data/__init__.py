@@ -32,6 +32,7 @@ __all__ = [
     "Split",
     "Task",
     "Transform",
+    "check_alike",
     "check_tasks",
     "example_bytes",
     "example_shapes",
@@ -257,6 +258,15 @@ def check_tasks(tasks: Sequence[Task], where: str = "tasks: found") -> None:
         raise ValueError(
             f"{where} the tasks {names}; expected at least one, each of a name of its own."
         )
+    check_alike(tasks)
+
+
+def check_alike(tasks: Sequence[Task]) -> None:
+    """Checks that examples of all tasks are of one form.
+
+    Raises:
+        ValueError: If trees, shapes or dtypes differ, with the task and the arrays.
+    """
     for task in tasks:
         where = f"an example of task {task.name!r} against one of {tasks[0].name!r}"
         _check_examples(task.train, tasks[0].train, where)

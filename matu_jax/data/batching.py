@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, Int64, Shaped
 
-from matu_jax.data import Task, check_tasks, example_shapes, num_examples
+from matu_jax.data import Task, check_alike, example_shapes, num_examples
 from matu_jax.trees import PyTree
 
 __all__ = ["gather", "round_indices"]
@@ -89,7 +89,7 @@ def gather(
     Raises:
         ValueError: If tasks differ in what an example is, or an index is out of range.
     """
-    check_tasks(tasks)
+    check_alike(tasks)
     if len(task_of_slot) != len(indices):
         raise ValueError(
             f"task_of_slot has {len(task_of_slot)} slots, indices have {len(indices)}; both must "
