@@ -15,6 +15,11 @@ from PIL import Image
 from matu_jax.data import SPLITS, ImageTask, Transform, manifest, num_examples, rows, sites, table
 
 SMALL = Transform(8)
+GROUPED = st.lists(  # of group, task and site
+    st.tuples(st.integers(0, 12), st.sampled_from("AB"), st.sampled_from("xy")),
+    min_size=30,
+    max_size=80,
+)
 
 
 def tasks_of(found, **changes):
@@ -233,11 +238,7 @@ def test_splits_far_from_what_was_asked_for_are_told(largest, warned, tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(
-        st.tuples(st.integers(0, 12), st.sampled_from("AB"), st.sampled_from("xy")),
-        min_size=30,
-        max_size=80,
-    ),
+    GROUPED,
     st.integers(0, 99),
 )
 def test_groups_never_straddle_splits(drawn, seed):
@@ -303,11 +304,7 @@ def test_shares_are_kept_task_by_task_and_site_by_site():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(
-        st.tuples(st.integers(0, 12), st.sampled_from("AB"), st.sampled_from("xy")),
-        min_size=30,
-        max_size=80,
-    ),
+    GROUPED,
     st.randoms(use_true_random=False),
 )
 def test_the_order_of_rows_is_of_no_account(drawn, random):

@@ -65,18 +65,18 @@ def test_perplexity_is_of_tokens_and_lower_is_better():
     assert not metric.higher_is_better
 
 
-@pytest.mark.parametrize(
-    "metric",
-    [
-        metrics.accuracy(pair),
-        metrics.auc(pair),
-        metrics.balanced_accuracy(pair, 3),
-        metrics.mean_iou(pair, 3),
-        metrics.mean_squared_error(pair),
-        metrics.perplexity(pair),
-        metrics.r2(pair),
-    ],
-)
+ALL = [
+    metrics.accuracy(pair),
+    metrics.auc(pair),
+    metrics.balanced_accuracy(pair, 3),
+    metrics.mean_iou(pair, 3),
+    metrics.mean_squared_error(pair),
+    metrics.perplexity(pair),
+    metrics.r2(pair),
+]
+
+
+@pytest.mark.parametrize("metric", ALL)
 def test_what_was_not_measured_is_not_a_number(metric):
     sums = metric.sums(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
     assert np.isnan(metric.value(jax.tree.map(lambda x: np.zeros(x.shape[1:]), sums)))
@@ -95,17 +95,7 @@ def test_targets_that_vary_a_little_have_an_r2():
     assert measured(metrics.r2(pair), found, expected) == pytest.approx(theirs, rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    "metric",
-    [
-        metrics.accuracy(pair),
-        metrics.balanced_accuracy(pair, 3),
-        metrics.mean_iou(pair, 3),
-        metrics.mean_squared_error(pair),
-        metrics.r2(pair),
-        metrics.auc(pair),
-    ],
-)
+@pytest.mark.parametrize("metric", ALL)
 @pytest.mark.parametrize("promotion", ["allow", "raise"])
 def test_shapes_that_broadcasting_would_hide_are_refused(metric, promotion):
     with jax.numpy_rank_promotion(promotion), pytest.raises(ValueError, match=r"\[5, 1\] and exp"):
