@@ -77,6 +77,11 @@ def as_floating(tree: PyTree, name: str) -> PyTree[Float[Array, "..."]]:
     return jax.tree.map(jnp.asarray, tree)
 
 
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of all leaves, arrays or their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def check_stacked(tree: PyTree, name: str, *, rows: int | None = None, axis: str = "slots") -> int:
     """Checks that all leaves share one leading axis, and returns its length.
 

@@ -1,7 +1,7 @@
 """The contract of a federated algorithm."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax.sharding import Mesh
@@ -32,6 +32,68 @@ class LocalRule(NamedTuple):
     linearised: bool = False
 
 
+Axis = Literal["clients", "slots", "whole"]
+"""What the first axis of an array counts: clients, slots, or neither of them."""
+
+
+class Sums(NamedTuple):
+    """A server's round as sums, to which uploads are added and of which none is kept.
+
+    Attributes:
+      start: `(state, slots) -> sums`, nothing added yet. Slots weigh what is expected of them: 0
+        where nothing will be sent.
+      add: `(sums, uploads, group) -> sums`; uploads are what `upload` makes of a group, some
+        clients with all of their slots that train: `Slots` that number these clients anew. Their
+        weights are 0 where training failed.
+      end: `(state, sums, slots) -> (state, metrics)`, as `aggregate`, whose results it reaches but
+        for rounding, whatever the groups were. Slots weigh what was sent.
+    """
+
+    start: Callable[[Any, Slots], Any]
+    add: Callable[[Any, Any, Slots], Any]
+    end: Callable[[Any, Any, Slots], tuple[Any, dict[str, jax.Array]]]
+
+
+class Groups(NamedTuple):
+    """How a round may go from one group of clients to the next, without all of them at once.
+
+    `download` then gets the rows of the state that are some slots', and these slots, whose clients
+    are numbered anew; `upload` gets the vectors of some clients, with all of their slots. What they
+    return must be the same, row by row, as for all slots at once.
+
+    Attributes:
+      state: what the first axis of each array of the state counts; a prefix of its tree.
+      uploads: the same of uploads, which are kept once, as they are sent; "clients" or "slots".
+      sums: for a server that needs no upload twice; None where `aggregate` is given all of them.
+    """
+
+    state: PyTree
+    uploads: PyTree
+    sums: Sums | None = None
+
+
+def by_axis(axes: PyTree, tree: PyTree, **functions: Callable[[Any], Any]) -> PyTree:
+    """Applies to each array of a tree the function that is named like its first axis.
+
+    Args:
+      axes: a prefix of the tree; its leaves are of `Axis`.
+      tree: the arrays.
+      functions: `array -> result` by axis; arrays of other axes stay as they are.
+
+    Raises:
+      ValueError: for an axis of another name.
+    """
+
+    def apply(axis: str, part: PyTree) -> PyTree:
+        if axis not in get_args(Axis):
+            raise ValueError(
+                f"algorithm.groups: found {axis!r}, expected one of {', '.join(get_args(Axis))}."
+            )
+        return jax.tree.map(functions.get(axis, lambda x: x), part)
+
+    return jax.tree.map(apply, axes, tree)
+
+
 class _Parts(NamedTuple):
     """The fields of an `Algorithm`, where they are described."""
 
@@ -45,6 +107,7 @@ class _Parts(NamedTuple):
     evaluated: Callable[[Any, Slots], PyTree] | None = None
     sends_change: bool = False
     sharded_over: Callable[[Mesh], "Algorithm"] | None = None
+    groups: Groups | None = None
 
 
 class Algorithm(_Parts):
@@ -72,13 +135,19 @@ class Algorithm(_Parts):
         folding, sharded over the devices of a mesh, whose base, vectors and state have flat
         leaves (`[n]`, `[rows, n]`); None where it runs on one device, or needs the leaves' shapes.
         `_replace` leaves it out unless it is given anew: what it makes knows nothing of the change.
+      groups: how a round goes from one group of clients to the next; None where `download`,
+        `upload` and `aggregate` are given all slots at once. `_replace` leaves it out with what it
+        is about, unless it is given anew.
     """
 
     __slots__ = ()
 
     def _replace(self, **fields: Any) -> "Algorithm":
         """The algorithm with other fields; every one of them runs, on however many devices."""
-        return super()._replace(**({"sharded_over": None} | fields))
+        left_out: dict[str, Any] = {"sharded_over": None}
+        if fields.keys() & {"init", "download", "upload", "aggregate", "sends_change"}:
+            left_out["groups"] = None
+        return super()._replace(**(left_out | fields))
 
     __replace__ = _replace  # of `copy.replace`, from Python 3.13 on
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from matu_jax.aggregation import modulate, unify
-from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.contract import Algorithm, Groups
 from matu_jax.algorithms.means import keep_where_absent, weighted_mean, zeros
 from matu_jax.messages.traffic import Message, Traffic
 
@@ -56,5 +56,6 @@ def emr_one_shot() -> Algorithm:
         aggregate=aggregate,
         traffic=Traffic(sent, one_shot=True, kept=lambda state: ()),
         heads=None,
+        groups=Groups("slots", "slots"),
         evaluated=evaluated,
     )

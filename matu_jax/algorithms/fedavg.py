@@ -7,9 +7,14 @@ the server's mean over clients is weighted by examples too: v = sum_s w_s tau_s 
 import jax
 import jax.numpy as jnp
 
-from matu_jax.aggregation.choices import DefenceConfig
-from matu_jax.algorithms.contract import Algorithm
-from matu_jax.algorithms.means import mean_of_clients, mean_over_clients, zeros
+from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
+from matu_jax.algorithms.contract import Algorithm, Groups
+from matu_jax.algorithms.means import (
+    mean_of_clients,
+    mean_over_clients,
+    sums_over_clients,
+    zeros,
+)
 from matu_jax.messages.traffic import Message, Traffic
 
 
@@ -30,4 +35,5 @@ def fedavg(defence: DefenceConfig) -> Algorithm:
         ),
         traffic=Traffic(lambda state, uploads: (Message(uploads), Message(uploads))),
         heads=defence,
+        groups=Groups("whole", "clients", None if defence != NO_DEFENCE else sums_over_clients()),
     )

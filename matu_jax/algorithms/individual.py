@@ -1,6 +1,6 @@
 """Every slot trains alone and nothing is sent: the reference that federation must beat."""
 
-from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.contract import Algorithm, Groups
 from matu_jax.algorithms.means import keep_where_absent, zeros
 from matu_jax.messages.traffic import Message, Traffic
 
@@ -17,4 +17,5 @@ def individual() -> Algorithm:
         ),
         traffic=Traffic(lambda state, uploads: (Message(), Message()), kept=lambda state: ()),
         heads=None,
+        groups=Groups("slots", "slots"),
     )

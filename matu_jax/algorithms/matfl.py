@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float32
 
 from matu_jax.aggregation.directions import gram
 from matu_jax.aggregation.storage import clip_to
-from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.contract import Algorithm, Groups
 from matu_jax.algorithms.means import headroom, keep_where_absent, zeros
 from matu_jax.fields import field
 from matu_jax.messages.traffic import Message, Traffic
@@ -118,4 +118,5 @@ def matfl(choices: MatFLConfig) -> Algorithm:
             kept_per_client=True,
         ),
         heads=None,
+        groups=Groups("slots", "slots"),
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from matu_jax.aggregation import (
     unify,
 )
 from matu_jax.aggregation.choices import AggregationRules, DefenceConfig
-from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.contract import Algorithm, Groups
 from matu_jax.algorithms.means import zeros
 from matu_jax.messages.layout import overhead_bytes
 from matu_jax.messages.quantisation import restored, rounded
@@ -67,6 +67,9 @@ class MatuState(NamedTuple):
 
     downloads: Unified | PyTree | None
     server: Unified | ServerState
+
+
+_AXES: tuple[Any, Any, Any] = "clients", "slots", "whole"  # where a tree has arrays otherwise
 
 
 def matu(choices: MatuConfig, defence: DefenceConfig, mesh: Mesh | None = None) -> Algorithm:
@@ -133,6 +136,10 @@ def matu(choices: MatuConfig, defence: DefenceConfig, mesh: Mesh | None = None) 
         per_slot = jax.tree.map(lambda x: x[rows], state.server.task_vectors)
         return folded(uploads), Message(per_slot=rounded(per_slot, precision))
 
+    clients, slots_, whole = _AXES
+    by_client = Unified(clients, slots_, slots_)
+    handed = by_client if folds_down else None if precision == "float32" else whole
+
     def frame_bytes(k):
         return overhead_bytes(k), overhead_bytes(k) if folds_down else k * overhead_bytes(1)
 
@@ -148,4 +155,5 @@ def matu(choices: MatuConfig, defence: DefenceConfig, mesh: Mesh | None = None) 
         sends_change=changes,
         heads=defence,
         sharded_over=functools.partial(matu, choices, defence),
+        groups=Groups(MatuState(handed, whole), by_client),
     )

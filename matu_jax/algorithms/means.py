@@ -1,6 +1,7 @@
 """Means over rows of task vectors, weighted and defended."""
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from matu_jax.aggregation.robust import (
     within_trim,
 )
 from matu_jax.aggregation.storage import clip_to
+from matu_jax.algorithms.contract import Sums
 from matu_jax.trees import PyTree
 
 
@@ -39,17 +41,114 @@ def weighted_mean(
       total weight `[groups]`.
     """
     total = jax.ops.segment_sum(weight, group, num_groups)
+
+    def zero(leaf):
+        return jnp.zeros((num_groups, *leaf.shape[1:]), jnp.float32)
+
+    shares = _with_rows(jax.tree.map(zero, vectors), vectors, weight, group, total)
+    return jax.tree.map(lambda x, leaf: clip_to(x, leaf.dtype), shares, vectors), total
+
+
+def _with_rows(
+    shares: PyTree, vectors: PyTree, weight: ArrayLike, group: ArrayLike, total: jax.Array
+) -> PyTree:
+    """Adds to sums `[groups, ...]` each row's part of its group's total weight, row after row."""
+    weight, group = jnp.asarray(weight), jnp.asarray(group)
     share = weight / jnp.where(total > 0, total, 1.0)[group]
 
-    def mean(leaf):
+    def of_leaf(before, leaf):
         def add(carry, row):
             x, part, where = row
             return carry.at[where].add(jnp.where(part > 0, part * x.astype(jnp.float32), 0.0)), None
 
-        zero = jnp.zeros((num_groups, *leaf.shape[1:]), jnp.float32)
-        return clip_to(jax.lax.scan(add, zero, (leaf, share, group))[0], leaf.dtype)
+        return jax.lax.scan(add, before, (leaf, share, group))[0]
 
-    return jax.tree.map(mean, vectors), total
+    return jax.tree.map(of_leaf, shares, vectors)
+
+
+class RunningMean(NamedTuple):
+    """A weighted mean of rows per group, of rows that come one after the other.
+
+    Attributes:
+      shares: sum of the rows, each times its part of the total weight: float32 `[groups, ...]`.
+      total: the weight that is expected, float32 `[groups]`.
+    """
+
+    shares: PyTree[Float32[Array, "groups ..."]]
+    total: Float32[Array, "groups"]
+
+    @staticmethod
+    def started(
+        before: PyTree[Float[Array, "groups ..."]],
+        weight: Float[Array | np.ndarray, "rows"],
+        group: Int[Array | np.ndarray, "rows"],
+    ) -> "RunningMean":
+        """Without rows yet, of groups that have `before`; weights of all rows that are expected."""
+        shares = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), before)
+        return RunningMean(shares, _totals(before, weight, group))
+
+    def added(
+        self,
+        vectors: PyTree[Float[Array, "rows ..."]],
+        weight: Float[Array | np.ndarray, "rows"],
+        group: Int[Array | np.ndarray, "rows"],
+    ) -> "RunningMean":
+        """With some rows more, leaves `[rows, ...]`; those of weight 0 do not count."""
+        return self._replace(shares=_with_rows(self.shares, vectors, weight, group, self.total))
+
+    def ended(
+        self,
+        before: PyTree[Float[Array, "groups ..."]],
+        weight: Float[Array | np.ndarray, "rows"],
+        group: Int[Array | np.ndarray, "rows"],
+    ) -> PyTree[Float[Array, "groups ..."]]:
+        """What `defended_mean` makes of all rows that have come, without defences.
+
+        The same, bit for bit, where everything has come that was expected; else it is scaled up at
+        last, and so rounded once more.
+        """
+        came = _totals(before, weight, group)
+        factor = jnp.where(came > 0, self.total / jnp.where(came > 0, came, 1.0), 1.0)
+
+        def mean(x, b):
+            return clip_to(per_row(factor, x) * x, b.dtype)
+
+        return keep_where_absent(jax.tree.map(mean, self.shares, before), before, came > 0)
+
+
+def _totals(before: PyTree, weight: Any, group: Any) -> jax.Array:
+    num_groups = jax.tree.leaves(before)[0].shape[0]
+    return jax.ops.segment_sum(jnp.asarray(weight), jnp.asarray(group), num_groups)
+
+
+def sums_over_clients() -> Sums:
+    """The sums of `mean_over_clients` without defences, of uploads `[clients, ...]`."""
+
+    def rows(slots):
+        weight = jax.ops.segment_sum(slots.weight, slots.client, slots.num_clients)
+        return weight, jnp.zeros(slots.num_clients, jnp.int32)
+
+    def one(state):
+        return jax.tree.map(lambda leaf: leaf[None], state)
+
+    def end(state, sums, slots):
+        mean = sums.ended(one(state), *rows(slots))
+        return jax.tree.map(lambda leaf: leaf[0], mean), {}
+
+    return Sums(
+        start=lambda state, slots: RunningMean.started(one(state), *rows(slots)),
+        add=lambda sums, uploads, group: sums.added(uploads, *rows(group)),
+        end=end,
+    )
+
+
+def sums_by_task() -> Sums:
+    """The sums of means over the holders of each task, of uploads `[slots, ...]`; undefended."""
+    return Sums(
+        start=lambda state, slots: RunningMean.started(state, slots.weight, slots.task),
+        add=lambda sums, uploads, group: sums.added(uploads, group.weight, group.task),
+        end=lambda state, sums, slots: (sums.ended(state, slots.weight, slots.task), {}),
+    )
 
 
 def defended_mean(

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from matu_jax.aggregation.choices import DefenceConfig
-from matu_jax.algorithms.contract import Algorithm
+from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
+from matu_jax.algorithms.contract import Algorithm, Groups, Sums
 from matu_jax.algorithms.means import (
     defended_mean,
     keep_where_absent,
     mean_of_clients,
     mean_over_clients,
+    sums_by_task,
     zeros,
 )
 from matu_jax.messages.traffic import Message, Traffic
@@ -111,6 +112,7 @@ def partly_shared(cut: Cut, defence: DefenceConfig) -> Algorithm:
             kept=lambda state: state[0],
         ),
         heads=None,
+        groups=Groups(("whole", "slots"), ("clients", "slots")),
     )
 
 
@@ -171,6 +173,13 @@ def with_heads(inner: Algorithm) -> Algorithm:
             factor = local.head_trains(progress)
         return {"shared": shared, "head": jax.tree.map(lambda _: factor, vector["head"])}
 
+    def groups(of_inner: Groups) -> Groups:
+        sums = None
+        if of_inner.sums and defence == NO_DEFENCE and not inner.sends_change:
+            sums = _both(of_inner.sums, sums_by_task())
+        heads = "whole" if by_task else "slots"
+        return Groups((of_inner.state, heads), (of_inner.uploads, "slots"), sums)
+
     shard = inner.sharded_over
     return inner._replace(
         sharded_over=(lambda mesh: with_heads(shard(mesh))) if shard else None,
@@ -183,4 +192,22 @@ def with_heads(inner: Algorithm) -> Algorithm:
         local=inner.local._replace(
             trains=trains if inner.local.trains or inner.local.head_trains else None
         ),
+        groups=groups(inner.groups) if inner.groups else None,
+    )
+
+
+def _both(first: Sums, second: Sums) -> Sums:
+    """The sums of pairs; metrics are those of the first."""
+
+    def end(state, sums, slots):
+        new, metrics = first.end(state[0], sums[0], slots)
+        return (new, second.end(state[1], sums[1], slots)[0]), metrics
+
+    return Sums(
+        start=lambda state, slots: (first.start(state[0], slots), second.start(state[1], slots)),
+        add=lambda sums, uploads, group: (
+            first.add(sums[0], uploads[0], group),
+            second.add(sums[1], uploads[1], group),
+        ),
+        end=end,
     )

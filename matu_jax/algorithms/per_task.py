@@ -6,9 +6,9 @@ receives k full task vectors.
 
 import jax
 
-from matu_jax.aggregation.choices import DefenceConfig
-from matu_jax.algorithms.contract import Algorithm
-from matu_jax.algorithms.means import defended_mean, zeros
+from matu_jax.aggregation.choices import NO_DEFENCE, DefenceConfig
+from matu_jax.algorithms.contract import Algorithm, Groups
+from matu_jax.algorithms.means import defended_mean, sums_by_task, zeros
 from matu_jax.messages.traffic import Message, Traffic
 
 
@@ -31,4 +31,5 @@ def per_task(defence: DefenceConfig) -> Algorithm:
             lambda state, uploads: (Message(per_slot=uploads), Message(per_slot=uploads)),
         ),
         heads=defence,
+        groups=Groups("whole", "slots", None if defence != NO_DEFENCE else sums_by_task()),
     )

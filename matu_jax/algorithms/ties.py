@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from matu_jax.aggregation.choices import NO_DEFENCE
 from matu_jax.aggregation.storage import clip_to
-from matu_jax.algorithms.contract import Algorithm
+from matu_jax.algorithms.contract import Algorithm, Groups
 from matu_jax.algorithms.fedavg import fedavg
 from matu_jax.algorithms.means import headroom
 from matu_jax.fields import field
@@ -74,4 +74,5 @@ def ties(choices: TiesConfig) -> Algorithm:
         upload=lambda vectors, slots: vectors,
         aggregate=aggregate,
         traffic=Traffic(lambda state, uploads: (Message(per_slot=uploads), Message(uploads))),
+        groups=Groups("whole", "slots"),
     )

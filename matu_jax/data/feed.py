@@ -7,10 +7,15 @@ feed starts anywhere, and a run that goes on needs nothing but the number of its
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-__all__ = ["BUDGET_BYTES", "Grid", "grid", "prefetched"]
+__all__ = ["BUDGET_BYTES", "VECTORS_BYTES", "Grid", "grid", "prefetched"]
 
 BUDGET_BYTES = 256 * 2**20
 """Images that are sent to the devices at once, at most, unless one step of all needs more."""
+
+VECTORS_BYTES = 32 * 2**20
+"""What slots that are trained one group after the other hold of their own at once, at most, unless
+as many as train at once need more. Small, so that a CPU's memory allocator, which gives large
+pieces back to the system, finds it again in the next group."""
 
 
 class Grid(NamedTuple):
@@ -36,7 +41,10 @@ def grid(
     *,
     multiple: int,
     at_once: int,
+    least: int = 1,
+    slot_bytes: int = 0,
     budget_bytes: int = BUDGET_BYTES,
+    vectors_bytes: int = VECTORS_BYTES,
 ) -> Grid:
     """Cuts a round into pieces of at most `budget_bytes`, all of one shape.
 
@@ -45,17 +53,22 @@ def grid(
         steps: Steps of each.
         step_bytes: Bytes of one slot's batch.
         multiple: Devices; a group has a multiple of them.
-        at_once: Slots that are trained at once, a multiple of `multiple`; the size of a group if
-            the round is cut.
-        budget_bytes: Size of a piece; one step of a group may be larger.
+        at_once: Slots that are trained at once, a multiple of `multiple`; a group has a multiple of
+            them if the round is cut.
+        least: Slots that a group has at least.
+        slot_bytes: Bytes of what a slot holds of its own while its group trains: vectors and
+            optimiser state.
+        budget_bytes: Size of a piece; one step of the smallest group may be larger.
+        vectors_bytes: Size of what a group's slots hold; that of the smallest group may be larger.
 
     Returns:
-        The whole round as one piece if it fits, else groups of `at_once` slots.
+        The whole round as one piece if it fits, else groups of as many slots as fit.
     """
     whole = -(-slots // multiple) * multiple
-    if whole * steps * step_bytes <= budget_bytes:
+    fitting = min(budget_bytes // (steps * step_bytes), vectors_bytes // max(slot_bytes, 1))
+    if whole <= fitting:
         return Grid(1, whole, 1, steps)
-    size = min(at_once, whole)
+    size = min(max(fitting // at_once, -(-least // at_once), 1) * at_once, whole)
     fits = max(1, budget_bytes // (size * step_bytes))
     chunk = max(n for n in range(1, min(fits, steps) + 1) if steps % n == 0)
     return Grid(-(-slots // size), size, steps // chunk, chunk)

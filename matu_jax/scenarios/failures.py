@@ -122,6 +122,8 @@ def absent_clients(
     """
     absent: dict[int, str] = {}
     traced = trace.get(round_index + 1, {})
+    if not (traced or config.dropout or config.deadline):
+        return absent
     for client in np.flatnonzero(chosen).tolist():
         rng = np.random.default_rng((seed, round_index, client, 0xFA11))
         gone, slow = rng.random(), float(np.exp(config.slowness * rng.standard_normal()))

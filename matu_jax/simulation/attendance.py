@@ -20,9 +20,9 @@ class Attendance:
     """The slots of one round, from those that train to those that count.
 
     Its methods follow the round, and each leaves fewer: clients are `chosen`; the slots in `rows`
-    train, of which `takes_part` are of chosen clients; those that are `present` send what they have
-    trained; those that are `counted` are aggregated. A slot that falls out is `dropped`, for the
-    last reason that is found.
+    train, of which `takes_part` are of chosen clients; those that are `expected` are not of clients
+    that vanish; those that are `present` send what they have trained; those that are `counted` are
+    aggregated. A slot that falls out is `dropped`, for the last reason that is found.
 
     Args:
       config: participation and failures.
@@ -33,6 +33,8 @@ class Attendance:
       chosen: bool `[clients]`, who takes part.
       rows: int64 `[trained]`, the slots that are trained.
       takes_part: bool `[trained]`, those of them whose client takes part.
+      expected: the slots that will send something, unless their training fails; the others have
+        weight 0.
     """
 
     def __init__(self, config: SimulationConfig, federation: Federation, index: int):
@@ -42,6 +44,11 @@ class Attendance:
         self.chosen: np.ndarray = participants(config, slots, index)
         self.rows: np.ndarray = trained_slots(config, slots, self.chosen)
         self.takes_part: np.ndarray = self.chosen[slots.client[self.rows]]
+        self._absent = failures.absent_clients(
+            config.failures, federation.trace, self.chosen, seed=config.seed, round_index=index
+        )
+        self._gone: np.ndarray = np.isin(slots.client, list(self._absent))
+        self.expected: Slots = self._of_trained(self.takes_part)
 
     def after_training(self, finite: Bool[np.ndarray, "trained"]) -> Slots:
         """The slots whose clients send what they have trained; the others have weight 0.
@@ -52,22 +59,13 @@ class Attendance:
         Raises:
           StoppedError: if training fails in too many slots.
         """
-        config, slots, rows = self._config, self._federation.slots, self.rows
+        slots, rows = self._federation.slots, self.rows
         failed = rows[self.takes_part & ~finite]
         self._check_failed(failed)
-        absent = failures.absent_clients(
-            config.failures,
-            self._federation.trace,
-            self.chosen,
-            seed=config.seed,
-            round_index=self._index,
-        )
-        gone = np.isin(slots.client, list(absent))
-        away = rows[self.takes_part & gone[rows]]
-        self._reasons |= {row: absent[slots.client[row]] for row in away}
+        away = rows[self.takes_part & self._gone[rows]]
+        self._reasons |= {row: self._absent[slots.client[row]] for row in away}
         self._note(failed, "training loss or a parameter is not a finite number")
-        there = np.isin(range(len(gone)), rows[self.takes_part & finite])
-        return weighted(slots, there & ~gone)
+        return self._of_trained(self.takes_part & finite)
 
     def after_upload(self, present: Slots, taken: Float[np.ndarray, "slots"]) -> Slots:
         """The slots whose uploads the server is given: finite, and as many of a task as the quorum.
@@ -110,6 +108,12 @@ class Attendance:
             }
             for row in sorted(self._reasons)
         ]
+
+    def _of_trained(self, those: np.ndarray) -> Slots:
+        """The slots with weight 0 for all but those of the trained ones that have not vanished."""
+        there = np.zeros(len(self._gone), bool)
+        there[self.rows[those]] = True
+        return weighted(self._federation.slots, there & ~self._gone)
 
     def _note(self, rows: np.ndarray, reason: str) -> None:
         self._reasons |= dict.fromkeys(rows, reason)

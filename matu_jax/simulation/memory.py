@@ -20,7 +20,7 @@ from matu_jax.simulation.federation import Federation
 from matu_jax.simulation.hosts import highest
 from matu_jax.simulation.participation import participants, trained_slots
 from matu_jax.simulation.placement import on_cpu, own_devices, rows_by_process, slots_at_once
-from matu_jax.simulation.programs import shards_server
+from matu_jax.simulation.programs import intake_shapes, shards_server
 
 AnyConfig = TypeVar("AnyConfig", bound=SimulationConfig)
 
@@ -58,8 +58,7 @@ def predicted_bytes(
             activations += size(leaf)
     if config.model.architecture not in MODELS:  # whose remat is their own affair
         activations += recomputed_bytes(config.model, local.batch_examples)
-    cut = round_grid(config, federation, mesh)
-    trained = cut.groups * cut.slots
+    cut = round_grid(config, federation, mesh, model)
     per_device = slots_at_once(mesh, cut.slots // mesh.size, local.parallel_slots)
     state = jax.eval_shape(lambda: algorithm.init(model.base, slots))
     vector = size(model.base)
@@ -68,11 +67,12 @@ def predicted_bytes(
     # One server per process, which all results reach by all its devices; or one over all devices.
     servers = 1 if shards_server(model, algorithm, mesh) else len(rows_by_process(mesh, mesh.size))
     copies = mesh.size if servers > 1 else 1
+    kept = size(intake_shapes(config, algorithm, model.base, slots))
     return {
         "parameters": (size(model.frozen) + vector) * mesh.size,
         "activations": per_device * mesh.size * activations,
         "optimiser": 4 * cut.slots * vector,
-        "task vectors": ((1 + copies) * trained + 2 * servers * slots.client.shape[0]) * vector,
+        "task vectors": (1 + copies) * cut.slots * vector + 2 * servers * kept,
         "server state": 2 * servers * size(state),
         "batches": (1 if cut.groups * cut.chunks == 1 else 2) * cut.slots * cut.steps * examples,
         "evaluation examples": mesh.size * sum(pieces),

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from matu_jax.aggregation import Slots
 from matu_jax.algorithms import Algorithm
-from matu_jax.algorithms.contract import check_aggregated
+from matu_jax.algorithms.contract import Groups, by_axis, check_aggregated
 from matu_jax.algorithms.means import zeros
+from matu_jax.messages.traffic import Message
 from matu_jax.models import Model
 from matu_jax.scenarios import attacks, privacy
+from matu_jax.simulation.batches import Group
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.federation import Federation
 from matu_jax.simulation.hosts import agreed, gathered, is_first
@@ -36,6 +38,16 @@ SHARDED_FROM = 1 << 20
 it is too little to be worth a program for several."""
 
 
+Kept = Literal["sums", "uploads", "vectors"]
+"""What the server of a simulation keeps of a round while one group after the other is trained:
+
+- sums alone, where the algorithm offers them;
+- every client's upload, as it is sent;
+- the vector of every slot, or its change, where uploads are made of all at once: of an algorithm
+  that says nothing of groups, and where noise or a lie comes in between.
+"""
+
+
 class Programs(NamedTuple):
     """What a round computes, step by step; every one is compiled once in a run.
 
@@ -47,19 +59,25 @@ class Programs(NamedTuple):
       server: the devices of the server's arithmetic.
       start: `state | None -> state`, where a run starts: from a state in the model's shapes, or
         afresh.
-      download: `(state, slots, rows) -> vectors [rows, ...]`, where these slots start their round;
-        over all devices.
+      sent: the two `Message`s of a round, of shapes.
+      download: `(state, rows) -> vectors [rows, ...]`, where these slots start their round; over
+        all devices.
       evaluated: the same, of what is evaluated.
       begin: `vectors -> carry` of local training, see `local_training`.
       advance: some steps of it; takes the carry's buffers.
-      finish: `carry -> Trained`, with leaves as the server has them; takes the carry's buffers.
+      finish: `(carry, downloads) -> Trained`, with leaves as the server has them: vectors, or
+        changes, where the algorithm sends these; takes the carry's buffers.
+      open: `(state, slots) -> intake`, empty: what the server keeps of a round's groups, see
+        `Kept`; slots weigh what is expected of them.
+      take: `(intake, trained, slots, group) -> intake`: with what a group has trained; takes the
+        intake's buffers.
       noise: `slots -> noise` that differential privacy adds to what these slots have changed; None
         without it, or where it is drawn from a seed by `upload` itself.
-      upload: `(state, trained, slots, rows, round, noise) -> (uploads, weight)`: the clients' side,
-        simulated on the server's devices: of groups of trained vectors `[group, ...]` that together
-        are those of `rows`, what clients send; and the weight of every slot, float32 `[slots]`. It
-        is 0 for what is refused where noise or a lie has made a number that is not finite.
-      aggregate: `(state, uploads, slots) -> (state, metrics)`; takes the state's buffers.
+      upload: `(state, intake, slots, round, noise) -> (intake, weight)`, once all groups are there:
+        what clients send, where they could not do it group by group; and the weight of every slot,
+        float32 `[slots]`: 0 for what is refused where noise or a lie has made a number that is not
+        finite.
+      aggregate: `(state, intake, slots) -> (state, metrics)`; takes the state's buffers.
       saved: `state -> state` in the model's shapes, as checkpoints keep it; None at other
         processes than the first.
     """
@@ -67,13 +85,16 @@ class Programs(NamedTuple):
     algorithm: Algorithm
     server: Mesh
     start: Callable[[Any], Any]
-    download: Callable[[Any, Slots, np.ndarray], PyTree]
-    evaluated: Callable[[Any, Slots, np.ndarray], PyTree]
+    sent: tuple[Message, Message]
+    download: Callable[[Any, np.ndarray], PyTree]
+    evaluated: Callable[[Any, np.ndarray], PyTree]
     begin: Callable[[PyTree], Carry]
     advance: Callable[..., Carry]
-    finish: Callable[[Carry], Trained]
+    finish: Callable[[Carry, PyTree], Trained]
+    open: Callable[[Any, Slots], Any]
+    take: Callable[[Any, Trained, Slots, Group], Any]
     noise: Callable[[Slots], PyTree | None]
-    upload: Callable[..., tuple[Any, jax.Array]]
+    upload: Callable[..., tuple[Any, Any]]
     aggregate: Callable[[Any, Any, Slots], tuple[Any, dict[str, jax.Array]]]
     saved: Callable[[Any], Any]
 
@@ -117,29 +138,64 @@ def programs_of(
         return reshape(state) if sharded else state
 
     local = local_training(model, config.local, algorithm.local, mesh, seed=config.seed)
-    rows_of = _rows_of_shards if sharded else _rows_of_whole
-    download = rows_of(algorithm.download, model.base, mesh)
-    at_server = NamedSharding(server, WHOLE)
+    kept = what_is_kept(config, algorithm)
+    changes, intake = changes_of(base, slots), intake_shapes(config, algorithm, base, slots)
+    uploads = jax.eval_shape(algorithm.upload, changes, slots)
+    sums = algorithm.groups.sums if algorithm.groups and kept == "sums" else None
+
+    def empty(state, slots):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), intake)
+
+    download = _rows(algorithm.download, algorithm.groups, model.base, slots, mesh, sharded)
+    at_server, intake_lies = NamedSharding(server, WHOLE), server_shardings(intake, server)
+    open_with, end_with = (sums.start, sums.end) if sums else (empty, algorithm.aggregate)
     return Programs(
         algorithm=algorithm,
         server=server,
         start=start,
+        sent=jax.eval_shape(algorithm.traffic.sent, shapes, uploads),
         download=download,
-        evaluated=rows_of(algorithm.evaluated, model.base, mesh)
+        evaluated=_rows(algorithm.evaluated, None, model.base, slots, mesh, sharded)
         if algorithm.evaluated
         else download,
         begin=jax.jit(local.begin),
         advance=jax.jit(local.advance, donate_argnums=1),
-        finish=_finish(local.finish, base),
-        noise=functools.partial(_noise, config, changes_of(base, slots), server),
-        upload=jax.jit(
-            _upload(config, algorithm, federation.slots), out_shardings=(None, at_server)
-        ),
+        finish=_finish(local.finish, base, algorithm.sends_change),
+        open=jax.jit(open_with, out_shardings=intake_lies),
+        take=_take(algorithm, kept, slots, intake_lies),
+        noise=functools.partial(_noise, config, changes, server),
+        upload=jax.jit(_upload(config, algorithm, slots), out_shardings=(None, at_server))
+        if kept == "vectors"
+        else lambda state, intake, slots, *_: (intake, slots.weight),
         aggregate=jax.jit(
-            _aggregate(config, algorithm), donate_argnums=0, out_shardings=(placement, at_server)
+            _aggregate(config, end_with), donate_argnums=0, out_shardings=(placement, at_server)
         ),
         saved=saved,
     )
+
+
+def what_is_kept(config: SimulationConfig, algorithm: Algorithm) -> Kept:
+    """What the server keeps of a round's groups."""
+    lies = config.attack.kind not in ("none", "label_flip")
+    if algorithm.groups is None or lies or config.privacy.clip_norm:
+        return "vectors"
+    # A task with too few holders is left out as a whole: when all have reported.
+    return "sums" if algorithm.groups.sums and config.failures.quorum <= 1 else "uploads"
+
+
+def intake_shapes(
+    config: SimulationConfig, algorithm: Algorithm, base: PyTree, slots: Slots
+) -> PyTree:
+    """Shapes of what the server keeps of a round's groups, once it is all there."""
+    kept, changes = what_is_kept(config, algorithm), changes_of(base, slots)
+    if kept == "vectors":
+        return changes
+    if kept == "uploads":
+        return jax.eval_shape(algorithm.upload, changes, slots)
+    assert algorithm.groups
+    assert algorithm.groups.sums
+    state = jax.eval_shape(algorithm.init, base, slots)
+    return jax.eval_shape(algorithm.groups.sums.start, state, slots)
 
 
 def changes_of(base: PyTree, slots: Slots) -> PyTree:
@@ -151,53 +207,117 @@ def _reshaped(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: x.reshape(y.shape), tree, like)
 
 
-def _rows_of_whole(
-    vectors: Callable[[Any, Slots], PyTree], base: PyTree, mesh: Mesh
-) -> Callable[..., PyTree]:
-    """Makes `(state, slots, rows) -> vectors [rows, ...]`: each process computes its own rows.
+def _rows(
+    vectors: Callable[[Any, Slots], PyTree],
+    groups: Groups | None,
+    base: PyTree,
+    slots: Slots,
+    mesh: Mesh,
+    sharded: bool,
+) -> Callable[[Any, np.ndarray], PyTree]:
+    """Makes `(state, rows) -> vectors [rows, ...]` on all devices.
 
-    Leaves have the shapes of the base already, which is not looked at.
+    Where the server is not sharded, each process computes its own rows; leaves have the shapes of
+    the base already. Where it is, leaves come in parts, and become whole leaves of some rows.
+
+    Args:
+      vectors: of an algorithm.
+      groups: what of the state is whose; None computes all slots' vectors, of which rows are taken.
+      base: of the model.
+      slots: all of them.
+      mesh: the devices.
+      sharded: whether the server is.
     """
-    program = jax.jit(
-        lambda state, slots, rows: jax.tree.map(lambda x: x[rows], vectors(state, slots))
-    )
 
-    def take(state, slots, rows):
-        own = rows[own_rows(mesh, len(rows))]
-        return placed(program(state, slots, own), mesh, ROWS)
+    def of_rows(state, rows, clients, own):
+        if groups is None:
+            return jax.tree.map(lambda x: x[rows], vectors(state, slots))
+        state = by_axis(groups.state, state, slots=lambda x: x[rows], clients=lambda x: x[clients])
+        return vectors(state, own)
 
-    return take
-
-
-def _rows_of_shards(
-    vectors: Callable[[Any, Slots], PyTree], base: PyTree, mesh: Mesh
-) -> Callable[..., PyTree]:
-    """The same of a server that is sharded: from parts of leaves to whole leaves of some rows."""
     by_slot = NamedSharding(mesh, ROWS)
 
-    def take(state, slots, rows):
+    def of_shards(*given):
         def shaped(x, like):
             whole = jax.lax.with_sharding_constraint(x, by_slot)
             return whole.reshape(whole.shape[0], *like.shape)
 
-        taken = jax.tree.map(lambda x: x[rows], vectors(state, slots))
-        return jax.tree.map(shaped, taken, base)
+        return jax.tree.map(shaped, of_rows(*given), base)
 
-    return jax.jit(take, out_shardings=by_slot)
+    program = jax.jit(of_shards, out_shardings=by_slot) if sharded else jax.jit(of_rows)
+
+    def take(state, rows):
+        if not sharded:
+            rows = rows[own_rows(mesh, len(rows))]
+        number = np.arange(len(rows), dtype=np.int32)
+        own = Slots(number, slots.task[rows], slots.weight[rows], len(rows), slots.num_tasks)
+        found = program(state, rows.astype(np.int32), slots.client[rows], own)
+        return found if sharded else placed(found, mesh, ROWS)
+
+    return take
 
 
-def _finish(finish: Callable[[Carry], Trained], base: PyTree) -> Callable[[Carry], Trained]:
+def _finish(
+    finish: Callable[[Carry], Trained], base: PyTree, sends_change: bool
+) -> Callable[[Carry, PyTree], Trained]:
     """Ends local training; vectors get the shapes of the server's base."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def finished(carry):
+    def finished(carry, downloads):
         trained = finish(carry)
-        vectors = jax.tree.map(
-            lambda x, like: x.reshape(x.shape[0], *like.shape), trained.vectors, base
-        )
-        return trained._replace(vectors=vectors)
+        sent = trained.vectors
+        if sends_change:
+            sent = jax.tree.map(jnp.subtract, sent, downloads)
+        shaped = jax.tree.map(lambda x, like: x.reshape(x.shape[0], *like.shape), sent, base)
+        return trained._replace(vectors=shaped)
 
     return finished
+
+
+def _take(
+    algorithm: Algorithm, kept: Kept, slots: Slots, placement: PyTree
+) -> Callable[[Any, Trained, Slots, Group], Any]:
+    """Makes the function that adds a group to what the server keeps; see `Programs.take`."""
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=placement)
+    def taken(intake, trained, own, rows, clients):
+        if kept == "vectors":
+            return _put("slots", intake, trained.vectors, slots=rows)
+        assert algorithm.groups
+        own = dataclasses.replace(own, weight=jnp.where(trained.finite, own.weight, 0.0))
+        uploads = algorithm.upload(trained.vectors, own)
+        if kept == "sums":
+            assert algorithm.groups.sums
+            return algorithm.groups.sums.add(intake, uploads, own)
+        return _put(algorithm.groups.uploads, intake, uploads, slots=rows, clients=clients)
+
+    def take(intake, trained, expected, group):
+        weight = np.where(group.there, expected.weight[group.rows], 0).astype(np.float32)
+        own = Slots(
+            group.number, slots.task[group.rows], weight, len(group.clients), slots.num_tasks
+        )
+        # Beyond the last: what fills up is put nowhere.
+        rows = np.where(group.there, group.rows, len(slots.task)).astype(np.int32)
+        return taken(intake, trained, own, rows, group.clients)
+
+    return take
+
+
+def _put(axes: PyTree, whole: PyTree, part: PyTree, **where: jax.Array) -> PyTree:
+    """Writes arrays `[some, ...]` to the rows of arrays `[all, ...]` that `where` has by axis."""
+
+    def put(rows: jax.Array) -> Callable[[Any], jax.Array]:
+        return lambda pair: pair.whole.at[rows].set(pair.part, mode="drop")
+
+    pairs = jax.tree.map(lambda x, y: _Pair(x, y), whole, part)
+    return by_axis(axes, pairs, **{axis: put(rows) for axis, rows in where.items()})
+
+
+class _Pair:
+    """A leaf of two trees."""
+
+    def __init__(self, whole: jax.Array, part: jax.Array):
+        self.whole, self.part = whole, part
 
 
 def _noise(
@@ -233,19 +353,14 @@ def _upload(config: SimulationConfig, algorithm: Algorithm, slots: Slots) -> Cal
         weight = jnp.where(jnp.stack(finite).all(axis=0), slots.weight, 0.0)
         return changes, dataclasses.replace(slots, weight=weight)
 
-    def upload(state, trained, slots, rows, index, noise):
-        def spread(*groups):
-            whole = jnp.zeros((slots.client.shape[0], *groups[0].shape[1:]), groups[0].dtype)
-            return whole.at[rows].set(jnp.concatenate(groups)[: rows.shape[0]])
-
-        vectors = jax.tree.map(spread, *trained)
-        if algorithm.sends_change or disturbed:
+    def upload(state, vectors, slots, index, noise):
+        if disturbed and algorithm.sends_change:  # vectors are changes already
+            vectors, slots = disturb(vectors, slots, index, noise)
+        elif disturbed:
             before = algorithm.download(state, slots)
-            vectors = jax.tree.map(jnp.subtract, vectors, before)
-            if disturbed:
-                vectors, slots = disturb(vectors, slots, index, noise)
-            if not algorithm.sends_change:
-                vectors = jax.tree.map(jnp.add, before, vectors)
+            changes = jax.tree.map(jnp.subtract, vectors, before)
+            changes, slots = disturb(changes, slots, index, noise)
+            vectors = jax.tree.map(jnp.add, before, changes)
         uploads = algorithm.upload(vectors, slots)
         if config.attack.kind in attacks.OF_UPLOADS:
             uploads = attacks.lied_upload(config.attack, uploads, jnp.asarray(of_liars), slots)
@@ -254,11 +369,11 @@ def _upload(config: SimulationConfig, algorithm: Algorithm, slots: Slots) -> Cal
     return upload
 
 
-def _aggregate(config: SimulationConfig, algorithm: Algorithm) -> Callable:
-    """An algorithm's `aggregate`, checked while it is traced."""
+def _aggregate(config: SimulationConfig, ended: Callable) -> Callable:
+    """An algorithm's `aggregate`, or the end of its sums, checked while it is traced."""
 
-    def aggregate(state, uploads, slots):
-        found = algorithm.aggregate(state, uploads, slots)
+    def aggregate(state, intake, slots):
+        found = ended(state, intake, slots)
         check_aggregated(found, state, config.algorithm)
         return found
 

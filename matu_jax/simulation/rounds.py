@@ -16,7 +16,7 @@ from matu_jax.messages.traffic import Message, Traffic, frame_bits, message_bits
 from matu_jax.models import Model, linearised
 from matu_jax.scenarios import attacks, privacy
 from matu_jax.simulation.attendance import Attendance
-from matu_jax.simulation.batches import round_grid, training_batches
+from matu_jax.simulation.batches import round_grid, round_groups, training_batches
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.clock import Clock
 from matu_jax.simulation.evaluate import measuring
@@ -186,41 +186,38 @@ def _rounds(
     model = linearised(model) if algorithm.local.linearised else model
     programs = programs_of(config, algorithm, model, federation, mesh)
     parameters = placed((model.base, model.frozen), mesh, WHOLE)
-    slots, traffic = federation.slots, programs.algorithm.traffic
+    traffic = programs.algorithm.traffic
     done, saved = start or (0, None)
     state = programs.start(saved)
-    train = _training(config, programs, federation, mesh, parameters, done)
+    train = _training(config, programs, federation, mesh, model, parameters, done)
     measure = measuring(config, model, federation, mesh, parameters)
-    messages, by = None, main_measure(model.metrics, federation.tasks)
+    by = main_measure(model.metrics, federation.tasks)
     for index in range(done, config.rounds):
         clock, attendance = Clock(), Attendance(config, federation, index)
 
-        trained, loss, finite = train(state, attendance, index, clock)
+        intake, loss, finite = train(state, attendance, index, clock)
         present = attendance.after_training(finite)
 
         noise = programs.noise(present)
         if noise is not None:
             clock.lap("client_noise", noise)
-        uploads, taken = programs.upload(
-            state, trained, present, attendance.rows, np.int32(index), noise
-        )
-        clock.lap("client_unify", uploads)
-        messages = messages or jax.eval_shape(traffic.sent, state, uploads)
+        intake, taken = programs.upload(state, intake, present, np.int32(index), noise)
+        clock.lap("client_unify", intake)
 
         counted = attendance.after_upload(present, np.asarray(taken))
         metrics: dict[str, Any] = {}
         if counted.weight.any():  # else nothing changes
-            state, metrics = programs.aggregate(state, uploads, counted)
+            state, metrics = programs.aggregate(state, intake, counted)
         attendance.after_aggregation(counted, metrics)
         clock.lap("server_aggregation", (state, metrics))
         # So that no process drifts away by its rounding.
         state = on_server(agreed(state), programs.server)
         clock.lap("exchange", state)
-        del trained, uploads, noise  # evaluation has their room
+        del intake, noise  # evaluation has their room
 
         measured: dict[str, Any] = dict.fromkeys((*model.metrics, by.name))
         if (index + 1) % config.evaluation.every_rounds == 0 or index + 1 == config.rounds:
-            measured = measure(functools.partial(programs.evaluated, state, slots))
+            measured = measure(functools.partial(programs.evaluated, state))
             clock.lap("evaluation")
 
         similarity = np.asarray(metrics["similarity"]) if "similarity" in metrics else None
@@ -235,24 +232,23 @@ def _rounds(
             else relatedness_auc(similarity, related(federation.tasks)),
             "clients": np.flatnonzero(attendance.chosen).tolist(),
             "aggregated": bool(counted.weight.any()),
-            **_bits(messages, traffic, *attendance.exchanging(present, traffic.one_shot)),
+            **_bits(programs.sent, traffic, *attendance.exchanging(present, traffic.one_shot)),
             "dropped": attendance.dropped(),
             "seconds": clock.seconds,
         }
         yield RoundResult(
             index + 1,
             functools.partial(programs.saved, state),
-            functools.partial(_held, programs, state, slots, mesh),
+            functools.partial(_held, programs, state, len(federation.slots.task), mesh),
             record,
             similarity,
         )
 
 
-def _held(programs: Programs, state: Any, slots: Slots, mesh: Mesh) -> PyTree:
+def _held(programs: Programs, state: Any, slots: int, mesh: Mesh) -> PyTree:
     """What is evaluated, of all slots in their order."""
-    rows = np.arange(len(slots.task))
-    vectors = programs.evaluated(state, slots, padded_rows(rows, mesh.size))
-    return jax.tree.map(lambda x: np.asarray(x)[: len(rows)], vectors)
+    vectors = programs.evaluated(state, padded_rows(np.arange(slots), mesh.size))
+    return jax.tree.map(lambda x: np.asarray(x)[:slots], vectors)
 
 
 def _training(
@@ -260,28 +256,34 @@ def _training(
     programs: Programs,
     federation: Federation,
     mesh: Mesh,
+    model: Model,
     parameters: Any,
     done: int,
-) -> Callable[..., tuple[list[PyTree], np.ndarray, np.ndarray]]:
+) -> Callable[..., tuple[Any, np.ndarray, np.ndarray]]:
     """Makes the function that trains the slots of a round, group after group.
 
     Returns:
-      `(state, attendance, index, clock) -> (vectors, loss, finite)`: trained task vectors of each
-      group, leaves `[group, ...]`; the mean loss, float32 `[trained]`; and bool `[trained]`, False
+      `(state, attendance, index, clock) -> (intake, loss, finite)`: what the server keeps of all
+      groups, see `Programs.open`; the mean loss, float32 `[trained]`; and bool `[trained]`, False
       where training failed. To be called for every round from `done` on, in order.
     """
     slots = federation.slots
-    cut = round_grid(config, federation, mesh)
-    batches = training_batches(config, federation, cut, own_rows(mesh, cut.slots), done)
+    cut = round_grid(config, federation, mesh, model)
+    groups = round_groups(config, federation, cut)
+    own = own_rows(mesh, cut.slots)
+    batches = training_batches(config, federation, cut, groups, own, done)
 
     def train(state, attendance, index, clock):
-        results = []
-        for part in padded_rows(attendance.rows, cut.slots).reshape(cut.groups, cut.slots):
-            downloads = programs.download(state, slots, part)
+        intake = programs.open(state, attendance.expected)
+        clock.lap("server_aggregation", intake)
+        loss, finite = np.zeros(len(slots.task), np.float32), np.zeros(len(slots.task), bool)
+        for group in groups(index):
+            downloads = programs.download(state, group.rows)
             clock.lap("server_download", downloads)
             carry = programs.begin(downloads)
             position = np.stack(
-                [np.full(cut.slots, index), slots.client[part], slots.task[part]], axis=1
+                [np.full(cut.slots, index), slots.client[group.rows], slots.task[group.rows]],
+                axis=1,
             ).astype(np.int32)
             for _ in range(cut.chunks):
                 # The next piece crosses over while the one before is computed; no third one does.
@@ -289,16 +291,18 @@ def _training(
                 clock.lap("data")
                 clock.lap("local_training", carry)  # of the piece before
                 carry = programs.advance(parameters, carry, downloads, position, examples)
-            results.append(programs.finish(carry))
-            clock.lap("local_training", results[-1])
-        results = collected(results, mesh, programs.server)
-        clock.lap("exchange", results)
-        loss, finite = (
-            np.concatenate([np.asarray(getattr(result, name)) for result in results])
-            for name in ("loss", "finite")
-        )
-        trained = len(attendance.rows)
-        return [result.vectors for result in results], loss[:trained], finite[:trained]
+            trained = programs.finish(carry, downloads)
+            clock.lap("local_training", trained)
+            del carry, downloads, examples
+            trained = collected(trained, mesh, programs.server)
+            clock.lap("exchange", trained)
+            intake = programs.take(intake, trained, attendance.expected, group)
+            rows = group.rows[group.there]
+            loss[rows] = np.asarray(trained.loss)[group.there]
+            finite[rows] = np.asarray(trained.finite)[group.there]
+            del trained
+            clock.lap("client_unify", intake)
+        return intake, loss[attendance.rows], finite[attendance.rows]
 
     return train
 

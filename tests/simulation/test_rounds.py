@@ -354,7 +354,7 @@ def test_pieces_over_several_devices_equal_a_round_in_one_go(federation, model, 
     mesh = jax.make_mesh((4,), ("slots",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     for room, name in ((batches, "grid"), (evaluate, "EvaluationSet")):
         monkeypatch.setattr(room, name, functools.partial(getattr(room, name), budget_bytes=1))
-    assert round_grid(config, federation, mesh) == (2, 4, 2, 1)  # 6 slots, 2 of them twice
+    assert round_grid(config, federation, mesh, model) == (2, 4, 2, 1)  # 6 slots, 2 of them twice
     (pieces,) = run(config, federation, model, mesh=mesh)
     chex.assert_trees_all_close(pieces.state, whole.state, atol=1e-6, rtol=1e-4)
     assert pieces.record["accuracy"] == whole.record["accuracy"]
@@ -370,7 +370,7 @@ def test_a_round_fed_in_pieces_equals_a_round_in_one_go(
     monkeypatch.setattr(
         evaluate, "EvaluationSet", functools.partial(evaluate.EvaluationSet, budget_bytes=budget)
     )
-    cut = round_grid(TINY, federation, one_device())
+    cut = round_grid(TINY, federation, one_device(), model)
     assert cut.groups * cut.chunks > 1
     pieces = list(run(TINY, federation, model))
     for one, other in zip(uninterrupted, pieces, strict=True):
