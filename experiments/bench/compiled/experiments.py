@@ -1,7 +1,6 @@
 """The programs of an experiment, from its file and shapes alone: no checkpoint, no data."""
 
 import dataclasses
-import functools
 import math
 import runpy
 from collections.abc import Callable, Sequence
@@ -21,8 +20,9 @@ from matu_jax.data import ImageTask, Split, example_shapes, selection
 from matu_jax.data.feed import Grid
 from matu_jax.models import Model
 from matu_jax.models.images import transform_of
-from matu_jax.simulation.batches import round_grid
+from matu_jax.simulation.batches import round_grid, round_groups
 from matu_jax.simulation.federation import Federation, algorithm_for, dealt_out, task_names
+from matu_jax.simulation.local import Trained
 from matu_jax.simulation.memory import predicted_bytes
 from matu_jax.simulation.placement import ROWS, WHOLE, server_shardings, slot_mesh
 from matu_jax.simulation.programs import Programs, programs_of
@@ -68,7 +68,7 @@ def experiment(name: str, devices: Sequence[Any]) -> Experiment:
     federation = dealt_out(config, tasks)
     model = _shapes_of(lambda: models.build(config.model, federation.tasks, seed=config.seed))
     algorithm, mesh = algorithm_for(config, model), slot_mesh(devices)
-    cut = round_grid(config, federation, mesh)
+    cut = round_grid(config, federation, mesh, model)
     programs = programs_of(config, algorithm, model, federation, mesh)
     return Experiment(config, model, algorithm, federation, mesh, cut, programs)
 
@@ -147,7 +147,7 @@ def training(of: Experiment) -> Program:
 
 
 def parts_of_round(of: Experiment) -> dict[str, Callable[[], Program]]:
-    """All programs of a round on several devices, in their order, each for all of a round's slots.
+    """All programs of a round on several devices, in their order; all but the last are a group's.
 
     Raises:
       ValueError: where the server is not sharded, so that one device computes what is asked for.
@@ -157,7 +157,7 @@ def parts_of_round(of: Experiment) -> dict[str, Callable[[], Program]]:
     if server.size != mesh.size:
         raise ValueError(f"the server has {server.size} of {mesh.size} devices; too few parameters")
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.size,), x.dtype), of.model.base)
-    rows = np.resize(np.arange(len(slots.client), dtype=np.int32), cut.groups * cut.slots)
+    group = round_groups(of.config, of.federation, cut)(0)[0]
 
     def at_server(tree):
         return jax.tree.map(
@@ -168,19 +168,18 @@ def parts_of_round(of: Experiment) -> dict[str, Callable[[], Program]]:
 
     state = at_server(jax.eval_shape(programs.algorithm.init, base, slots))
     flat = jax.tree.map(lambda x: jax.ShapeDtypeStruct((cut.slots, x.size), x.dtype), base)
-    there = at_server(flat)
-    uploads = functools.partial(jax.eval_shape, programs.upload)
+    each = jax.ShapeDtypeStruct((cut.slots,), jnp.float32), jax.ShapeDtypeStruct((cut.slots,), bool)
+    trained = at_server(Trained(flat, *each))
+    intake = at_server(jax.eval_shape(programs.open, state, slots))
 
     def exchanged(tree):
         return jax.lax.with_sharding_constraint(tree, server_shardings(tree, server))
 
-    def upload_arguments():
-        trained = [there] * cut.groups
-        return state, trained, slots, rows[: len(slots.client)], np.int32(0), None
-
     return {
         "download": lambda: Program(
-            programs.download, (state, slots, rows[: cut.slots]), more={"a round": cut.groups}
+            lambda state: programs.download(state, group.rows),
+            (state,),
+            more={"a round": cut.groups},
         ),
         "training": lambda: training(of)._replace(
             times=1, more={"a round": cut.groups * cut.chunks}
@@ -188,10 +187,15 @@ def parts_of_round(of: Experiment) -> dict[str, Callable[[], Program]]:
         "exchange": lambda: Program(
             exchanged, (_placed(flat, mesh, ROWS),), more={"a round": cut.groups}
         ),
-        "clients' unify": lambda: Program(programs.upload, upload_arguments(), more={"a round": 1}),
+        "clients' unify": lambda: Program(
+            jax.jit(
+                lambda intake, trained: programs.take(intake, trained, slots, group),
+                donate_argnums=0,
+            ),
+            (intake, trained),
+            more={"a round": cut.groups},
+        ),
         "aggregation": lambda: Program(
-            programs.aggregate,
-            (state, at_server(uploads(*upload_arguments())[0]), slots),
-            more={"a round": 1},
+            programs.aggregate, (state, intake, slots), more={"a round": 1}
         ),
     }
