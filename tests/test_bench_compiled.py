@@ -390,7 +390,11 @@ def test_the_kernels_of_a_platform_are_its_own(module):
     ],
 )
 def test_what_crosses_between_devices(traffic, opcode, operand, result, crosses):
-    for groups, devices in (("{{0,1,2,3},{4,5,6,7}}", 8), ("[2,4]<=[8]", 8), ("{}", 4)):
+    meshed = "mesh['a'=2,'b'=2,'c'=2] {'a','c'}"
+    for groups, devices in (
+        *(("{{0,1,2,3},{4,5,6,7}}", 8), ("[2,4]<=[8]", 8)),
+        *((meshed, 8), ("{}", 4)),
+    ):
         entry = f"""
             %x = {operand} parameter(0)
             ROOT %c = {result} {opcode}(%x), replica_groups={groups}, metadata={{op_name="psum"}}

@@ -35,7 +35,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: it looks for no d
 
 TABLES = ("aggregator", "options", "training", "slices", "round")
 EXPERIMENTS = ("vitb32", "vitl14", "vitb32_tfds30", "vitb16_emr30")
-SLICES = (("v5e", "2x4"), ("v5p", "2x2x2"), ("h100", "1x1x8"))
+SLICES = (("v5e", "2x4"), ("v5p", "2x2x1"), ("h100", "1x1x8"))
 ROUNDS = (("v5e", "4x4"), ("v5p", "2x2x4"), ("h100", "1x1x8"))
 ROUND = ("download", "training", "exchange", "clients' unify", "aggregation")
 
@@ -68,7 +68,7 @@ def cases(table: str, devices: list[str]) -> Iterator[Case]:
 def built(case: Case) -> Any:
     """The program of a case, for its devices."""
     from compiled import programs
-    from compiled.devices import topology
+    from compiled.devices import DEVICES, topology
 
     found = topology(case.device, case.shape)
     if case.table in ("aggregator", "options"):
@@ -77,9 +77,11 @@ def built(case: Case) -> Any:
         return program._replace(more={"floor bytes": program.floor_bytes()})
     from compiled import experiments
 
+    name = "vitb32" if case.table == "round" else case.program
+    whole = experiments.experiment(name, found, DEVICES[case.device].memory_bytes)
     if case.table == "round":
-        return experiments.parts_of_round(experiments.experiment("vitb32", found))[case.program]()
-    return experiments.training(experiments.experiment(case.program, found))
+        return experiments.parts_of_round(whole)[case.program]()
+    return experiments.training(whole)
 
 
 def measured(case: Case, hlo: Path | None) -> dict[str, Any]:
@@ -241,7 +243,9 @@ def main() -> None:
                 {**start, "commit": commit} | in_own_process(case, given.seconds, given.hlo)
             )
             print(json.dumps(cells(rows[-1], table)), flush=True)
-            file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+            known = {name: device._asdict() for name, device in DEVICES.items()}
+            whole = {"machine": machine(), "devices": known, "rows": rows}
+            file.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
         done = [cells(row, table) for row in rows if "failed" not in row]
         if done:
             show(table, done)

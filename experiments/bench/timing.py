@@ -28,7 +28,10 @@ from rich.table import Table
 
 from matu_jax.simulation.placement import AXIS, slot_mesh
 
-PACKAGES = ("jaxlib", "numpy", "torch", "peft", "transformers", "flwr", "ray", "fedjax", "numba")
+PACKAGES = (
+    *("jaxlib", "numpy", "torch", "peft", "transformers", "flwr", "ray", "fedjax", "numba"),
+    *("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"),
+)
 
 
 class Timing(NamedTuple):

@@ -1,5 +1,6 @@
 """The programs of an experiment, from its file and shapes alone: no checkpoint, no data."""
 
+import bisect
 import dataclasses
 import math
 import runpy
@@ -22,7 +23,6 @@ from matu_jax.models import Model
 from matu_jax.models.images import transform_of
 from matu_jax.simulation.batches import round_grid, round_groups
 from matu_jax.simulation.federation import Federation, algorithm_for, dealt_out, task_names
-from matu_jax.simulation.local import Trained
 from matu_jax.simulation.memory import predicted_bytes
 from matu_jax.simulation.placement import ROWS, WHOLE, server_shardings, slot_mesh
 from matu_jax.simulation.programs import Programs, programs_of
@@ -55,12 +55,14 @@ class Experiment(NamedTuple):
     programs: Programs
 
 
-def experiment(name: str, devices: Sequence[Any]) -> Experiment:
+def experiment(name: str, devices: Sequence[Any], memory_bytes: float) -> Experiment:
     """The experiment `experiments/NAME.py` on devices.
 
     Args:
       name: such as "vitb32".
       devices: see `devices.topology`.
+      memory_bytes: that each of them has: no more slots train at once than leave a tenth of it
+        free, as the plan predicts, however many the file asks for.
     """
     config = runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"]()
     config = config.with_fields({"model.checkpoint": "random", "data.source": "synthetic"})
@@ -68,6 +70,18 @@ def experiment(name: str, devices: Sequence[Any]) -> Experiment:
     federation = dealt_out(config, tasks)
     model = _shapes_of(lambda: models.build(config.model, federation.tasks, seed=config.seed))
     algorithm, mesh = algorithm_for(config, model), slot_mesh(devices)
+
+    def with_slots(count: int) -> Config:
+        return config.with_fields({"local.parallel_slots": count})
+
+    def needed(count: int) -> float:
+        parts = predicted_bytes(with_slots(count), model, algorithm, federation, mesh)
+        return sum(parts.values()) / mesh.size
+
+    asked = config.local.parallel_slots
+    if needed(asked) > 0.9 * memory_bytes:
+        fits = bisect.bisect_right(range(1, asked), 0.9 * memory_bytes, key=needed)
+        config = with_slots(max(1, fits))
     cut = round_grid(config, federation, mesh, model)
     programs = programs_of(config, algorithm, model, federation, mesh)
     return Experiment(config, model, algorithm, federation, mesh, cut, programs)
@@ -147,7 +161,7 @@ def training(of: Experiment) -> Program:
 
 
 def parts_of_round(of: Experiment) -> dict[str, Callable[[], Program]]:
-    """All programs of a round on several devices, in their order; all but the last are a group's.
+    """All programs of a round on several devices, in their order.
 
     Raises:
       ValueError: where the server is not sharded, so that one device computes what is asked for.
@@ -156,8 +170,8 @@ def parts_of_round(of: Experiment) -> dict[str, Callable[[], Program]]:
     server = programs.server
     if server.size != mesh.size:
         raise ValueError(f"the server has {server.size} of {mesh.size} devices; too few parameters")
+    groups = round_groups(of.config, of.federation, cut)(0)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.size,), x.dtype), of.model.base)
-    group = round_groups(of.config, of.federation, cut)(0)[0]
 
     def at_server(tree):
         return jax.tree.map(
@@ -167,35 +181,35 @@ def parts_of_round(of: Experiment) -> dict[str, Callable[[], Program]]:
         )
 
     state = at_server(jax.eval_shape(programs.algorithm.init, base, slots))
-    flat = jax.tree.map(lambda x: jax.ShapeDtypeStruct((cut.slots, x.size), x.dtype), base)
-    each = jax.ShapeDtypeStruct((cut.slots,), jnp.float32), jax.ShapeDtypeStruct((cut.slots,), bool)
-    trained = at_server(Trained(flat, *each))
+    parameters, carry, downloads, *rest = training(of).arguments
+    trained = jax.eval_shape(programs.finish, carry, downloads)
     intake = at_server(jax.eval_shape(programs.open, state, slots))
 
     def exchanged(tree):
         return jax.lax.with_sharding_constraint(tree, server_shardings(tree, server))
 
+    def part(function: Any, *arguments: Any, times: int = len(groups)) -> Callable[[], Program]:
+        more = {
+            "trained": sum(x.size for x in jax.tree.leaves(base)),
+            "all slots": len(groups) * cut.slots,
+            "clients": slots.num_clients,
+            "a round": times,
+        }
+        return lambda: Program(function, arguments, more=more)
+
     return {
-        "download": lambda: Program(
-            lambda state: programs.download(state, group.rows),
-            (state,),
-            more={"a round": cut.groups},
+        "download": part(lambda state: programs.download(state, groups[0].rows), state),
+        "training": part(
+            programs.advance, parameters, carry, downloads, *rest, times=len(groups) * cut.chunks
         ),
-        "training": lambda: training(of)._replace(
-            times=1, more={"a round": cut.groups * cut.chunks}
-        ),
-        "exchange": lambda: Program(
-            exchanged, (_placed(flat, mesh, ROWS),), more={"a round": cut.groups}
-        ),
-        "clients' unify": lambda: Program(
+        "exchange": part(exchanged, _placed(trained, mesh, ROWS)),
+        "clients' unify": part(
             jax.jit(
-                lambda intake, trained: programs.take(intake, trained, slots, group),
+                lambda intake, trained: programs.take(intake, trained, slots, groups[0]),
                 donate_argnums=0,
             ),
-            (intake, trained),
-            more={"a round": cut.groups},
+            intake,
+            at_server(trained),
         ),
-        "aggregation": lambda: Program(
-            programs.aggregate, (state, intake, slots), more={"a round": 1}
-        ),
+        "aggregation": part(programs.aggregate, state, intake, slots, times=1),
     }

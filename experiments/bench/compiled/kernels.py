@@ -56,7 +56,7 @@ def kernels_of(jaxpr: Jaxpr, platform: str, cache_bytes: float) -> KernelTable:
             shapes = tuple(tuple(x.aval.shape) for x in equation.invars)
             with contextlib.suppress(_UnknownError):
                 moved = _moved(equation.params, platform, cache_bytes)
-                found[_name(equation.params), shapes] = moved
+                found[str(equation.params.get("name") or "pallas_call"), shapes] = moved
     return found
 
 
@@ -72,11 +72,6 @@ def lookup(kernels: KernelTable) -> Callable[[Instruction, list[Type]], Moved | 
         return None
 
     return find
-
-
-def _name(params: Mapping[str, Any]) -> str:
-    name = params.get("name") or params["name_and_src_info"].name
-    return str(name)
 
 
 def _equations(jaxpr: Jaxpr, platform: str) -> Iterator[Any]:

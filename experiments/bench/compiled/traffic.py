@@ -426,7 +426,13 @@ def _group(instruction: Instruction, devices: int) -> int:
     if listed:
         return len(listed[1].split(","))
     shaped = re.search(r"replica_groups=\[(\d+),(\d+)\]", instruction.attributes)
-    return int(shaped[2]) if shaped else devices
+    if shaped:
+        return int(shaped[2])
+    meshed = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", instruction.attributes)
+    if meshed:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", meshed[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", meshed[2]))
+    return devices
 
 
 def _ring_share(opcode: str, group: int) -> float:
