@@ -13,6 +13,7 @@ ROOMS = (
     "matu_jax.data.batching",
     "matu_jax.data.partition",
     "matu_jax.messages",
+    "matu_jax.models.attention",
     "matu_jax.models.heads",
     "matu_jax.models.towers",
     "matu_jax.models.transformer",

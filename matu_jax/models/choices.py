@@ -34,8 +34,9 @@ class ModelConfig:
       logit_scale: what the cosines of a frozen head are multiplied by; 0 = the checkpoint's own.
       compute_dtype: of activations and matrix products; "float32" or "bfloat16". What trains
         stays float32.
-      remat: whether a layer's activations are computed again in the backward pass instead of kept:
-        about a third more time, a fraction of the memory.
+      remat: whether all of a block but its input is computed again in the backward pass: about a
+        third more time, a fraction of the memory, and large architectures are compiled sooner.
+        Without it, what the projections yield is kept, and what is elementwise computed again.
     """
 
     architecture: str = "embedded"

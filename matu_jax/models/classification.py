@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Float32, Int32
 
 from matu_jax.data import ImageTask, Split
+from matu_jax.models.attention import differentiable_forwards
 from matu_jax.models.contract import Metric, Model, first_order, loss_of_outputs
 from matu_jax.trees import PyTree
 
@@ -68,8 +69,12 @@ def classifier(
         found = logits(params, frozen, batch.images, task, key)
         return found + class_mask(frozen["num_classes"][task], found.shape[-1])[None]
 
+    def expandable(*inputs):
+        with differentiable_forwards():
+            return outputs(*inputs)
+
     def linearise() -> Model:
-        expanded, frozen_of = first_order(base, outputs)
+        expanded, frozen_of = first_order(base, expandable)
         return Model(
             base,
             frozen_of(whole),

@@ -153,7 +153,8 @@ class TextTower(nnx.Module):
                 f"tokens: found {list(tokens.shape)}, expected [batch, at most {context}]."
             )
         positions = self.positions[...][: tokens.shape[1]].astype(self.dtype)
-        x = apply_blocks(self.blocks, self.tokens[...].astype(self.dtype)[tokens] + positions[None])
+        x = self.tokens[...].astype(self.dtype)[tokens] + positions[None]
+        x = apply_blocks(self.blocks, x, remat=True)  # compiled sooner; there is no backward pass
         end = self.architecture.end_token
         # Checkpoints that say 2 mean the highest token, which OpenAI's vocabulary ends with.
         at = (tokens if end == 2 else (tokens == end).astype(jnp.int32)).argmax(axis=1)

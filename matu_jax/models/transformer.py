@@ -3,8 +3,12 @@
 LoRA (Hu et al. 2022, arXiv 2106.09685) on chosen projections: y = x W + b + (alpha / rank) (x A) B,
 with A random and B zero, so that an adapted model starts as the base model.
 
-Parameters may be of any floating dtype; they are cast where they are used. Activations and dense
-layers are of the compute dtype; layer norms and the inside of attention are float32.
+Parameters may be of any floating dtype; they are cast where they are used. Activations and matrix
+products are of the compute dtype; layer norms and the softmax of attention are float32.
+
+For the backward pass a block keeps its input and what its projections yield, once and in the
+compute dtype, and computes the rest again, which is elementwise: norms, activation, and attention's
+inside. So the frozen kernels leave nothing behind, and norms nothing in float32.
 """
 
 import dataclasses
@@ -16,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key, Shaped
 
 from matu_jax.models.architectures import TowerShape
+from matu_jax.models.attention import attention
 
 PROJECTIONS = ("query", "key", "value", "out", "mlp_in", "mlp_out")
 
@@ -55,7 +61,7 @@ class Computing:
 
     Attributes:
       dtype: of activations and matrix products; float32 or bfloat16.
-      remat: whether a block's activations are computed again in the backward pass.
+      remat: whether all of a block but its input is computed again in the backward pass.
     """
 
     dtype: Any = jnp.float32
@@ -116,21 +122,29 @@ class Linear(nnx.Module):
         Returns:
           `[..., out]` in the compute dtype.
         """
-        x = x.astype(self.dtype)
+        batch = x.shape[:-1]
+        x = x.astype(self.dtype).reshape(-1, x.shape[-1])
         y = x @ self.kernel[...].astype(self.dtype)
         if self.lora_scale:
             if self.dropout and key is not None:
                 kept = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
                 x = jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros_like(x))
-            low = x @ self.lora_a[...].astype(self.dtype)
-            y = y + self.lora_scale * (low @ self.lora_b[...].astype(self.dtype))
+            # The narrow factor is scaled: the sum then needs no product of its own.
+            low = _kept(self.lora_scale * (x @ self.lora_a[...].astype(self.dtype)))
+            y = y + low @ self.lora_b[...].astype(self.dtype)
         if self.has_bias:
-            y = y + _row(self.bias[...].astype(self.dtype), y.ndim)
-        return y
+            y = y + self.bias[...].astype(self.dtype)[None]
+        return y.reshape(*batch, y.shape[-1])
 
 
-def _row(vector: jax.Array, ndim: int) -> jax.Array:
-    return vector.reshape((1,) * (ndim - 1) + vector.shape)
+def _kept(x: jax.Array) -> jax.Array:
+    """Marks what is kept for the backward pass, see `_keeping`."""
+    return checkpoint_name(x, "kept")
+
+
+def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which keeps its arguments and what is marked `_kept`, and nothing else."""
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names("kept"))
 
 
 class Norm(nnx.LayerNorm):
@@ -194,17 +208,14 @@ class Block(nnx.Module):
         batch, tokens, width = x.shape
         normed = self.norm_attention(x).astype(self.dtype)
         heads = (batch, tokens, self.heads, width // self.heads)
-        # The two small products of attention are float32, as their softmax is: a few hundredths
-        # of the work, and mixed dtypes in them have no gradient under strict promotion.
-        attended = jax.nn.dot_product_attention(
-            *(
-                projection(normed, part).astype(jnp.float32).reshape(heads)
-                for projection, part in zip((self.query, self.key, self.value), keys, strict=False)
-            ),
-            is_causal=self.causal,
-        ).astype(self.dtype)
-        x = x + self.out(attended.reshape(batch, tokens, width), keys[3])
-        hidden = self.mlp_in(self.norm_mlp(x), keys[4])
+        query, key, value = (
+            _kept(projection(normed, part)).reshape(heads)
+            for projection, part in zip((self.query, self.key, self.value), keys, strict=False)
+        )
+        attended = attention(query, key, value, causal=self.causal)
+        attended = _kept(attended.reshape(batch, tokens, width))
+        x = _kept(x + self.out(attended, keys[3]))
+        hidden = _kept(self.mlp_in(self.norm_mlp(x), keys[4]))
         return x + self.mlp_out(ACTIVATIONS[self.activation](hidden), keys[5])
 
 
@@ -215,11 +226,13 @@ def apply_block(
     *,
     remat: bool,
 ) -> Float[Array, "batch tokens width"]:
-    """Applies one block, its activations kept for the backward pass or, with remat, not."""
-    if not remat:
-        return block(x, key)
+    """Applies one block; for the backward pass it keeps its matrix products or, with remat, not."""
     graph, state = nnx.split(block)
-    return jax.checkpoint(lambda state, x, key: nnx.merge(graph, state)(x, key))(state, x, key)
+
+    def function(state, x, key):
+        return nnx.merge(graph, state)(x, key)
+
+    return (jax.checkpoint if remat else _keeping)(function)(state, x, key)
 
 
 def stacked_blocks(
@@ -249,13 +262,16 @@ def apply_blocks(
     *,
     remat: bool = False,
 ) -> Float[Array, "batch tokens width"]:
-    """Applies stacked blocks, one after the other, in a loop whose body is compiled once.
+    """Applies stacked blocks, one after the other.
+
+    One by one, so that what each keeps for the backward pass stays where its products have put it;
+    with remat, in a loop whose body is compiled once.
 
     Args:
       blocks: from `stacked_blocks`.
       x: `[batch, tokens, width]`.
       key: what the adapters' dropout is drawn from; None = no dropout.
-      remat: whether a block's activations are computed again in the backward pass.
+      remat: whether all of a block but its input is computed again in the backward pass.
 
     Returns:
       `[batch, tokens, width]`.
@@ -269,8 +285,13 @@ def apply_blocks(
 
     if remat:
         # The loop itself keeps XLA from merging the second computation with the first.
-        step = jax.checkpoint(step, prevent_cse=False)
-    return jax.lax.scan(step, x, (state, keys))[0]
+        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), x, (state, keys))[0]
+    leaves, structure = jax.tree.flatten(state)
+    pieces = [jnp.split(leaf, depth) for leaf in leaves]  # their gradients are put together again
+    for layer in range(depth):
+        row = structure.unflatten([piece[layer].squeeze(0) for piece in pieces])
+        x = _keeping(step)(x, (row, None if keys is None else keys[layer]))[0]
+    return x
 
 
 def check_images(
