@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 BENCH = Path(__file__).parent.parent / "experiments" / "bench"
 
@@ -311,16 +312,11 @@ def test_a_pallas_kernel_reads_every_array_once_or_what_is_known(traffic, module
     found = traffic(hlo(PALLAS), "tpu")
     assert found.bytes == 32_000 + 4000 + 1000
     assert found.unknown_kernels == ("jit(f)/fold/pallas_call",)
-    kernels = module("kernels")
-    shapes = ((8, 1000),) * 3
-    known = {
-        ("fold", shapes): kernels.Moved((8000, 4000, 0), (1000, 2000)),
-        ("other", shapes): kernels.Moved((0, 0, 0), (0, 0)),
-        ("fold", shapes[:2]): kernels.Moved((0, 0), (0, 0)),
-    }
-    found = traffic(hlo(PALLAS), "tpu", kernels.lookup(known))
-    assert found.bytes == 4 * 12_000 + 4000 + 2000
-    assert found.unknown_kernels == ()
+    moved = module("kernels").Moved((8000, 4000, 0), (1000, 2000))
+    for sure in (True, False):
+        found = traffic(hlo(PALLAS), "tpu", lambda *_, sure=sure: moved._replace(sure=sure))
+        assert found.bytes == 4 * 12_000 + 4000 + 2000
+        assert bool(found.unknown_kernels) != sure
 
 
 def add_rows(rows, x_ref, scale_ref, out_ref):
@@ -331,50 +327,103 @@ def add_rows(rows, x_ref, scale_ref, out_ref):
     out_ref[...] = total + x_ref[0]
 
 
-def pallas_sum(rows, block, x, scale, name="add_rows", index=lambda i: (0, i)):
+def add_some_rows(rows, x_ref, scale_ref, out_ref):
+    """As many as a number in memory says."""
+    last = scale_ref[1].astype(jnp.int32)
+    zeros = jnp.zeros(out_ref.shape, jnp.float32)
+    out_ref[...] = jax.lax.fori_loop(0, last, lambda row, total: total + x_ref[row], zeros)
+
+
+def pallas_sum(x, scale, body=add_rows, name="add_rows", index=lambda i: (0, i)):
+    rows, size = x.shape
     return pl.pallas_call(
-        partial(add_rows, rows),
-        grid=(pl.cdiv(x.shape[1], block),),
-        in_specs=[pl.BlockSpec((rows, block), index), pl.BlockSpec((8,), lambda i: (0,))],
-        out_specs=pl.BlockSpec((block,), lambda i: (i,)),
-        out_shape=jax.ShapeDtypeStruct(x.shape[1:], jnp.float32),
+        partial(body, rows),
+        grid=(pl.cdiv(size, 128),),
+        in_specs=[pl.BlockSpec((rows, 128), index), pl.BlockSpec((8,), lambda i: (0,))],
+        out_specs=pl.BlockSpec((128,), lambda i: (i,)),
+        out_shape=jax.ShapeDtypeStruct((size,), jnp.float32),
         name=name,
     )(x, scale)
 
 
+X, SCALE = jax.ShapeDtypeStruct((4, 1000), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.float32)
+
+
+def call_of(module, name, *shapes):
+    """A custom call at a place with that name, and the types of what it takes."""
+    hlo = module("hlo")
+    place = f'metadata={{op_name="jit(f)/jit(g)/{name}/pallas_call"}}'
+    types = [hlo.Array("f32", shape) for shape in shapes]
+    return hlo.Instruction("k", types[0], "custom-call", (), "", place), types
+
+
 def test_what_a_pallas_kernel_moves(module):
     """Blocks as they change on a TPU, loads on a GPU; a ragged last block as far as it goes."""
-    kernels_of = module("kernels").kernels_of
-    x, scale = jax.ShapeDtypeStruct((4, 1000), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.float32)
-    key = "add_rows", ((4, 1000), (8,))
 
     def found(platform, cache_bytes=1e9, **options):
-        program = jax.jit(partial(pallas_sum, 4, 128, **options)).trace(x, scale)
-        return kernels_of(program.jaxpr.jaxpr, platform, cache_bytes)[key]
+        kernels = module("kernels").Kernels(platform, cache_bytes)
+        with kernels.noted():
+            jax.jit(partial(pallas_sum, **options)).trace(X, SCALE)
+        return kernels.find(*call_of(module, "add_rows", X.shape, SCALE.shape))
 
-    assert found("tpu") == ((4000, 8), (1000,))
-    assert found("tpu", index=lambda i: (0, 0)) == ((4 * 128, 8), (1000,))
+    assert found("tpu") == ((4000, 8), (1000,), True)
+    assert found("tpu", index=lambda i: (0, 0)) == ((4 * 128, 8), (1000,), True)
+    assert found("tpu", body=add_some_rows) == ((4000, 8), (1000,), True)
     # Eight programs; a row is loaded five times, of which the last is in the cache, or is not.
-    assert found("cuda") == ((4000, 8 * 4), (1000,))
-    assert found("cuda", cache_bytes=100) == ((8 * 5 * 128, 8 * 4), (8 * 128,))
+    assert found("cuda") == ((4000, 8 * 4), (1000,), True)
+    assert found("cuda", cache_bytes=100) == ((8 * 5 * 128, 8 * 4), (8 * 128,), True)
+    # How many rows are loaded is not known; each is taken to be, once.
+    assert found("cuda", body=add_some_rows) == ((4000, 8), (1000,), False)
 
 
-def test_the_kernels_of_a_platform_are_its_own(module):
-    kernels_of = module("kernels").kernels_of
-    x, scale = jnp.ones((4, 1000)), jnp.ones(8)
+def test_blocks_that_scalars_may_choose(module):
+    """The scalars are read once; where an index map looks at them, nobody knows."""
 
-    def either(x, scale):
-        branches = {name: partial(pallas_sum, 4, 128, name=name) for name in ("cuda", "tpu")}
-        return jax.lax.platform_dependent(
-            x, scale, **branches, default=lambda x, scale: x.sum(axis=0)
+    def copy(scalars, x_ref, out_ref):
+        out_ref[...] = x_ref[...] * scalars[0]
+
+    def gathered(index, scalars, x):
+        grid = pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(4,),
+            in_specs=[pl.BlockSpec((8, 128), index)],
+            out_specs=pl.BlockSpec((8, 128), lambda i, scalars: (0, i)),
         )
+        shape = jax.ShapeDtypeStruct((8, 512), jnp.float32)
+        return pl.pallas_call(copy, grid_spec=grid, out_shape=shape, name="copy")(scalars, x)
 
-    def body(total, _):
-        return total + jax.vmap(either, in_axes=(0, None))(x[None], scale)[0], None
+    scalars = jax.ShapeDtypeStruct((5,), jnp.float32)
+    x = jax.ShapeDtypeStruct((8, 2048), jnp.float32)
+    for index, expected in (
+        (lambda i, scalars: (0, 2 * i), ((5, 4 * 1024), (4096,), True)),
+        (lambda i, scalars: (0, scalars[i].astype(jnp.int32)), None),
+    ):
+        kernels = module("kernels").Kernels("tpu", 0)
+        with kernels.noted():
+            jax.jit(partial(gathered, index)).trace(scalars, x)
+        assert kernels.find(*call_of(module, "copy", (5,), x.shape)) == expected
 
-    program = jax.jit(lambda: jax.lax.scan(body, jnp.zeros(1000), length=3)[0]).trace()
-    for platform in ("cuda", "tpu"):
-        assert [name for name, _ in kernels_of(program.jaxpr.jaxpr, platform, 1e9)] == [platform]
+
+def test_kernels_are_known_by_name_and_shapes(module):
+    kernels = module("kernels").Kernels("tpu", 0)
+    other = {"index": lambda i: (0, 0)}
+    before = pl.pallas_call
+    with kernels.noted():
+        for options in ({"name": "a"}, {"name": "b"}, {"name": "c"}, {"name": "c"} | other):
+            jax.jit(partial(pallas_sum, **options)).trace(X, SCALE)
+
+        @jax.jit
+        def looped(x, scale):
+            add = partial(pallas_sum, name="looped")
+            return jax.lax.scan(lambda c, _: (c + add(x, scale), None), x[0], length=3)[0]
+
+        looped.trace(X, SCALE)
+    assert pl.pallas_call is before
+    for name in ("a", "b", "looped"):
+        assert kernels.find(*call_of(module, name, X.shape, SCALE.shape)).operands == (4000, 8)
+    assert kernels.find(*call_of(module, "a", (8, 1000), SCALE.shape)) is None
+    assert kernels.find(*call_of(module, "d", X.shape, SCALE.shape)) is None
+    assert kernels.find(*call_of(module, "c", X.shape, SCALE.shape)) is None  # either of two
 
 
 @pytest.mark.parametrize(
@@ -469,6 +518,25 @@ def test_an_unknown_table_or_device_is_refused(tmp_path):
         assert done.returncode == 1
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_the_programs_of_an_experiment_come_from_shapes_alone(module):
+    experiments = module("experiments")
+    whole = experiments.experiment("vitb32", jax.devices()[:2], memory_bytes=1e12)
+    found = {name: make() for name, make in experiments.parts_of_round(whole).items()}
+    assert list(found) == ["download", "training", "exchange", "clients' unify", "aggregation"]
+    for program in found.values():
+        leaves = jax.tree.leaves(program.arguments)
+        assert not [x for x in leaves if isinstance(x, jax.Array)]
+        assert (
+            max((x.nbytes for x in leaves if not isinstance(x, jax.ShapeDtypeStruct)), default=0)
+            < 1000
+        )
+        assert program.floor_bytes() > 0
+    # All slots' vectors cross once, from slots to parameters, and nothing is made of them.
+    vectors = 4 * found["exchange"].more["trained"] * whole.cut.slots
+    assert found["exchange"].floor_bytes() == 2 * (vectors + (4 + 1) * whole.cut.slots)
+    assert found["exchange"].more["all slots"] >= 60
 
 
 def compiled_rows(table, device, tmp_path, *options):

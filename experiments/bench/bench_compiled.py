@@ -88,16 +88,17 @@ def measured(case: Case, hlo: Path | None) -> dict[str, Any]:
     """Compiles a program and reads what came out."""
     import jax
     from compiled.devices import DEVICES
-    from compiled.kernels import kernels_of, lookup
+    from compiled.kernels import Kernels
     from compiled.traffic import describe, traffic
 
     device, program = DEVICES[case.device], built(case)
     function = program.function
+    kernels = Kernels(device.platform, device.cache_bytes)
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
     start = time.perf_counter()
-    traced = (function if hasattr(function, "trace") else jax.jit(function)).trace(
-        *program.arguments
-    )
-    compiled = traced.lower().compile()
+    with kernels.noted():
+        lowered = jitted.lower(*program.arguments)
+    compiled = lowered.compile()
     seconds = time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if text is None or memory is None:
@@ -106,8 +107,7 @@ def measured(case: Case, hlo: Path | None) -> dict[str, Any]:
         hlo.mkdir(parents=True, exist_ok=True)
         words = "-".join(dataclasses.astuple(case)).replace(" ", "_").replace("/", "_")
         (hlo / f"{words}.txt").write_text(text, "utf-8")
-    kernels = kernels_of(traced.jaxpr.jaxpr, device.platform, device.cache_bytes)
-    found, times = traffic(text, device.platform, lookup(kernels)), program.times
+    found, times = traffic(text, device.platform, kernels.find), program.times
     row = {
         "bytes": found.bytes / times,
         "most bytes": found.most_bytes / times,

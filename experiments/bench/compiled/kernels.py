@@ -1,13 +1,14 @@
-"""What a program's Pallas kernels read and write, from their grids, blocks and bodies.
+"""What Pallas kernels read and write, from their grids, blocks and bodies.
 
-To XLA a kernel is a custom call that takes whole arrays. How often it reads which part of them
-stands in the program before it is lowered:
+To XLA a kernel is a custom call that takes whole arrays. How often it reads which part of them is
+known where it is made:
 
 - On a TPU, the programs of a kernel run one after the other, and a block is fetched (or, of a
   result, written) whenever it is another one than that of the program before.
 - On a GPU nothing is kept from one program to another. A program reads what its body loads, each
   number of its block once if all its blocks fit its part of the second-level cache, else as often
-  as it is loaded.
+  as it is loaded. Where it loads in a loop whose length depends on data, all programs together are
+  taken to read an array once, and the kernel is among `unsure`.
 """
 
 import contextlib
@@ -15,76 +16,98 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
+from jax.experimental import pallas
 from jax.extend.core import Jaxpr, Var, jaxpr_as_fun
 
 from compiled.hlo import Array, Instruction, Type
 
+_Shapes = tuple[tuple[int, ...], ...]
 _LOADS = {"get", "masked_load", "load", "addupdate"}
 _STORES = {"swap", "masked_swap", "store", "addupdate"}
 
 
 class Moved(NamedTuple):
-    """How many numbers of each operand a kernel reads and of each result it writes."""
+    """What a kernel moves.
+
+    Attributes:
+      operands: how many numbers of each it reads.
+      results: how many numbers of each it writes.
+      sure: whether the numbers follow from its grid and body.
+    """
 
     operands: tuple[int, ...]
     results: tuple[int, ...]
-
-
-_Key = tuple[str, tuple[tuple[int, ...], ...]]
-KernelTable = Mapping[_Key, Moved]
-"""By a kernel's name and the shapes of its operands."""
+    sure: bool = True
 
 
 class _UnknownError(Exception):
     """Nothing says what a kernel moves."""
 
 
-def kernels_of(jaxpr: Jaxpr, platform: str, cache_bytes: float) -> KernelTable:
-    """The kernels of a program, but for those of which nothing says what they move.
+class Kernels:
+    """The kernels that are made while programs are traced and lowered.
 
     Args:
-      jaxpr: the program as it was traced.
-      platform: that it is lowered for, "tpu" or "cuda".
+      platform: that they are made for, "tpu" or "cuda".
       cache_bytes: of a GPU's second-level cache, one core's part.
     """
-    found: dict[_Key, Moved] = {}
-    for equation in _equations(jaxpr, platform):
-        if equation.primitive.name == "pallas_call":
-            shapes = tuple(tuple(x.aval.shape) for x in equation.invars)
-            with contextlib.suppress(_UnknownError):
-                moved = _moved(equation.params, platform, cache_bytes)
-                found[str(equation.params.get("name") or "pallas_call"), shapes] = moved
-    return found
 
+    def __init__(self, platform: str, cache_bytes: float) -> None:
+        self._platform, self._cache_bytes = platform, cache_bytes
+        self._made: dict[tuple[str, _Shapes], list[Mapping[str, Any]]] = {}
 
-def lookup(kernels: KernelTable) -> Callable[[Instruction, list[Type]], Moved | None]:
-    """What finds the numbers that a custom call moves, by its place in the program and operands."""
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Notes all that is made by `jax.experimental.pallas.pallas_call` meanwhile."""
+        make = pallas.pallas_call
 
-    def find(call: Instruction, given: list[Type]) -> Moved | None:
+        def made(*arguments: Any, **options: Any) -> Callable[..., Any]:
+            kernel = make(*arguments, **options)
+
+            def call(*operands: Any) -> Any:
+                self._note(jax.make_jaxpr(kernel)(*operands).jaxpr)
+                return kernel(*operands)
+
+            return call
+
+        with mock.patch.object(pallas, "pallas_call", made):
+            yield
+
+    def _note(self, jaxpr: Jaxpr) -> None:
+        (equation,) = (x for x in _equations(jaxpr) if x.primitive.name == "pallas_call")
+        name = str(equation.params.get("name") or "pallas_call")
+        key = name, tuple(np.shape(x.aval) for x in equation.invars)
+        self._made.setdefault(key, []).append(equation.params)
+
+    def find(self, call: Instruction, given: list[Type]) -> Moved | None:
+        """What a custom call moves, by its place in the program and its operands."""
         shapes = tuple(x.dims if isinstance(x, Array) else () for x in given)
         places = re.split(r"[/\[\]]", call.operation)
-        for (name, expected), moved in kernels.items():
+        for (name, expected), made in self._made.items():
             if expected == shapes and name in places:
-                return moved
+                return self._moved_by(made, shapes)
         return None
 
-    return find
+    def _moved_by(self, made: list[Mapping[str, Any]], shapes: _Shapes) -> Moved | None:
+        """What kernels move that cannot be told apart where they are called, if it is the same."""
+        try:
+            found = {_moved(x, shapes, self._platform, self._cache_bytes) for x in made}
+        except _UnknownError:
+            return None
+        return found.pop() if len(found) == 1 else None
 
 
-def _equations(jaxpr: Jaxpr, platform: str) -> Iterator[Any]:
-    """All equations of a program, of branches by platform those of one, and of no kernel."""
+def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """All equations of a program, but for those of kernels."""
     for equation in jaxpr.eqns:
         yield equation
         if equation.primitive.name != "pallas_call":
-            params = dict(equation.params)
-            if chosen := params.get("branches_platforms"):
-                ours = [x for x in chosen if x is None or platform in x]
-                params = {"branch": params["branches"][chosen.index(ours[0])]}
-            for inner in _inner(params):
-                yield from _equations(inner, platform)
+            for inner in _inner(equation.params):
+                yield from _equations(inner)
 
 
 def _inner(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
@@ -95,11 +118,12 @@ def _inner(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
                 yield part
 
 
-def _moved(params: Mapping[str, Any], platform: str, cache_bytes: float) -> Moved:
+def _moved(params: Mapping[str, Any], shapes: _Shapes, platform: str, cache_bytes: float) -> Moved:
     grid = params["grid_mapping"]
     if not all(isinstance(size, int) for size in grid.grid):
         raise _UnknownError
     first, mappings = grid.num_index_operands, grid.block_mappings
+    sure = True
     if platform == "tpu":
         counts = [_fetched(x, grid) for x in mappings]
     else:
@@ -108,21 +132,32 @@ def _moved(params: Mapping[str, Any], platform: str, cache_bytes: float) -> Move
         held = sum(int(b.max()) * width for b, width in zip(blocks, widths, strict=True))
         counts = []
         accesses = _accesses(params["jaxpr"], first, len(mappings))
-        for sizes, numbers in zip(blocks, accesses, strict=True):
-            loaded = np.full_like(sizes, numbers)
-            counts.append(int((np.minimum(sizes, loaded) if held <= cache_bytes else loaded).sum()))
+        for mapping, sizes, numbers in zip(mappings, blocks, accesses, strict=True):
+            if numbers == math.inf:
+                sure = False
+                counts.append(math.prod(mapping.array_aval.shape))
+            else:
+                loaded = np.full_like(sizes, numbers)
+                kept = np.minimum(sizes, loaded) if held <= cache_bytes else loaded
+                counts.append(int(kept.sum()))
     # Scalars that index maps look at stand in front: they are few, and read once.
-    scalars = [math.prod(x.shape) for x in list(grid.in_shapes)[:first]]
-    return Moved((*scalars, *counts[: grid.num_inputs]), tuple(counts[grid.num_inputs :]))
+    scalars = [math.prod(shape) for shape in shapes[:first]]
+    inputs = grid.num_inputs
+    return Moved((*scalars, *counts[:inputs]), tuple(counts[inputs:]), sure)
 
 
 def _starts(mapping: Any, grid: Any) -> np.ndarray:
     """Where each program's block is, by its number along each axis: `[programs, axes]`."""
-    if grid.num_index_operands:
-        raise _UnknownError
-    programs = np.indices(grid.grid, dtype=np.int32).reshape(len(grid.grid), -1)
-    block_of = jaxpr_as_fun(mapping.index_map_jaxpr)
-    found = jax.vmap(block_of)(*programs) if grid.grid else block_of()
+    closed, axes = mapping.index_map_jaxpr, len(grid.grid)
+    scalars = closed.jaxpr.invars[axes:]
+    used = {x for equation in closed.jaxpr.eqns for x in equation.invars if isinstance(x, Var)}
+    if used & set(scalars):
+        raise _UnknownError  # blocks that data chooses
+    block_of = jaxpr_as_fun(closed)
+    programs = np.indices(grid.grid, dtype=np.int32).reshape(axes, -1)
+    unused = [np.zeros((), np.int32)] * len(scalars)
+    each = jax.vmap(lambda *place: block_of(*place, *unused))
+    found = each(*programs) if axes else block_of(*unused)
     count = math.prod(grid.grid)
     return np.stack([np.broadcast_to(np.asarray(x), (count,)) for x in found], axis=1)
 
@@ -151,32 +186,46 @@ def _fetched(mapping: Any, grid: Any) -> int:
     return int(sizes[changed].sum())
 
 
-def _accesses(jaxpr: Jaxpr, first: int, count: int) -> list[int]:
-    """How many numbers of each of so many references a body loads, or stores."""
-    numbers = [0] * count
+def _accesses(jaxpr: Jaxpr, first: int, count: int) -> list[float]:
+    """How many numbers of each of so many references a body loads, or stores.
+
+    Infinitely many where it does so in a loop of which it is not known how often it runs.
+    """
+    numbers = [0.0] * count
     known = dict(zip(jaxpr.invars[first:], range(count), strict=False))
     for which, size in _touched(jaxpr, known, 1):
         numbers[which] += size
     return numbers
 
 
-def _touched(jaxpr: Jaxpr, known: Mapping[Any, int], times: int) -> Iterator[tuple[int, int]]:
+def _touched(jaxpr: Jaxpr, known: Mapping[Any, int], times: float) -> Iterator[tuple[int, float]]:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name in _LOADS | _STORES:
             which = known.get(equation.invars[0])
-            moved = (
-                equation.outvars[0] if name in _LOADS and equation.outvars else equation.invars[1]
-            )
+            loads = name in _LOADS and equation.outvars
+            moved = equation.outvars[0] if loads else equation.invars[1]
             if which is not None:
                 yield which, times * math.prod(getattr(moved.aval, "shape", ()))
             continue
-        again = times * params.get("length", 1) if name == "scan" else times
-        for inner in _inner(params):
-            given = equation.invars[-len(inner.invars) :]  # behind a predicate, or the like
+        again = times * {"scan": params.get("length", 1), "while": math.inf}.get(name, 1)
+        for inner, given in _called(equation):
             own = {
                 new: known[old]
                 for new, old in zip(inner.invars, given, strict=False)
                 if isinstance(old, Var) and old in known
             }
             yield from _touched(inner, own, again)
+
+
+def _called(equation: Any) -> Iterator[tuple[Jaxpr, list[Any]]]:
+    """The programs within an equation, and what they are given."""
+    params, given = equation.params, list(equation.invars)
+    if equation.primitive.name == "while":
+        tests, bodies = params["cond_nconsts"], params["body_nconsts"]
+        carried = given[tests + bodies :]
+        yield params["cond_jaxpr"].jaxpr, given[:tests] + carried
+        yield params["body_jaxpr"].jaxpr, given[tests : tests + bodies] + carried
+        return
+    for inner in _inner(params):
+        yield inner, given[-len(inner.invars) :]  # behind a predicate, or the like

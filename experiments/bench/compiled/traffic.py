@@ -100,7 +100,8 @@ class Traffic:
       collectives: what crosses between devices.
       movers: what moves.
       unknown_loops: loops that count once because nothing says how often they run.
-      unknown_kernels: Pallas kernels of which nothing says what they read.
+      unknown_kernels: Pallas kernels that are taken to read every array once, or some of them,
+        because nothing says how often they do.
     """
 
     bytes: int = 0
@@ -154,7 +155,7 @@ class Traffic:
 
 
 KernelLookup = Callable[[Instruction, list[Type]], Moved | None]
-"""`(custom call, what it takes) -> numbers that it moves`, None if nobody knows."""
+"""`(custom call, what it takes) -> what it moves`, None if nobody knows."""
 
 
 def traffic(text: str, platform: str, kernel: KernelLookup = lambda call, given: None) -> Traffic:
@@ -163,7 +164,7 @@ def traffic(text: str, platform: str, kernel: KernelLookup = lambda call, given:
     Args:
       text: the optimised module.
       platform: "tpu", "cuda" or "cpu": which memory is fast.
-      kernel: finds what Pallas kernels move, see `kernels.lookup`.
+      kernel: finds what Pallas kernels move, see `kernels.Kernels.find`.
     """
     module = parse(text)
     return _Reader(module, FAST_MEMORY[platform], kernel).of(module.entry)
@@ -224,12 +225,10 @@ class _Reader:
         taken = [within.instructions[name] for name in instruction.operands]
         place, unknown = instruction.operation, ()
         if instruction.opcode == "custom-call" and instruction.target in _PALLAS:
-            moved = self._pallas(instruction, taken)
-            if moved is None:
+            found = self._find_kernel(instruction, [x.type for x in taken])
+            if found is None or not found.sure:
                 unknown = (place or instruction.name,)
-                given = {x.name: x.type for x in taken}.values()
-                whole = [*given, instruction.type]
-                moved = sum(self._slow(array) for part in whole for array in arrays(part))
+            moved = self._pallas(instruction, taken, found)
         else:
             moved = self._read(instruction, taken) + self._written(instruction, within)
         operations, collectives = Counter(), []
@@ -252,15 +251,17 @@ class _Reader:
             unknown_kernels=unknown,
         )
 
-    def _pallas(self, instruction: Instruction, taken: list[Instruction]) -> int | None:
-        """Bytes that a Pallas kernel moves; None if nobody knows."""
-        found = self._find_kernel(instruction, [x.type for x in taken])
-        if found is None:
-            return None
-        numbers = [*found.operands, *found.results]
+    def _pallas(
+        self, instruction: Instruction, taken: list[Instruction], moves: Moved | None
+    ) -> int:
+        """Bytes that a Pallas kernel moves: where nobody knows, of every array once."""
+        if moves is None:
+            whole = [*{x.name: x.type for x in taken}.values(), instruction.type]
+            return sum(self._slow(array) for part in whole for array in arrays(part))
         whole = [x.type for x in taken] + list(arrays(instruction.type))
         total = 0
-        for array, count in zip(whole, numbers, strict=False):  # scratch stands behind results
+        # Scratch memory, where there is some, stands behind the results.
+        for array, count in zip(whole, [*moves.operands, *moves.results], strict=False):
             if isinstance(array, Array):
                 total += self._slow(array) * count // max(1, array.size)
         return total
