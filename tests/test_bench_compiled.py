@@ -487,6 +487,25 @@ def test_operations_of_matrix_products(traffic):
     assert found.movers[1].bytes == 4 * (7 * 11 + 11 * 13 + 7 * 13)  # and not the scratch memory
 
 
+@pytest.mark.parametrize(("backward", "products"), [("", 2), ("Backward", 5)])
+def test_operations_of_attention_by_cudnn(traffic, backward, products):
+    config = {"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {}}}
+    shape = config["cudnn_fmha_backend_config"]["intermediate_tensor_shape"]
+    shape |= {"element_type": "BF16", "dimensions": ["6", "3", "50", "50"]}
+    q, scratch = "bf16[6,50,3,64]{3,2,1,0}", "u8[1048576]{0}"
+    for separators in ((", ", ": "), (",", ":")):
+        words = f"backend_config={json.dumps(config, separators=separators)}"
+        target = f'custom_call_target="__cudnn$fmhaSoftmax{backward}"'
+        entry = f"""
+            %q = {q} parameter(0)
+            %k = {q} parameter(1)
+            ROOT %o = ({q}, {scratch}) custom-call(%q, %k, %k), {target}, {words}
+        """
+        found = traffic(hlo(entry), "cuda")
+        assert found.operations == {"bf16": products * 2 * 6 * 3 * 50 * 50 * 64}
+        assert found.bytes == 3 * 2 * 6 * 50 * 3 * 64
+
+
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_operations_of_convolutions_are_those_that_xla_counts(traffic, dilation):
     def convolve(x, kernel):

@@ -22,6 +22,7 @@ over what it takes to read every argument once and to write every result once.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -132,6 +133,16 @@ def measured(case: Case, hlo: Path | None) -> dict[str, Any]:
     return row
 
 
+def cudnn_folders() -> list[str]:
+    """Where the cuDNN that was installed by pip has its libraries, which JAX asks for a version."""
+    try:
+        found = importlib.util.find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:
+        return []
+    places = found.submodule_search_locations if found else None
+    return [str(Path(place) / "lib") for place in places or []]
+
+
 def in_own_process(case: Case, seconds: float, hlo: Path | None) -> dict[str, Any]:
     """The row of a case, or why there is none."""
     from compiled.devices import DEVICES, GPU_FLAGS
@@ -141,6 +152,9 @@ def in_own_process(case: Case, seconds: float, hlo: Path | None) -> dict[str, An
     if DEVICES[case.device].platform == "cuda":
         flags = f"{os.environ.get('XLA_FLAGS', '')} {GPU_FLAGS}"
         environment["XLA_FLAGS"] = flags.strip()
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(
+            [*cudnn_folders(), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        )
     start = time.perf_counter()
     try:
         done = subprocess.run(

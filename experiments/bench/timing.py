@@ -30,7 +30,7 @@ from matu_jax.simulation.placement import AXIS, slot_mesh
 
 PACKAGES = (
     *("jaxlib", "numpy", "torch", "peft", "transformers", "flwr", "ray", "fedjax", "numba"),
-    *("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"),
+    *("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12", "nvidia-cudnn-cu12"),
 )
 
 

@@ -13,7 +13,7 @@ def trips(module: Module, loop: Instruction, within: Computation) -> int | None:
     A counter is a part of what the loop carries that begins at a constant, has a constant added to
     it in every execution, and is compared with a constant.
     """
-    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    noted = re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', loop.attributes)
     if noted:
         return int(noted[1])
     condition = module.computations[loop.called("condition")]

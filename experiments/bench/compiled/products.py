@@ -24,11 +24,13 @@ def product_operations(instruction: Instruction, given: list[Type]) -> dict[str,
     elif instruction.opcode == "convolution" or target.startswith("__cudnn$conv"):
         count = _convolution_operations(attributes, left, right, result)
     elif target.startswith("__cublas"):
-        summed = _contracted(left, attributes, r'"lhs_contracting_dimensions":\[([^\]]*)')
+        summed = _contracted(left, attributes, r'"lhs_contracting_dimensions":\s*\[([^\]]*)')
         count = 2 * result.size * summed
     elif target.startswith("__cudnn$fmha"):
         # Two products forward and five backward, each of scores times the width of a head.
-        found = re.search(r'"intermediate_tensor_shape":\{.*?"dimensions":\[([^\]]*)', attributes)
+        found = re.search(
+            r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*\[([^\]]*)', attributes
+        )
         scores = [int(x) for x in re.findall(r"\d+", found[1])] if found else []
         products = 5 if "Backward" in target else 2
         count = 2 * products * math.prod(scores) * left.size // math.prod(scores[:3])
