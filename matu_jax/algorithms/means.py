@@ -290,6 +290,10 @@ def mean_of_clients(
     vectors: PyTree[Float[Array, "slots ..."]], slots: Slots
 ) -> PyTree[Float[Array, "clients ..."]]:
     """Each client's mean over its slots, weighted by examples: leaves `[clients, ...]`."""
+    client = slots.client
+    if isinstance(client, np.ndarray) and np.array_equal(client, np.arange(slots.num_clients)):
+        absent = jax.tree.map(jnp.zeros_like, vectors)  # known while tracing: each has one slot
+        return keep_where_absent(vectors, absent, jnp.asarray(slots.weight) > 0)
     return weighted_mean(vectors, slots.weight, slots.client, slots.num_clients)[0]
 
 

@@ -67,11 +67,14 @@ class LocalTraining(NamedTuple):
         int32 `[slots, 3]` (round, client, task), batches in the form of the tasks' splits, leaves
         `[slots, steps, batch, ...]`.
       finish: `carry -> Trained`.
+      whole: `(parameters, downloads, position, batches) -> Trained`, the three in one, slot by
+        slot: what is in between is not written to memory for all of them.
     """
 
     begin: Callable[[PyTree], Carry]
     advance: Callable[..., Carry]
     finish: Callable[[Carry], Trained]
+    whole: Callable[..., Trained]
 
 
 def local_training(
@@ -133,6 +136,12 @@ def local_training(
         vector = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0.0), carry.vector)
         return Trained(vector, carry.loss / carry.steps.astype(jnp.float32), finite)
 
+    def whole(
+        parameters: tuple[PyTree, PyTree], download: PyTree, position: jax.Array, batches: PyTree
+    ) -> Trained:
+        carry = begin((), download)
+        return finish((), advance(parameters, carry, download, position, batches))
+
     def over_slots(function):
         return map_slots(function, mesh, parallel_slots=config.parallel_slots)
 
@@ -142,4 +151,4 @@ def local_training(
     def finish_all(carry: Carry) -> Trained:
         return over_slots(finish)((), carry)
 
-    return LocalTraining(begin_all, over_slots(advance), finish_all)
+    return LocalTraining(begin_all, over_slots(advance), finish_all, over_slots(whole))

@@ -67,6 +67,8 @@ class Programs(NamedTuple):
       advance: some steps of it; takes the carry's buffers.
       finish: `(carry, downloads) -> Trained`, with leaves as the server has them: vectors, or
         changes, where the algorithm sends these; takes the carry's buffers.
+      train: `(parameters, downloads, position, examples) -> Trained`, the three in one, where one
+        piece of examples is all that a group trains on.
       open: `(state, slots) -> intake`, empty: what the server keeps of a round's groups, see
         `Kept`; slots weigh what is expected of them.
       take: `(intake, trained, slots, group) -> intake`: with what a group has trained; takes the
@@ -91,6 +93,7 @@ class Programs(NamedTuple):
     begin: Callable[[PyTree], Carry]
     advance: Callable[..., Carry]
     finish: Callable[[Carry, PyTree], Trained]
+    train: Callable[..., Trained]
     open: Callable[[Any, Slots], Any]
     take: Callable[[Any, Trained, Slots, Group], Any]
     noise: Callable[[Slots], PyTree | None]
@@ -138,7 +141,7 @@ def programs_of(
         return reshape(state) if sharded else state
 
     local = local_training(model, config.local, algorithm.local, mesh, seed=config.seed)
-    kept = what_is_kept(config, algorithm)
+    kept, sent = what_is_kept(config, algorithm), _sent(base, algorithm.sends_change)
     changes, intake = changes_of(base, slots), intake_shapes(config, algorithm, base, slots)
     uploads = jax.eval_shape(algorithm.upload, changes, slots)
     sums = algorithm.groups.sums if algorithm.groups and kept == "sums" else None
@@ -160,7 +163,14 @@ def programs_of(
         else download,
         begin=jax.jit(local.begin),
         advance=jax.jit(local.advance, donate_argnums=1),
-        finish=_finish(local.finish, base, algorithm.sends_change),
+        finish=jax.jit(
+            lambda carry, downloads: sent(local.finish(carry), downloads), donate_argnums=0
+        ),
+        train=jax.jit(
+            lambda parameters, downloads, *rest: sent(
+                local.whole(parameters, downloads, *rest), downloads
+            )
+        ),
         open=jax.jit(open_with, out_shardings=intake_lies),
         take=_take(algorithm, kept, slots, intake_lies),
         noise=functools.partial(_noise, config, changes, server),
@@ -257,27 +267,25 @@ def _rows(
     return take
 
 
-def _finish(
-    finish: Callable[[Carry], Trained], base: PyTree, sends_change: bool
-) -> Callable[[Carry, PyTree], Trained]:
-    """Ends local training; vectors get the shapes of the server's base."""
+def _sent(base: PyTree, sends_change: bool) -> Callable[[Trained, PyTree], Trained]:
+    """Makes `(trained, downloads) -> trained` with what is sent, in the shapes of the server's."""
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def finished(carry, downloads):
-        trained = finish(carry)
-        sent = trained.vectors
+    def sent(trained, downloads):
+        vectors = trained.vectors
         if sends_change:
-            sent = jax.tree.map(jnp.subtract, sent, downloads)
-        shaped = jax.tree.map(lambda x, like: x.reshape(x.shape[0], *like.shape), sent, base)
-        return trained._replace(vectors=shaped)
+            vectors = jax.tree.map(jnp.subtract, vectors, downloads)
+        vectors = jax.tree.map(lambda x, like: x.reshape(len(x), *like.shape), vectors, base)
+        return trained._replace(vectors=vectors)
 
-    return finished
+    return sent
 
 
 def _take(
     algorithm: Algorithm, kept: Kept, slots: Slots, placement: PyTree
 ) -> Callable[[Any, Trained, Slots, Group], Any]:
     """Makes the function that adds a group to what the server keeps; see `Programs.take`."""
+    # A group has as many clients as slots, then, and what fills it up may be numbered anew.
+    alone = bool((np.bincount(slots.client) <= 1).all())
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=placement)
     def taken(intake, trained, own, rows, clients):
@@ -285,6 +293,8 @@ def _take(
             return _put("slots", intake, trained.vectors, slots=rows)
         assert algorithm.groups
         own = dataclasses.replace(own, weight=jnp.where(trained.finite, own.weight, 0.0))
+        if alone:
+            own = dataclasses.replace(own, client=np.arange(own.num_clients, dtype=np.int32))
         uploads = algorithm.upload(trained.vectors, own)
         if kept == "sums":
             assert algorithm.groups.sums

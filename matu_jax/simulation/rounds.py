@@ -273,6 +273,21 @@ def _training(
     own = own_rows(mesh, cut.slots)
     batches = training_batches(config, federation, cut, groups, own, done)
 
+    def through(downloads, position, clock):
+        """What the group of these positions trains, in one piece or in several."""
+        if cut.chunks == 1:
+            examples = placed(next(batches), mesh, ROWS)
+            clock.lap("data")
+            return programs.train(parameters, downloads, position, examples)
+        carry = programs.begin(downloads)
+        for _ in range(cut.chunks):
+            # The next piece crosses over while the one before is computed; no third one does.
+            examples = placed(next(batches), mesh, ROWS)
+            clock.lap("data")
+            clock.lap("local_training", carry)  # of the piece before
+            carry = programs.advance(parameters, carry, downloads, position, examples)
+        return programs.finish(carry, downloads)
+
     def train(state, attendance, index, clock):
         intake = programs.open(state, attendance.expected)
         clock.lap("server_aggregation", intake)
@@ -280,20 +295,13 @@ def _training(
         for group in groups(index):
             downloads = programs.download(state, group.rows)
             clock.lap("server_download", downloads)
-            carry = programs.begin(downloads)
             position = np.stack(
                 [np.full(cut.slots, index), slots.client[group.rows], slots.task[group.rows]],
                 axis=1,
             ).astype(np.int32)
-            for _ in range(cut.chunks):
-                # The next piece crosses over while the one before is computed; no third one does.
-                examples = placed(next(batches), mesh, ROWS)
-                clock.lap("data")
-                clock.lap("local_training", carry)  # of the piece before
-                carry = programs.advance(parameters, carry, downloads, position, examples)
-            trained = programs.finish(carry, downloads)
+            trained = through(downloads, position, clock)
             clock.lap("local_training", trained)
-            del carry, downloads, examples
+            del downloads
             trained = collected(trained, mesh, programs.server)
             clock.lap("exchange", trained)
             intake = programs.take(intake, trained, attendance.expected, group)
