@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from matu_jax.errors import did_you_mean
-from matu_jax.models.checkpoint_config import architecture_of
 from matu_jax.models.choices import ModelConfig
 from matu_jax.models.modules import restored
-from matu_jax.models.transformer import PROJECTIONS, Block, Computing, LoRAParam, LoRASpec
+from matu_jax.models.transformer import PROJECTIONS, Computing, LoRAParam, LoRASpec
 from matu_jax.trees import PyTree, leaf_items
 
 
@@ -66,32 +65,6 @@ def adapters(config: ModelConfig) -> LoRASpec | None:
 def computing(config: ModelConfig) -> Computing:
     """The dtype and remat of a config."""
     return Computing(jnp.dtype(config.compute_dtype), config.remat)
-
-
-def recomputed_bytes(config: ModelConfig, examples: int) -> int:
-    """Bytes that one block's activations take while remat computes them again; 0 without remat.
-
-    The embedded backbone's, a few kilobytes an example, are not counted.
-
-    Args:
-      config: architecture, adapters, dtype and remat.
-      examples: in a batch.
-    """
-    if not config.remat or config.architecture == "embedded":
-        return 0
-    architecture = architecture_of(config)
-    shape, dtype = architecture.vision, jnp.dtype(config.compute_dtype)
-    tokens = (architecture.image_size // architecture.patch_size) ** 2 + 1
-
-    def residuals(x):
-        block = Block(shape, adapters(config), dtype=dtype, rngs=nnx.Rngs(0))
-        trains = LoRAParam if config.trainable == "lora" else nnx.Param
-        graph, trainable, rest = nnx.split(block, trains, ...)
-        return jax.vjp(lambda t, x: nnx.merge(graph, t, rest)(x), trainable, x)[1]
-
-    x = jax.ShapeDtypeStruct((examples, tokens, shape.width), dtype)
-    kept = jax.tree.leaves(jax.eval_shape(residuals, x))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape[:1] == (examples,))
 
 
 def build_backbone(

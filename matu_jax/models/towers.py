@@ -94,11 +94,13 @@ class VisionTower(nnx.Module):
         how, dtype = self.architecture, self.computing.dtype
         check_images(images, how.image_size, 3)
         batch, size, side = images.shape[0], how.patch_size, how.image_size // how.patch_size
-        mean, std = jnp.asarray(how.image_mean), jnp.asarray(how.image_std)
-        pixels = jnp.asarray(images, jnp.float32) / 255.0
-        pixels = (pixels - mean[None, None, None]) / std[None, None, None]
-        pixels = pixels[:, : side * size, : side * size]  # as a convolution with that stride does
-        pixels = pixels.reshape(batch, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
+        # What does not fill a patch is left out, as a convolution with that stride does. Columns
+        # and channels stay one axis: on TPU, one of three would take as much as one of 128.
+        pixels = jnp.asarray(images)[:, : side * size, : side * size]
+        pixels = pixels.reshape(batch, side, size, side, size * 3).transpose(0, 1, 3, 2, 4)
+        mean, std = (jnp.tile(jnp.asarray(x), size) for x in (how.image_mean, how.image_std))
+        pixels = pixels.astype(jnp.float32) / 255.0
+        pixels = (pixels - mean[None, None, None, None]) / std[None, None, None, None]
         x = self.patches(pixels.reshape(batch, side * side, size * size * 3))
         token = self.class_token[...].astype(dtype)[None, None]
         x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, token.shape[-1])), x], axis=1)

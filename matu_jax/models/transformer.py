@@ -122,8 +122,7 @@ class Linear(nnx.Module):
         Returns:
           `[..., out]` in the compute dtype.
         """
-        batch = x.shape[:-1]
-        x = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        batch, x = x.shape[:-1], _rows(x.astype(self.dtype))
         y = x @ self.kernel[...].astype(self.dtype)
         if self.lora_scale:
             if self.dropout and key is not None:
@@ -135,6 +134,11 @@ class Linear(nnx.Module):
         if self.has_bias:
             y = y + self.bias[...].astype(self.dtype)[None]
         return y.reshape(*batch, y.shape[-1])
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """`[..., features] -> [rows, features]`."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _kept(x: jax.Array) -> jax.Array:
@@ -204,16 +208,26 @@ class Block(nnx.Module):
         Returns:
           `[batch, tokens, width]` in the compute dtype.
         """
+        return self.of_rows(_rows(x), x.shape[1], key).reshape(x.shape)
+
+    def of_rows(
+        self, x: Float[Array, "rows width"], tokens: int, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "rows width"]:
+        """The same of tokens in a row, example after example.
+
+        So everything but attention's heads is a matrix: where arrays lie in tiles, as on TPU, a
+        number of tokens that does not fill them would have every product's operands copied.
+        """
         keys = [None] * len(PROJECTIONS) if key is None else jax.random.split(key, len(PROJECTIONS))
-        batch, tokens, width = x.shape
+        width = x.shape[-1]
         normed = self.norm_attention(x).astype(self.dtype)
-        heads = (batch, tokens, self.heads, width // self.heads)
+        heads = (-1, tokens, self.heads, width // self.heads)
         query, key, value = (
             _kept(projection(normed, part)).reshape(heads)
             for projection, part in zip((self.query, self.key, self.value), keys, strict=False)
         )
         attended = attention(query, key, value, causal=self.causal)
-        attended = _kept(attended.reshape(batch, tokens, width))
+        attended = _kept(attended.reshape(x.shape))
         x = _kept(x + self.out(attended, keys[3]))
         hidden = _kept(self.mlp_in(self.norm_mlp(x), keys[4]))
         return x + self.mlp_out(ACTIVATIONS[self.activation](hidden), keys[5])
@@ -229,10 +243,11 @@ def apply_block(
     """Applies one block; for the backward pass it keeps its matrix products or, with remat, not."""
     graph, state = nnx.split(block)
 
-    def function(state, x, key):
-        return nnx.merge(graph, state)(x, key)
+    def function(state, rows, key):
+        return nnx.merge(graph, state).of_rows(rows, x.shape[1], key)
 
-    return (jax.checkpoint if remat else _keeping)(function)(state, x, key)
+    checkpointed = (jax.checkpoint if remat else _keeping)(function)
+    return checkpointed(state, _rows(x), key).reshape(x.shape)
 
 
 def stacked_blocks(
@@ -280,18 +295,21 @@ def apply_blocks(
     depth = jax.tree.leaves(state)[0].shape[0]
     keys = None if key is None else jax.random.split(key, depth)
 
-    def step(x, row):
-        return nnx.merge(graph, row[0])(x, row[1]), None
+    def step(rows, layer):
+        state, key = layer
+        return nnx.merge(graph, state).of_rows(rows, x.shape[1], key), None
 
+    rows = _rows(x)
     if remat:
         # The loop itself keeps XLA from merging the second computation with the first.
-        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), x, (state, keys))[0]
+        step = jax.checkpoint(step, prevent_cse=False)
+        return jax.lax.scan(step, rows, (state, keys))[0].reshape(x.shape)
     leaves, structure = jax.tree.flatten(state)
     pieces = [jnp.split(leaf, depth) for leaf in leaves]  # their gradients are put together again
     for layer in range(depth):
-        row = structure.unflatten([piece[layer].squeeze(0) for piece in pieces])
-        x = _keeping(step)(x, (row, None if keys is None else keys[layer]))[0]
-    return x
+        own = structure.unflatten([piece[layer].squeeze(0) for piece in pieces])
+        rows = _keeping(step)(rows, (own, None if keys is None else keys[layer]))[0]
+    return rows.reshape(x.shape)
 
 
 def check_images(

@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 
 from matu_jax.algorithms import Algorithm
 from matu_jax.data import example_bytes, example_shapes
-from matu_jax.models import MODELS, Model
-from matu_jax.models.backbone import recomputed_bytes
+from matu_jax.models import Model
 from matu_jax.simulation.batches import round_grid
 from matu_jax.simulation.choices import SimulationConfig
 from matu_jax.simulation.evaluate import evaluation_sets
 from matu_jax.simulation.federation import Federation
 from matu_jax.simulation.hosts import highest
+from matu_jax.simulation.liveness import peak_bytes
 from matu_jax.simulation.participation import participants, trained_slots
 from matu_jax.simulation.placement import on_cpu, own_devices, rows_by_process, slots_at_once
 from matu_jax.simulation.programs import intake_shapes, shards_server
@@ -26,38 +26,25 @@ AnyConfig = TypeVar("AnyConfig", bound=SimulationConfig)
 
 
 def predicted_bytes(
-    config: SimulationConfig, model: Model, algorithm: Algorithm, federation: Federation, mesh: Mesh
+    config: SimulationConfig,
+    model: Model,
+    algorithm: Algorithm,
+    federation: Federation,
+    mesh: Mesh,
+    step: int | None = None,
 ) -> dict[str, int]:
     """Predicts device memory before anything is compiled, over all devices, in bytes.
 
-    Activations are the residuals of one gradient's backward pass, as its abstract evaluation
-    lists them, less the frozen parameters among them, for as many slots as train at once; with
-    remat, those of one block that is computed again are added, but not what its backward pass holds
-    besides: XLA was seen to need 1.6 times as much then (ViT-B/16, float32, on CPU).
+    The program of local training holds parameters, activations, optimiser and batches; of these,
+    the next ones are on their way while the present ones are trained on. Step: what `step_bytes`
+    has found, which takes a second or two for a large model; None = it is asked.
     """
     slots, local = federation.slots, config.local
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((local.batch_examples, *x.shape), x.dtype),
-        example_shapes(federation.tasks[0].train),
-    )
+    step = step_bytes(config, model, federation, mesh) if step is None else step
 
     def size(tree):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    def residuals(vector, frozen, batch):
-        key = jax.random.key(0) if model.stochastic else None
-        return jax.vjp(lambda v: model.loss(v, frozen, batch, jnp.int32(0), key), vector)[1]
-
-    kept = jax.tree.leaves(jax.eval_shape(residuals, model.base, model.frozen, batch))
-    shared = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(model.frozen)]
-    activations = 0
-    for leaf in kept:
-        if (leaf.shape, leaf.dtype) in shared:
-            shared.remove((leaf.shape, leaf.dtype))
-        elif not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            activations += size(leaf)
-    if config.model.architecture not in MODELS:  # whose remat is their own affair
-        activations += recomputed_bytes(config.model, local.batch_examples)
     cut = round_grid(config, federation, mesh, model)
     per_device = slots_at_once(mesh, cut.slots // mesh.size, local.parallel_slots)
     state = jax.eval_shape(lambda: algorithm.init(model.base, slots))
@@ -70,13 +57,33 @@ def predicted_bytes(
     kept = size(intake_shapes(config, algorithm, model.base, slots))
     return {
         "parameters": (size(model.frozen) + vector) * mesh.size,
-        "activations": per_device * mesh.size * activations,
+        "activations": per_device * mesh.size * step,
         "optimiser": 4 * cut.slots * vector,
         "task vectors": (1 + copies) * cut.slots * vector + 2 * servers * kept,
         "server state": 2 * servers * size(state),
         "batches": (1 if cut.groups * cut.chunks == 1 else 2) * cut.slots * cut.steps * examples,
         "evaluation examples": mesh.size * sum(pieces),
     }
+
+
+def step_bytes(config: SimulationConfig, model: Model, federation: Federation, mesh: Mesh) -> int:
+    """What a step of one slot holds at once, at most, its gradient included; see `liveness`.
+
+    So many slots as train at once hold so many times as much, or a little less: rows of frozen
+    parameters that a loop reads are counted, and read once for all.
+    """
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.local.batch_examples, *x.shape), x.dtype),
+        example_shapes(federation.tasks[0].train),
+    )
+
+    def step(vector, frozen, batch):
+        key = jax.random.key(0) if model.stochastic else None
+        return jax.grad(lambda v: model.loss(v, frozen, batch, jnp.int32(0), key))(vector)
+
+    platform = str(own_devices(mesh)[0].platform)
+    program = jax.make_jaxpr(step)(model.base, model.frozen, batch)
+    return peak_bytes(program, "cuda" if platform == "gpu" else platform)
 
 
 def fitted(
@@ -96,8 +103,10 @@ def fitted(
             config, local=dataclasses.replace(config.local, parallel_slots=count)
         )
 
+    step = step_bytes(config, model, federation, mesh)
+
     def needed(count: int) -> float:
-        parts = predicted_bytes(choose(count), model, algorithm, federation, mesh)
+        parts = predicted_bytes(choose(count), model, algorithm, federation, mesh, step)
         return sum(parts.values()) / mesh.size
 
     slots = federation.slots
