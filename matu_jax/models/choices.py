@@ -35,7 +35,7 @@ class ModelConfig:
       compute_dtype: of activations and matrix products; "float32" or "bfloat16". What trains
         stays float32.
       remat: whether all of a block but its input is computed again in the backward pass: about a
-        third more time, a fraction of the memory, and large architectures are compiled sooner.
+        third more time, a fraction of the memory.
         Without it, what the projections yield is kept, and what is elementwise computed again.
     """
 

@@ -135,6 +135,17 @@ def test_text_tower_is_causal_and_takes_texts_padded_to_any_length():
         tower(jnp.zeros((2, context + 1), jnp.int32))
 
 
+@pytest.fixture(params=["loop", "one by one"])
+def form(request, monkeypatch):
+    """Blocks as platforms have them: in a loop, and one by one as on NVIDIA GPUs."""
+
+    def chosen(*x, cuda, default):
+        return (default if request.param == "loop" else cuda)(*x)
+
+    monkeypatch.setattr(transformer.jax.lax, "platform_dependent", chosen)
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_loop_over_blocks_is_one_block_after_the_other(causal):
     blocks = blocks_with(ALL, causal=causal)
@@ -158,6 +169,7 @@ def test_stacked_blocks_are_drawn_one_by_one_and_adapters_start_as_nothing():
         np.testing.assert_array_equal(layer.lora_b[...], 0)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("key", [None, jax.random.key(3)])
 def test_remat_computes_again_and_changes_no_gradient(key):
     spec = LoRASpec(PROJECTIONS, 4, 6.0, 0.4)
@@ -189,6 +201,7 @@ def kept_features(forward, module, dtype, trains):
     return sum(leaf.size for leaf in ours) // X.shape[0] // X.shape[1], {x.dtype for x in ours}
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("trains", [LoRAParam, nnx.Param])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_what_a_block_keeps_for_the_backward_pass(dtype, trains):
