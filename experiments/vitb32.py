@@ -12,9 +12,13 @@ Thirty clients hold two of SUN397, Cars, RESISC45, EuroSAT, SVHN, GTSRB, MNIST a
 task's training images are divided among its holders by Dirichlet(0.5) over them, class by class.
 Zero-shot heads from class names are frozen; adapters of rank 16 train.
 
-Hardware: one accelerator with 24 GiB of free memory at bfloat16 and 20 of the 60 slots at a
-time, as the program predicts; it has not been run on one yet, so neither time nor accuracy is
-known. Learning rate, steps and rounds are first guesses, not tuned.
+Hardware, at bfloat16 and 20 of the 60 slots at a time: predicted are 8.8 GB of memory on an NVIDIA
+H100 and 9.8 GB on a TPU v5e or v5p. It has not been run on one yet, so neither time nor accuracy is
+known, but it has been compiled for them (experiments/bench/bench_compiled.py --tables training):
+a step cannot take less than 24 ms on an H100, 163 ms on a v5e chip and 58 ms on a v5p chip, each
+bound by memory traffic (80, 134 and 159 GB). By the slots of a chip, of which none waits for
+another, that is 65 ms on a v5e-8 (8 chips of 8 slots) and 43 ms on a v5p-8 (4 chips of 15).
+Learning rate, steps and rounds are first guesses, not tuned.
 
 Published for openai/clip-vit-base-patch32 fine-tuned in full on all data of each task (mean test
 accuracy over the eight, %): zero-shot 48.0, fine-tuned per task 90.5, weight averaging 65.8, task

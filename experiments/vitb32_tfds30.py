@@ -9,8 +9,10 @@ Sixty clients hold two of the thirty datasets each; otherwise as experiments/vit
 datasets are those of matu_jax/data/datasets.py, set "tfds30": where TFDS has no official test
 split, the table says how it is made.
 
-Hardware: one accelerator with 25 GiB of free memory at bfloat16, as the program predicts; not
-run on one yet. No published number is for this set of datasets.
+Hardware: predicted are 9.7 GB of memory on an NVIDIA H100 and 10.7 GB on a TPU v5e or v5p; not run
+on one yet. A step's lower bounds are those of experiments/vitb32.py, but a v5e-8 has 15 of the 120
+slots a chip (122 ms) and a v5p-8 20 at a time (58 ms). No published number is for this set of
+datasets.
 """
 
 import runpy
