@@ -13,8 +13,10 @@ linear head, averaged among its holders. Sixty clients hold two tasks each.
 Hardware, at bfloat16: predicted are 7.0 GB of memory on an NVIDIA H100 and 7.8 GB on a TPU; not run
 on one yet. Compiled for them (experiments/bench/bench_compiled.py --tables training), a step of 10
 slots cannot take less than 68 ms on an H100 and 410 ms on a v5e chip, bound by memory traffic (229
-and 336 GB); with 10 slots a chip at a time, as long on a v5e-8 (8 chips). The paper's numbers are of full fine-tuning from an ImageNet-21k
-checkpoint and merging once, not of rounds with adapters: there is none to compare with directly.
+and 336 GB); with 10 slots a chip at a time, as long on a v5e-8 (8 chips).
+
+The paper's numbers are of full fine-tuning from an ImageNet-21k checkpoint and merging once, not of
+rounds with adapters: there is none to compare with directly.
 """
 
 import runpy
