@@ -532,9 +532,21 @@ def unpacked(masks: Any, like: Any, axes: int = 1) -> np.ndarray:
     flat = []
     for mask, leaf in zip(jax.tree.leaves(masks), jax.tree.leaves(like), strict=True):
         size = int(np.prod(np.shape(leaf)[axes:], dtype=int))
-        bits = np.unpackbits(np.asarray(mask), axis=-1, bitorder="little")
-        flat.append(bits[..., :size])
+        flat.append(bits_of(np.asarray(mask), size))
     return np.concatenate(flat, axis=-1).astype(int)
+
+
+def bits_of(mask: np.ndarray, size: int) -> np.ndarray:
+    """A leaf's packed mask [..., bytes] as 0 and 1, [..., size], parameter by parameter.
+
+    Of whole tiles of 1024 parameters, parameter i of a tile is bit i // 128 of byte i % 128; of the
+    r parameters behind them, bit i // w of byte i % w, w = ceil(r / 8).
+    """
+    i, tiles = np.arange(size), size // 1024 * 1024
+    width = max(-(-(size - tiles) // 8), 1)
+    byte = np.where(i < tiles, i // 1024 * 128 + i % 128, tiles // 8 + (i - tiles) % width)
+    bit = np.where(i < tiles, i % 1024 // 128, (i - tiles) // width)
+    return mask[..., byte].astype(int) >> bit & 1
 
 
 def storage(like: Any, axes: int = 1) -> Callable[[np.ndarray], np.ndarray]:

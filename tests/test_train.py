@@ -55,7 +55,7 @@ def test_profile_traces_a_round_and_the_summary_says_the_algorithms_own_share(ex
     (trace,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     names = {event.get("name", "") for event in events}
-    assert {"PjitFunction(advance)", "PjitFunction(upload)"} <= names
+    assert {"PjitFunction(train)", "PjitFunction(taken)"} <= names
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     own = [summary["seconds"][x] for x in ("client_unify", "server_aggregation", "server_download")]

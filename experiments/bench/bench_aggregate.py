@@ -32,14 +32,13 @@ from timing import (
 )
 
 import matu_jax as matu
+from matu_jax.aggregation.storage import unpack
 from matu_jax.runs.processes import use_cores
 
 
 def _as_torch(uploads: matu.Unified, slots: matu.Slots, held: int, dtype: str) -> tuple[list, list]:
     vector, scales = np.array(uploads.vector["w"].astype(jnp.float32)), np.array(uploads.scales)
-    bits = np.unpackbits(
-        np.asarray(uploads.masks["w"]), axis=1, count=vector.shape[1], bitorder="little"
-    ).astype(bool)
+    bits = unpack(np.asarray(uploads.masks["w"]), vector.shape[1])
     clients, own = [], []
     for client in range(slots.num_clients):
         rows = slice(client * held, (client + 1) * held)

@@ -38,6 +38,7 @@ from timing import (
 )
 
 import matu_jax as matu
+from matu_jax.aggregation.storage import unpack
 from matu_jax.runs.processes import use_cores
 
 unify = partial(matu.unify, magnitude="max")  # as EMR-Merging, which the rivals compute
@@ -86,7 +87,8 @@ def _numba(x: jax.Array) -> dict:
     values, ours = np.asarray(x), unify({"w": x})
     vector, masks, scales = call(values)
     np.testing.assert_array_equal(vector, ours.vector["w"])
-    np.testing.assert_array_equal(masks, ours.masks["w"])
+    bits = np.unpackbits(masks, axis=1, bitorder="little").astype(bool)
+    np.testing.assert_array_equal(bits, unpack(np.asarray(ours.masks["w"]), x.shape[1]))
     np.testing.assert_allclose(scales, ours.scales, rtol=1e-4)
     return {"numba": lambda: call(values)}
 

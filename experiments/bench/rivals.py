@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import matu_jax as matu
+from matu_jax.aggregation.storage import unpack
 
 PAPER = matu.AggregationConfig.paper()
 SERVER = dataclasses.replace(PAPER, transfer="mean", similarity="aggregated")
@@ -168,7 +169,7 @@ def dense_aggregate(uploads: matu.Unified, slots: matu.Slots, held: int) -> tupl
     """Eqs. 5 to 9 with every array in full; clients hold `held` tasks each, in order."""
     vector, masks = uploads.vector["w"], uploads.masks["w"]
     size, tasks = vector.shape[1], slots.num_tasks
-    bits = jnp.unpackbits(masks, axis=1, count=size, bitorder="little")
+    bits = unpack(masks, size)
     rows = uploads.scales[:, None] * bits * vector[slots.client].astype(jnp.float32)
     member = jax.nn.one_hot(slots.task, tasks).T
     weight = member * slots.weight

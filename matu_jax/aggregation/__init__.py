@@ -24,12 +24,18 @@ With `uploads = "change"`, this project's own too, clients fold what the round h
 vector less download), eqs. 5 to 8 are of changes, and the server adds the outcome to the task
 vectors that it keeps.
 
-Where they are: 1 to 4 in `fold` (and `modulation`), 5 and 6 in `same_task`, 7 in `directions`, 8 in
-`transfer` and `shrinkage`. `client` and `server` apply them to pytrees; `reports` says who takes
-part in a round, with the defences of `robust`.
+Where they are: 1 to 4 in `fold_block` (and `modulation`), 5 and 6 in `same_task_block`, 7 in
+`directions` and `signs`, 8 in `transfer` and `shrinkage`, each for one block of parameters. `fold`,
+`signs`, `same_task` and `finish` drive them over leaves: by a scan, or by the kernels of GPUs and
+TPUs in `kernels` and `server_kernels`, chosen by the platform that a program is lowered for
+(`platforms`). `client` and `server` apply them to pytrees; `reports` says who takes part in a
+round, with the defences of `robust`.
 
 Every function is pure and may be called under `jit`, `vmap` and `shard_map`; slots are visited by
-loops, so that no second array of slots x parameters is ever made.
+loops, so that no second array of slots x parameters is ever made. A program exported for NVIDIA
+GPUs holds kernels of Triton's, whose compiled form JAX does not promise to keep:
+`jax.export.export` asks for
+`disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]`.
 """
 
 from matu_jax.aggregation.choices import AggregationConfig

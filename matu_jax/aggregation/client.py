@@ -5,6 +5,7 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -13,7 +14,7 @@ from matu_jax.aggregation.fold import fold
 from matu_jax.aggregation.joining import joining
 from matu_jax.aggregation.modulation import modulated
 from matu_jax.aggregation.sharding import ParameterSharding, check_mesh
-from matu_jax.aggregation.storage import flat_leaf, joined_eighths
+from matu_jax.aggregation.storage import flat_leaf
 from matu_jax.aggregation.types import Slots, Unified, check_slots, check_unified
 from matu_jax.trees import Leaf, PyTree, as_floating, check_stacked
 
@@ -27,10 +28,9 @@ def _unify(
 ) -> Unified:
     leaves, treedef = jax.tree.flatten(vectors)
     count = leaves[0].shape[0]
-    if slots is None:
-        groups, present, num_groups = jnp.zeros(count, jnp.int32), jnp.ones(count, jnp.bool_), 1
-    else:
-        groups, present, num_groups = slots.client, slots.weight > 0, slots.num_clients
+    num_groups = 1 if slots is None else slots.num_clients
+    groups = None if slots is None else slots.client
+    present = np.ones(count, np.bool_) if slots is None else slots.weight > 0
     flat = [flat_leaf(leaf) for leaf in leaves]
     join = joining(flat)
     flat = join.vectors(flat)
@@ -65,8 +65,8 @@ def unify(
       magnitude: eq. 2 takes the "max" of the agreeing magnitudes (EMR-Merging) or their "mean".
       mesh: devices over which the parameters are sharded, of axes of type Auto; None = all on one.
         Of a leaf of more than 65,536 parameters nothing crosses between them but sums, if it is
-        sharded over them already, along its first axis of parameters, and has a multiple of 8
-        parameters per device; smaller leaves are put together first.
+        sharded over them already, along its first axis of parameters, and has a multiple of
+        1024 parameters per device; smaller leaves are put together first.
 
     Returns:
       `Unified`: vector leaves `[clients, ...]` (`[...]` without slots) in the storage dtype, masks
@@ -103,7 +103,7 @@ def modulate_jit(unified: Unified, slots: Slots | None) -> PyTree[Float[Array, "
             shape, flat = vector.shape, jnp.broadcast_to(vector.reshape(-1), (count, vector.size))
         else:
             shape, flat = vector.shape[1:], flat_leaf(vector)[slots.client]
-        rows = joined_eighths(modulated(flat, mask, unified.scales), flat.shape[1])
+        rows = modulated(flat, mask, unified.scales)
         return rows.astype(vector.dtype).reshape(count, *shape)
 
     return jax.tree.map(leaf, unified.vector, unified.masks)

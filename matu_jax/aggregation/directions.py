@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, UInt8
+from jaxtyping import Array, Bool, Float, Float32
 
-from matu_jax.aggregation.blocks import loop_zeros, total
+from matu_jax.aggregation.blocks import loop_zeros
 from matu_jax.aggregation.joining import joining
-from matu_jax.aggregation.reports import Reports
 from matu_jax.aggregation.sharding import Axes, total_over
-from matu_jax.aggregation.storage import flat_leaf, pack
+from matu_jax.aggregation.signs import Signs
+from matu_jax.aggregation.storage import flat_leaf, whole_tiles
+from matu_jax.aggregation.types import Slots
 from matu_jax.trees import Leaf, PyTree, as_floating, check_stacked
 
 _BLOCK = 1 << 16  # parameters per matmul when correlating directions
@@ -52,7 +53,7 @@ def _direction_similarity(
 ) -> Float32[Array, "slots slots"]:
     flat = [flat_leaf(leaf) for leaf in jax.tree.leaves(vectors)]
     join = joining(flat)
-    return _similarity(gram(join.vectors(flat), join.size, signs=True))
+    return _similarity(gram(whole_tiles(join.vectors(flat)), join.size, signs=True))
 
 
 def direction_similarity(
@@ -96,21 +97,16 @@ def aggregated_similarity(
     """Eq. 7 of the tasks' aggregated vectors: A_tt' = (1 + (1/d) sum sgn(tau_t) sgn(tau_t')) / 2.
 
     Args:
-      own: tau_t of eq. 6, flat leaves `[tasks, n]`.
+      own: tau_t of eq. 6, flat leaves `[tasks, n]`, of which whole tiles count.
       size: d, number of all parameters.
       axes: mesh axes over which parameters are sharded.
     """
-    product = total_over(gram(own, size, signs=True), axes)
+    product = total_over(gram(whole_tiles(own), size, signs=True), axes)
     return TaskSimilarity(_similarity(product), product, jnp.ones(product.shape, jnp.bool_))
 
 
 def cross_client_similarity(
-    products: Float32[Array, "tasks tasks"],
-    vector: list[Float[Array, "clients _"]],
-    masks: list[UInt8[Array, "slots _"]],
-    reports: Reports,
-    size: int,
-    axes: Axes,
+    signs: Signs, accepted: Bool[Array, "slots"], slots: Slots, size: int
 ) -> TaskSimilarity:
     """Eq. 7 of slots of different clients, averaged over their pairs; A_tt is 1.
 
@@ -118,23 +114,18 @@ def cross_client_similarity(
     taken off.
 
     Args:
-      products: sums over parameters of products of the tasks' sums of signs, float32 `[tasks,
-        tasks]`.
-      vector: u of every client, flat leaves `[clients, n]`.
-      masks: m_s, packed, `[slots, bytes]`.
-      reports: who takes part.
+      signs: what was found of the uploads' signs.
+      accepted: bool `[slots]`, who takes part.
+      slots: which client and task each is.
       size: d, number of all parameters.
-      axes: mesh axes over which parameters are sharded.
     """
-    slots, accepted = reports.slots, reports.accepted
     tasks = slots.num_tasks
     present = jnp.zeros((slots.num_clients, tasks), jnp.float32)
     present = present.at[slots.client, slots.task].add(accepted.astype(jnp.float32))
-    held = reports.holders.astype(jnp.float32)
+    held = present.sum(axis=0)
     pairs = held[:, None] * held[None, :] - present.T @ present
-    same = _same_client_gram(vector, masks, size, reports)
-    products = total_over(products / size - same, axes)
     compared = pairs > 0
+    products = (signs.products - signs.same_client) / size
     product = jnp.where(compared, products / jnp.maximum(pairs, 1.0), 0.0)
     matrix = jnp.where(jnp.eye(tasks, dtype=jnp.bool_), 1.0, _similarity(product))
     return TaskSimilarity(matrix, product, compared)
@@ -143,49 +134,3 @@ def cross_client_similarity(
 def _similarity(product: Float32[Array, "rows rows"]) -> Float32[Array, "rows rows"]:
     """Mean products of signs, in [-1, 1] but for rounding, to similarities in [0, 1]."""
     return jnp.clip((1 + product) / 2, 0.0, 1.0)
-
-
-def _same_client_gram(
-    vector: list[Float[Array, "clients _"]],
-    masks: list[UInt8[Array, "slots _"]],
-    size: int,
-    reports: Reports,
-) -> Float32[Array, "tasks tasks"]:
-    """`sum sgn(tau_s) sgn(tau_s') / size` over slot pairs of one client, per pair of tasks.
-
-    Two slots of one client have the signs of u wherever both masks are set, so the product of
-    their signs is a count of common mask bits. Work is linear in the pairs of slots of one client.
-
-    Returns:
-      float32 `[tasks, tasks]`.
-    """
-    slots, accepted, scales = reports.slots, reports.accepted, reports.scales
-    order = jnp.argsort(slots.client)
-    client, task = slots.client[order], slots.task[order]
-    first = jnp.searchsorted(client, client).astype(jnp.int32)
-    live = ((scales > 0) & accepted)[order].astype(jnp.float32)
-
-    def add_slot(sums, position):
-        slot = order[position]
-        own = [
-            mask[slot] & pack(leaf[slots.client[slot]] != 0)
-            for leaf, mask in zip(vector, masks, strict=True)
-        ]
-
-        def add_pair(other, sums):
-            common = sum(
-                total(jax.lax.population_count(bits & mask[order[other]]).astype(jnp.float32))
-                for bits, mask in zip(own, masks, strict=True)
-            )
-            common = common / size * live[position] * live[other]
-            sums = sums.at[task[position], task[other]].add(common)
-            return jnp.where(
-                other == position, sums, sums.at[task[other], task[position]].add(common)
-            )
-
-        return jax.lax.fori_loop(first[position], position + 1, add_pair, sums), None
-
-    inputs = (*vector, *masks, scales, slots.client, slots.task, accepted)
-    zero = loop_zeros((slots.num_tasks, slots.num_tasks), jnp.float32, *inputs)
-    positions = jnp.arange(order.shape[0], dtype=jnp.int32)
-    return jax.lax.scan(add_slot, zero, positions)[0]

@@ -1,157 +1,134 @@
-"""Eqs. 5 and 6 on flat leaves: the weighted mean of a task's holders, gated by their agreement."""
-
-from typing import NamedTuple
+"""Eqs. 5 and 6 on flat leaves, driven as the program's platform does best."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
-from matu_jax.aggregation.blocks import (
-    Block,
-    loop_zeros,
-    over_blocks,
-    over_groups,
-    put_row,
-)
+from matu_jax.aggregation.blocks import add_row, in_lanes, loop_zeros, over_blocks
 from matu_jax.aggregation.choices import AggregationConfig
-from matu_jax.aggregation.directions import gram
-from matu_jax.aggregation.modulation import UploadedLeaf
+from matu_jax.aggregation.fold_block import Grouped, grouped
+from matu_jax.aggregation.modulation import modulated_block
+from matu_jax.aggregation.platforms import where_lowered
 from matu_jax.aggregation.reports import Reports
-from matu_jax.aggregation.robust import counted, within_trim
-from matu_jax.aggregation.storage import as_bits, clip_to, from_bits, joined_eighths
-
-
-class _Running(NamedTuple):
-    """What goes from slot to slot within a block, those of one task after the other.
-
-    Attributes:
-      vectors: tau_t of eq. 6 as bits, `[tasks, n]`.
-      signs: each task's sum of signs, float32 `[tasks, length]`; `[tasks, 0]` if not asked for.
-      energies: each task's sum of squares over its slots, float32 `[tasks]`, if asked for.
-      mean: the task's weighted sum of the slots so far, float32 `[1, length]`.
-      sign: the task's sum of signs of the slots so far, float32 `[1, length]`.
-      unpacked: task vectors of this slot and of the one before, float32 `[2, bytes, 8]`.
-      extremes: see `within_trim`, float32 `[2, trim, length]`.
-    """
-
-    vectors: Shaped[Array, "tasks n"]
-    signs: Float32[Array, "tasks length"]
-    energies: Float32[Array, "tasks"]
-    mean: Float32[Array, "1 length"]
-    sign: Float32[Array, "1 length"]
-    unpacked: Float32[Array, "2 bytes 8"]
-    extremes: Float32[Array, "2 trim length"]
+from matu_jax.aggregation.same_task_block import Holders, TaskMemory, same_task_block
+from matu_jax.aggregation.storage import TILE, as_bits, clip_to, from_bits
 
 
 def same_task(
     vector: Float[Array, "clients n"],
     masks: UInt8[Array, "slots bytes"],
-    old: Float[Array, "tasks n"],
+    old: Float[Array, "tasks n"] | None,
     reports: Reports,
     config: AggregationConfig,
-) -> tuple[Float[Array, "tasks n"], Float32[Array, "tasks tasks"], Float32[Array, "tasks"]]:
-    """Eqs. 5 and 6 for one flat leaf: tau_t = g_t * sum (w_s / sum w) tau_s.
+) -> tuple[Float[Array, "tasks n"], Float32[Array, "tasks"], Float32[Array, "tasks"]]:
+    """Eqs. 5 and 6 for the whole tiles of one flat leaf.
 
     Args:
       vector: u of every client, `[clients, n]` in the storage dtype.
       masks: m_s, packed, `[slots, bytes]`.
-      old: `[tasks, n]`, what a task keeps that nobody reported.
+      old: `[tasks, n]`, what a task keeps that nobody reported; None: zeros.
       reports: who takes part, with what weight.
-      config: its `agreement_threshold` and `trim`; `similarity` and `transfer` say what else is
-        asked for.
+      config: its `agreement_threshold` and `trim`.
 
     Returns:
-      tau_t, `[tasks, n]` in the storage dtype; products of the tasks' sums of signs, `[tasks,
-      tasks]`, if slots of different clients are to be compared (eq. 7); and sums of squares
-      `[tasks]`, if transfer is by shrinkage (eq. 8). Zeros where not asked for.
+      tau_t, `[tasks, n]` in the storage dtype; each task's sum of squares over its slots, and its
+      largest magnitude, float32 `[tasks]`.
     """
-    slots, dtype = reports.slots, vector.dtype
-    tasks, compares = slots.num_tasks, config.similarity == "cross_client"
-    old = as_bits(clip_to(old.astype(jnp.float32), dtype))
-    uploads = UploadedLeaf(
-        as_bits(vector), dtype, masks, reports.scales, reports.accepted, slots.client
+    slots = reports.slots
+    holders = Holders(
+        grouped(slots.task, slots.task.shape[0], slots.num_tasks),
+        slots.client,
+        reports.accepted.astype(jnp.int32),
+        reports.scales,
+        reports.fraction,
+        reports.holders,
     )
+    kept = [] if old is None else [clip_to(old.astype(jnp.float32), vector.dtype)]
+    vectors, energies, largest = _same_task_flat(
+        vector,
+        masks,
+        *jax.tree.leaves(holders),
+        *kept,
+        threshold=config.agreement_threshold,
+        trim=config.trim,
+    )
+    return vectors, energies, largest
 
-    def zeros(*shape, dtype=jnp.float32):
-        accepted, scales, fraction = reports.accepted, reports.scales, reports.fraction
-        inputs = vector, masks, scales, fraction, accepted, slots.client, slots.task
-        return loop_zeros(shape, dtype, *inputs)
+
+def by_scan(
+    vector: Float[Array, "clients n"],
+    masks: UInt8[Array, "slots bytes"],
+    holders: Holders,
+    old: Float[Array, "tasks n"] | None,
+    *,
+    threshold: float,
+    trim: int,
+) -> tuple[Float[Array, "tasks n"], Float32[Array, "tasks"], Float32[Array, "tasks"]]:
+    """`same_task_block` driven over a flat leaf by a scan. Args and result as for `same_task`."""
+    dtype, (tasks,) = vector.dtype, holders.held.shape
+    bits, inputs = as_bits(vector), (vector, masks, *jax.tree.leaves(holders))
 
     def visit(block, carry):
-        vectors, products, energies = carry
-        running = _Running(
-            vectors,
-            zeros(tasks, block.length if compares else 0),
-            energies,
-            zeros(1, block.length),
-            zeros(1, block.length),
-            zeros(2, block.mask_bytes, 8),
-            zeros(2, config.trim, block.length),
-        )
+        def task_vector(slot):
+            u = from_bits(block.take(bits, holders.client[slot]), dtype)
+            taken = holders.accepted[slot] > 0
+            scale = jnp.where(taken, holders.scales[slot], 0.0)
+            x = modulated_block(u, block.take_bytes(masks, slot), scale)
+            return jnp.where(taken, x, 0.0)
 
-        def add(running, slot, task, first):
-            return _add_slot(running, slot, task, first, uploads, reports, config, block)
+        def put_task(carry, task, value, reported, squares):
+            vectors, energies, largest = carry
+            value = jnp.where(reported, as_bits(clip_to(value, dtype)), block.take(vectors, task))
+            top = jnp.abs(from_bits(value, dtype).astype(jnp.float32)).max()
+            vectors = block.put(vectors, task, value)
+            energies = add_row(energies, task, in_lanes(squares))
+            return vectors, energies, largest.at[task].max(top)
 
-        running = over_groups(slots.task, add, running)
-        if compares:
-            products = products + gram([running.signs], 1, signs=False)
-        return running.vectors, products, running.energies
+        memory = TaskMemory(task_vector, put_task, block.zeros(*inputs))
+        return same_task_block(memory, holders, threshold, trim, carry)
 
-    carry = old + zeros(*old.shape, dtype=old.dtype), zeros(tasks, tasks), zeros(tasks)
-    vectors, products, energies = over_blocks(old.shape[1], visit, carry)
-    return from_bits(vectors, dtype), products, energies
-
-
-def _add_slot(
-    running: _Running,
-    slot: jax.Array,
-    task: jax.Array,
-    first: jax.Array,
-    uploads: UploadedLeaf,
-    reports: Reports,
-    config: AggregationConfig,
-    block: Block,
-) -> _Running:
-    """Takes in one block of one slot; `first` says whether it is the first slot of its task."""
-    vectors, signs, energies, mean, sign, unpacked, extremes = running
-    # Put down and taken up again, or XLA on CPU would unpack the mask for every use.
-    place = (slot % 2, 0, 0)
-    unpacked = jax.lax.dynamic_update_slice(unpacked, uploads.task_vector(slot, block), place)
-    x = jax.lax.dynamic_slice(unpacked, place, (1, *unpacked.shape[1:]))
-    x = joined_eighths(x, block.length)
-    sign = jnp.where(first, 0.0, sign) + jnp.sign(x)
-    held = reports.holders[task]
-    gate = _gate(sign, held, config.agreement_threshold)
-    fraction, energy = reports.fraction[slot], 1.0
-    if config.trim:
-        absent = jnp.where(first, -jnp.inf, extremes)
-        grown, passed = within_trim(absent, x[0], held)
-        extremes = jnp.where(reports.accepted[slot], grown, absent)
-        x = jnp.where(reports.accepted[slot], passed, 0.0)[None]
-        fraction = 1 / counted(config.trim, held)
-        energy = held.astype(jnp.float32) * fraction
-    mean = jnp.where(first, 0.0, mean) + fraction * x
-    value = as_bits(clip_to(gate * mean, uploads.dtype))
-    vectors = block.put(vectors, task, jnp.where(held > 0, value, block.take(vectors, task)))
-    if config.similarity == "cross_client":
-        signs = put_row(signs, task, sign)
-    if config.transfer == "shrinkage":
-        energies = energies.at[task].add(energy * jnp.square(x).sum())
-    return _Running(vectors, signs, energies, mean, sign, unpacked, extremes)
+    shape = (tasks, vector.shape[1])
+    vectors = as_bits(loop_zeros(shape, dtype, *inputs) if old is None else old)
+    vectors = vectors + loop_zeros(shape, vectors.dtype, *inputs)
+    energies = loop_zeros((tasks, TILE), jnp.float32, *inputs)
+    largest = loop_zeros((tasks,), jnp.float32, *inputs)
+    vectors, energies, largest = over_blocks(shape[1], visit, (vectors, energies, largest))
+    return from_bits(vectors, dtype), energies.sum(axis=1), largest
 
 
-def _gate(
-    signs: Float32[Array, "1 length"], holders: Int[Array, ""], threshold: float
-) -> Float32[Array, "1 length"]:
-    """Eq. 5, g = 1 where alpha = |mean sgn(tau_s)| >= rho, else alpha.
+def _unflattened(arrays):
+    order, starts, client, accepted, scales, fraction, held, *old = arrays
+    holders = Holders(Grouped(order, starts), client, accepted, scales, fraction, held)
+    return holders, old[0] if old else None
 
-    Args:
-      signs: sum sgn(tau_s), float32 `[1, length]`.
-      holders: of how many slots, int32 scalar.
-      threshold: rho.
 
-    Returns:
-      float32 `[1, length]`, in [0, 1].
-    """
-    agreement = jnp.abs(signs) / jnp.maximum(holders, 1).astype(jnp.float32)
-    return jnp.where(agreement >= threshold, 1.0, agreement)
+def _by_scan(vector, masks, *rest, threshold, trim):
+    return by_scan(vector, masks, *_unflattened(rest), threshold=threshold, trim=trim)
+
+
+def _by_kernel(platform):
+    def form(vector, masks, *rest, threshold, trim):
+        from matu_jax.aggregation import server_kernels  # Pallas is heavy, and no one else's
+
+        kernel = {
+            "cuda": server_kernels.same_task_on_gpu,
+            "tpu": server_kernels.same_task_on_tpu,
+        }[platform]
+        holders, old = _unflattened(rest)
+        slots, tasks = holders.client.shape[0], holders.held.shape[0]
+        fits = server_kernels.fits(vector, vector.shape[0], slots, tasks, platform)
+        way = kernel if fits else by_scan
+        return way(vector, masks, holders, old, threshold=threshold, trim=trim)
+
+    return form
+
+
+def _shapes(vector, masks, *rest, threshold, trim):
+    (tasks,) = _unflattened(rest)[0].held.shape
+    row = jax.ShapeDtypeStruct((tasks,), jnp.float32)
+    return [jax.ShapeDtypeStruct((tasks, vector.shape[1]), vector.dtype), row, row]
+
+
+_same_task_flat = where_lowered(
+    "matu_same_task", _shapes, _by_scan, cuda=_by_kernel("cuda"), tpu=_by_kernel("tpu")
+)

@@ -12,14 +12,14 @@ from jaxtyping import Array, Float, Float32, UInt8
 from matu_jax.aggregation.choices import AggregationConfig
 from matu_jax.aggregation.client import modulate_jit
 from matu_jax.aggregation.directions import aggregated_similarity, cross_client_similarity
-from matu_jax.aggregation.fold import fold
+from matu_jax.aggregation.finish import finished
 from matu_jax.aggregation.joining import joining
 from matu_jax.aggregation.reports import reports_of
 from matu_jax.aggregation.same_task import same_task
 from matu_jax.aggregation.sharding import Axes, ParameterSharding, check_mesh
 from matu_jax.aggregation.shrinkage import Evidence
-from matu_jax.aggregation.storage import clip_to, flat_leaf
-from matu_jax.aggregation.transfer import transferred
+from matu_jax.aggregation.storage import flat_leaf
+from matu_jax.aggregation.transfer import mixing_of
 from matu_jax.aggregation.types import (
     Aggregated,
     ServerState,
@@ -37,12 +37,12 @@ class _Flat(NamedTuple):
     Attributes:
       vector: unified vectors of the uploads, `[clients, n]`.
       masks: packed masks of the uploads, `[slots, bytes]`.
-      start: task vectors before the round, `[tasks, n]`.
+      start: task vectors before the round, `[tasks, n]`; None: zeros.
     """
 
     vector: list[Float[Array, "clients _"]]
     masks: list[UInt8[Array, "slots _"]]
-    start: list[Float[Array, "tasks _"]]
+    start: list[Float[Array, "tasks _"]] | None
 
 
 class _Whole(NamedTuple):
@@ -63,49 +63,38 @@ def _server(
       what has no parameters: scales of both, similarity, accepted, and the evidence.
     """
     vector, masks, start = flat
-    slots, tasks = whole.slots, whole.slots.num_tasks
-    reports = reports_of(vector, masks, whole.scales, slots, config, size, axes)
+    slots = whole.slots
+    reports, signs = reports_of(vector, masks, whole.scales, slots, config, size, axes)
 
-    # Eqs. 5 and 6.
+    # Eqs. 5 and 6. A task that nobody reported keeps what it has, or changes by nothing.
     changes = config.uploads == "change"
-    kept = [jnp.zeros_like(leaf) for leaf in start] if changes else start
-    own, products = [], jnp.zeros((tasks, tasks), jnp.float32)
-    energies = jnp.zeros(tasks, jnp.float32)
-    for leaf, mask, old in zip(vector, masks, kept, strict=True):
-        new, signs, squares = same_task(leaf, mask, old, reports, config)
-        own.append(new)
-        products, energies = products + signs, energies + squares
+    kept = [None] * len(vector) if changes or start is None else start
+    found = [
+        same_task(leaf, mask, old, reports, config)
+        for leaf, mask, old in zip(vector, masks, kept, strict=True)
+    ]
+    own = [leaf for leaf, *_ in found]
+    energies = jnp.stack([squares for _, squares, _ in found]).sum(axis=0)
+    largest = jnp.stack([top for *_, top in found]).max(axis=0)
 
     # Eq. 7.
-    if config.similarity == "aggregated":
-        similarity = aggregated_similarity(own, size, axes)
+    if config.similarity == "cross_client" and signs:
+        similarity = cross_client_similarity(signs, reports.accepted, slots, size)
     else:
-        similarity = cross_client_similarity(products, vector, masks, reports, size, axes)
+        similarity = aggregated_similarity(own, size, axes)
 
-    # Eq. 8.
-    mixed, evidence = transferred(own, energies, similarity, reports, whole.evidence, config, axes)
-    if changes:
-        mixed = [_added(old, new) for old, new in zip(start, mixed, strict=True)]
-
-    # Eq. 9: all tasks in one group, and every client's tasks in a group of its own.
-    one, everybody = jnp.zeros(tasks, jnp.int32), jnp.ones(tasks, jnp.bool_)
-    one_vector, all_masks, all_scales = fold(mixed, None, one, everybody, 1, config.magnitude, axes)
-    listed = jnp.ones(slots.client.shape[0], jnp.bool_)
-    down_vector, down_masks, down_scales = fold(
-        mixed, slots.task, slots.client, listed, slots.num_clients, config.magnitude, axes
+    # Eqs. 8 and 9.
+    mixing, evidence = mixing_of(
+        energies, largest, similarity, reports, whole.evidence, config, axes
     )
+    before = start if changes else None
+    mixed, one, down = finished(own, mixing, before, slots, config.magnitude, axes)
+    (one_vector, one_masks, one_scales), (down_vector, down_masks, down_scales) = one, down
     return (
         (mixed, one_vector, down_vector),
-        (all_masks, down_masks),
-        (all_scales, down_scales, similarity.matrix, reports.accepted, evidence),
+        (one_masks, down_masks),
+        (one_scales, down_scales, similarity.matrix, reports.accepted, evidence),
     )
-
-
-def _added(
-    vectors: Float[Array, "tasks n"], changes: Float[Array, "tasks n"]
-) -> Float[Array, "tasks n"]:
-    """Task vectors with their changes, `[tasks, n]` in the vectors' dtype, kept finite."""
-    return clip_to(vectors.astype(jnp.float32) + changes.astype(jnp.float32), vectors.dtype)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -124,17 +113,18 @@ def _aggregate(
     else:
         nothing = jnp.zeros((tasks, tasks), jnp.float32)
         evidence = Evidence(nothing, nothing)
-        if previous is None:
-            start = [jnp.zeros((tasks, leaf.shape[1]), leaf.dtype) for leaf in vector]
-        else:
-            start = [flat_leaf(x) for x in jax.tree.leaves(modulate_jit(previous, None))]
-    join = joining(vector, start)
-    vector, start = join.vectors(vector), join.vectors(start)
+        start = previous and [flat_leaf(x) for x in jax.tree.leaves(modulate_jit(previous, None))]
+    join = joining(vector, start or vector)
+    vector, start = join.vectors(vector), start and join.vectors(start)
     masks = join.masks(jax.tree.leaves(uploads.masks))
     sharding = ParameterSharding(mesh, [x.shape[1] for x in vector])
     vectors, masks, whole = sharding.run(
         lambda flat, whole: _server(flat, whole, config, join.size, sharding.axes),
-        _Flat(sharding.pad_vectors(vector), sharding.pad_masks(masks), sharding.pad_vectors(start)),
+        _Flat(
+            sharding.pad_vectors(vector),
+            sharding.pad_masks(masks),
+            start and sharding.pad_vectors(start),
+        ),
         _Whole(uploads.scales, slots, evidence),
         (True, True, False),
     )

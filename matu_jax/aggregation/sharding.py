@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Shaped
+
+from matu_jax.aggregation.storage import TILE, in_tiles, mask_bytes
 
 Axes = tuple[str, ...]
 """Names of the mesh axes over which parameters are sharded; () = they are all here."""
@@ -26,16 +28,6 @@ def total_over(x: Shaped[Array, "*shape"], axes: Axes) -> Shaped[Array, "*shape"
 def largest_over(x: Shaped[Array, "*shape"], axes: Axes) -> Shaped[Array, "*shape"]:
     """The largest of all devices."""
     return jax.lax.pmax(x, axes) if axes else x
-
-
-def all_over(x: Bool[Array, "*shape"], axes: Axes) -> Bool[Array, "*shape"]:
-    """Whether bools hold on all devices."""
-    return jax.lax.pmin(x.astype(jnp.int32), axes) > 0 if axes else x
-
-
-def any_over(x: Bool[Array, "*shape"], axes: Axes) -> Bool[Array, "*shape"]:
-    """Whether bools hold on some device."""
-    return jax.lax.pmax(x.astype(jnp.int32), axes) > 0 if axes else x
 
 
 def check_mesh(mesh: Mesh | None, name: str) -> Mesh | None:
@@ -69,22 +61,22 @@ class ParameterSharding:
         self.axes: Axes = tuple(mesh.axis_names) if mesh else ()
 
     def pad_vectors(self, flat: Sequence[Shaped[Array, "rows _"]]) -> list[Shaped[Array, "rows _"]]:
-        """Pads `[rows, n]` with zeros, so that each device has whole bytes of the masks."""
-        return [_padded(x, n) for x, n in zip(flat, self._padded_sizes, strict=True)]
+        """Whole tiles of `[rows, n]`, padded with zeros so that each device has whole tiles."""
+        return self._padded(flat, 1)
 
     def pad_masks(self, flat: Sequence[Shaped[Array, "rows _"]]) -> list[Shaped[Array, "rows _"]]:
         """The same for packed masks `[rows, ceil(n / 8)]`."""
-        return [_padded(x, -(-n // 8)) for x, n in zip(flat, self._padded_sizes, strict=True)]
+        return self._padded(flat, 8)
 
     def unpad_vectors(
         self, flat: Sequence[Shaped[Array, "rows _"]]
     ) -> list[Shaped[Array, "rows _"]]:
         """The inverse of `pad_vectors`."""
-        return [_unpadded(x, n) for x, n in zip(flat, self._sizes, strict=True)]
+        return [_resized(x, n) for x, n in zip(flat, self._own_sizes, strict=True)]
 
     def unpad_masks(self, flat: Sequence[Shaped[Array, "rows _"]]) -> list[Shaped[Array, "rows _"]]:
         """The inverse of `pad_masks`."""
-        return [_unpadded(x, -(-n // 8)) for x, n in zip(flat, self._sizes, strict=True)]
+        return [_resized(x, mask_bytes(n)) for x, n in zip(flat, self._own_sizes, strict=True)]
 
     def run(self, work: Callable[..., Any], columns: Any, rest: Any, out: Any) -> Any:
         """Calls `work(columns, rest)` on every device, with its shard of the columns.
@@ -106,17 +98,29 @@ class ParameterSharding:
             check_vma=False,
         )(columns, rest)
 
+    def _padded(self, flat: Sequence[jax.Array], unit: int) -> list[jax.Array]:
+        """Whole tiles, then zeros; an element of the arrays is of `unit` parameters."""
+        if self._mesh is None:
+            return list(flat)
+        sizes = zip(self._own_sizes, self._padded_sizes, strict=True)
+        return [
+            _resized(_resized(x, own // unit), padded // unit)
+            for x, (own, padded) in zip(flat, sizes, strict=True)
+        ]
+
+    @property
+    def _own_sizes(self) -> list[int]:
+        """Parameters in whole tiles; where nothing is sharded, with a leaf's tail behind them."""
+        return list(self._sizes) if self._mesh is None else [in_tiles(n) for n in self._sizes]
+
     @property
     def _padded_sizes(self) -> list[int]:
-        if self._mesh is None:
-            return list(self._sizes)
-        multiple = 8 * self._mesh.size
-        return [-(-n // multiple) * multiple for n in self._sizes]
+        multiple = TILE * self._mesh.size if self._mesh else 1
+        return [-(-n // multiple) * multiple for n in self._own_sizes]
 
 
-def _padded(x: Shaped[Array, "rows _"], size: int) -> Shaped[Array, "rows {size}"]:
-    return x if x.shape[1] == size else jnp.pad(x, ((0, 0), (0, size - x.shape[1])))
-
-
-def _unpadded(x: Shaped[Array, "rows _"], size: int) -> Shaped[Array, "rows {size}"]:
-    return x if x.shape[1] == size else jax.lax.slice_in_dim(x, 0, size, axis=1)
+def _resized(x: Shaped[Array, "rows _"], size: int) -> Shaped[Array, "rows {size}"]:
+    """The beginning of rows, or rows with zeros behind."""
+    if x.shape[1] >= size:
+        return jax.lax.slice_in_dim(x, 0, size, axis=1)
+    return jnp.pad(x, ((0, 0), (0, size - x.shape[1])))

@@ -1,31 +1,32 @@
-"""Eq. 8, transfer between tasks: who lends to whom, how much, and the mixed task vectors."""
+"""Eq. 8, transfer between tasks: who lends to whom, and how much."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float32
 
 from matu_jax.aggregation.choices import AggregationConfig
 from matu_jax.aggregation.directions import TaskSimilarity
 from matu_jax.aggregation.reports import Reports
-from matu_jax.aggregation.sharding import Axes, any_over
+from matu_jax.aggregation.sharding import Axes, largest_over
 from matu_jax.aggregation.shrinkage import Evidence, gathered, independent_holders, shrinkage
-from matu_jax.aggregation.storage import clip_to
 
 
-def transferred(
-    own: list[Float[Array, "tasks _"]],
+def mixing_of(
     energies: Float32[Array, "tasks"],
+    largest: Float32[Array, "tasks"],
     similarity: TaskSimilarity,
     reports: Reports,
     evidence: Evidence,
     config: AggregationConfig,
     axes: Axes,
-) -> tuple[list[Float[Array, "tasks _"]], Evidence]:
-    """Eq. 8: what the tasks take of each other's vectors.
+) -> tuple[Float32[Array, "tasks tasks"], Evidence]:
+    """Eq. 8's weights: what the tasks take of each other's vectors.
 
     Args:
-      own: tau_t of eq. 6, flat leaves `[tasks, n]`.
-      energies: each task's sum of squares over its slots, float32 `[tasks]`, for shrinkage.
+      energies: each task's sum of squares over its slots, float32 `[tasks]`, for shrinkage; as the
+        next, of this device's parameters.
+      largest: each task's largest magnitude after eq. 6, float32 `[tasks]`: where it is 0, there is
+        nothing to lend.
       similarity: eq. 7.
       reports: who took part.
       evidence: of all rounds before, for shrinkage.
@@ -33,22 +34,19 @@ def transferred(
       axes: mesh axes over which parameters are sharded.
 
     Returns:
-      tau_t, flat leaves `[tasks, n]` in the storage dtype, and the evidence with this round's.
+      Of which vectors (second axis) a task's (first axis) is made, float32 `[tasks, tasks]`; and
+      the evidence with this round's.
     """
-    learns = config.transfer == "shrinkage"
-    nobody = config.top_k == 0 and not learns
-    if config.transfer == "none" or nobody or reports.slots.num_tasks == 1:
-        return own, evidence
-    lenders = jnp.stack([(leaf != 0).any(axis=1) for leaf in own]).any(axis=0)
-    lenders = any_over(lenders, axes)
+    learns, tasks = config.transfer == "shrinkage", reports.slots.num_tasks
+    if config.transfer == "none" or (config.top_k == 0 and not learns) or tasks == 1:
+        return jnp.eye(tasks, dtype=jnp.float32), evidence
+    lenders = largest_over(largest, axes) > 0
     # A task that nobody reported keeps what it has; where nothing was compared, nobody lends.
     allowed = similarity.compared & lenders[None, :] & (reports.holders > 0)[:, None]
-    if learns:
-        evidence = gathered(evidence, energies, similarity, reports.holders, axes)
-        mixing = shrinkage(*evidence, independent_holders(reports), allowed)
-    else:
-        mixing = _lending(similarity.matrix, allowed, config)
-    return [_mixed(mixing, leaf) for leaf in own], evidence
+    if not learns:
+        return _lending(similarity.matrix, allowed, config), evidence
+    evidence = gathered(evidence, energies, similarity, reports.holders, axes)
+    return shrinkage(*evidence, independent_holders(reports), allowed), evidence
 
 
 def _lending(
@@ -72,11 +70,3 @@ def _lending(
     lent = jnp.zeros_like(similarity).at[jnp.arange(tasks)[:, None], index].set(values)
     mixing = jnp.eye(tasks, dtype=jnp.float32) + lent
     return mixing / mixing.sum(axis=1, keepdims=True) if config.transfer == "mean" else mixing
-
-
-def _mixed(
-    mixing: Float32[Array, "tasks tasks"], vectors: Float[Array, "tasks n"]
-) -> Float[Array, "tasks n"]:
-    """Weights `[tasks, tasks]` times vectors `[tasks, n]`, in the vectors' dtype."""
-    product = jnp.matmul(mixing, vectors.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return clip_to(product, vectors.dtype)

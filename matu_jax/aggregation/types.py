@@ -43,8 +43,11 @@ class Unified(NamedTuple):
 
     Attributes:
       vector: leaves `[clients, ...]`, or `[...]` for a single group, in the storage dtype.
-      masks: the same tree, uint8 leaves `[slots, ceil(size / 8)]`: bit i % 8 (least significant
-        first) of byte i // 8 belongs to parameter i of the leaf in row-major order.
+      masks: the same tree, uint8 leaves `[slots, ceil(size / 8)]`. The leaf's parameters,
+        row-major, are taken in tiles of 1024, and a mask's bytes in 128 for each: bit i // 128 (0
+        the least significant) of byte i % 128 belongs to the i-th parameter of the tile. The last r
+        parameters, fewer than a tile, have w = ceil(r / 8) bytes: bit i // w of byte i % w.
+        `matu_jax.aggregation.storage.unpack` makes bools of them, of NumPy's arrays or JAX's.
       scales: float32 `[slots]`.
     """
 

@@ -243,7 +243,9 @@ def _trimmed_mean(
         def add(carry, row):
             extremes, mean = carry
             values, where, there = row
-            grown, passed = within_trim(extremes[where], values, members[where])
+            high, low = (tuple(side) for side in extremes[where])
+            grown, passed = within_trim((high, low), values, members[where])
+            grown = jnp.stack([jnp.stack(side) for side in grown])
             extremes = extremes.at[where].set(jnp.where(there, grown, extremes[where]))
             mean = mean.at[where].add(jnp.where(there, share[where] * passed, 0.0))
             return (extremes, mean), None
@@ -257,8 +259,8 @@ def _trimmed_mean(
 
 def row_lengths(vectors: PyTree[Float[Array, "rows ..."]]) -> Float32[Array, "rows"]:
     """Euclidean lengths of the rows of a stacked tree, over all its leaves: float32 `[rows]`."""
-    unit, length = vector_lengths([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(vectors)])
-    return unit * length
+    found = vector_lengths([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(vectors)])
+    return found.unit * found.length
 
 
 def headroom(rows: int) -> float:

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
+from matu_jax.aggregation.storage import TILE, pack, unpack
 from matu_jax.models.tensors import FLOATING, READABLE, TensorFileError, TensorFiles
 
 BUDGET = 1 << 22  # entries, of all models and of the base and the result, in a block
-_SMALLEST, _LARGEST = 1 << 10, 1 << 22  # up to 2**22 signs, float32 sums of signs / size are exact
+_SMALLEST, _LARGEST = TILE, 1 << 22  # up to 2**22 signs, float32 sums of signs / size are exact
 
 
 class Segment(NamedTuple):
@@ -17,8 +18,8 @@ class Segment(NamedTuple):
 
     Attributes:
       name: of the tensor.
-      start: the first entry in the tensor, row-major; a multiple of 8, as is `place`, so that its
-        mask bits begin with a byte.
+      start: the first entry in the tensor, row-major; a multiple of 1024, as is `place`, so that it
+        is made of the tensor's tiles, see `matu_jax.Unified`.
       size: how many entries.
       place: the first entry in the block.
     """
@@ -32,6 +33,25 @@ class Segment(NamedTuple):
     def part(self) -> slice:
         """Its entries in the block."""
         return slice(self.place, self.place + self.size)
+
+    @property
+    def mask_part(self) -> slice:
+        """Its bytes in the block's packed mask, which has whole tiles."""
+        return slice(self.place // 8, (self.place + self._padded) // 8)
+
+    @property
+    def _padded(self) -> int:
+        return -(-self.size // TILE) * TILE
+
+    def of_block(self, packed: UInt8[np.ndarray, "bytes"]) -> UInt8[np.ndarray, "_"]:
+        """The tensor's part of its packed mask, from the bytes at `mask_part`."""
+        return packed if self.size % TILE == 0 else pack(unpack(packed, self.size))
+
+    def for_block(self, packed: UInt8[np.ndarray, "bytes"]) -> UInt8[np.ndarray, "_"]:
+        """The inverse of `of_block`."""
+        if self.size % TILE == 0:
+            return packed
+        return pack(np.pad(unpack(packed, self.size), (0, self._padded - self.size)))
 
 
 class Block(NamedTuple):
@@ -74,7 +94,7 @@ def plan(files: TensorFiles, names: Sequence[str], size: int) -> list[list[Segme
                 count = min(tensor.size - start, size - place)
                 blocks[-1].append(Segment(name, start, count, place))
                 start += count
-                place += -(-count // 8) * 8
+                place += -(-count // TILE) * TILE
     return blocks
 
 

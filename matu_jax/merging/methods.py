@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from matu_jax.aggregation import unify
 from matu_jax.aggregation.choices import Magnitude
-from matu_jax.aggregation.storage import unpack
+from matu_jax.aggregation.storage import mask_bytes, unpack
 from matu_jax.merging.alignment import Alignment
 from matu_jax.merging.blocks import BUDGET, Block, block_size, check_finite, read_blocks
 from matu_jax.merging.sums import Summary, Totals, lanes, measure, relative
@@ -22,7 +22,7 @@ from matu_jax.trees import apply_vectors, task_vectors
 
 Method = Literal["unify", "ties", "arithmetic"]
 PASSES: dict[Method, int] = {"unify": 1, "ties": 3, "arithmetic": 1}  # over all parameters
-FORMAT, VERSION = "matu_jax.unified", "1"
+FORMAT, VERSION = "matu_jax.unified", "2"
 
 
 def unify_models(
@@ -66,7 +66,7 @@ def unify_models(
     for name in alignment.merged:
         tensor = base.tensors[name]
         tensors[f"vector.{name}"] = tensor
-        packed = -(-tensor.size // 8)
+        packed = mask_bytes(tensor.size)
         tensors[f"mask.{name}"] = Tensor("U8", (count, packed), count * packed)
     metadata = {
         "format": FORMAT,
@@ -90,9 +90,9 @@ def unify_models(
                 name, tensor = segment.name, base.tensors[segment.name]
                 start = segment.start * vector.itemsize
                 writer.write(f"vector.{name}", vector[segment.part], start)
-                first, packed = segment.place // 8, -(-tensor.size // 8)
+                packed = mask_bytes(tensor.size)
                 for s in range(count):
-                    bits = masks[s, first : first + -(-segment.size // 8)]
+                    bits = segment.of_block(masks[s, segment.mask_part])
                     writer.write(f"mask.{name}", bits, s * packed + segment.start // 8)
             progress(block.size)
         scales, cosines = totals.scales(), totals.cosines()

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, Field
 
 from matu_jax.aggregation import Unified, modulate
+from matu_jax.aggregation.storage import mask_bytes
 from matu_jax.errors import did_you_mean
 from matu_jax.json_files import checked, parse_json
 from matu_jax.merging.blocks import BUDGET, Block, block_size, fill, plan
@@ -97,7 +98,7 @@ def unified_tasks(unified: TensorFiles) -> UnifiedTasks:
     for name, tensor in unified.tensors.items():
         if name.startswith("vector.") and tensor.dtype in FLOATING:
             expected[name] = tensor
-            packed = -(-tensor.size // 8)
+            packed = mask_bytes(tensor.size)
             masks = Tensor("U8", (len(models), packed), len(models) * packed)
             expected["mask." + name.removeprefix("vector.")] = masks
     if expected != unified.tensors:
@@ -178,9 +179,9 @@ def rebuild_model(
             mask = np.zeros(size // 8, np.uint8)
             for segment in segments:
                 packed = unified.tensors[f"mask.{segment.name}"].shape[1]
-                start, count = row * packed + segment.start // 8, -(-segment.size // 8)
-                first = segment.place // 8
-                mask[first : first + count] = unified.read(f"mask.{segment.name}", start, count)
+                start, count = row * packed + segment.start // 8, mask_bytes(segment.size)
+                bits = unified.read(f"mask.{segment.name}", start, count)
+                mask[segment.mask_part] = segment.for_block(bits)
             merged = _rebuild_block(block.base, block.tuned[0], mask, scale)
             advice = "The unified file is damaged, or made from"
             write_finite(writer, block, np.asarray(merged), advice)

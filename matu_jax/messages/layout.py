@@ -12,7 +12,7 @@ import numpy as np
 from matu_jax.messages.quantisation import BLOCK
 from matu_jax.trees import PyTree, leaf_items
 
-VERSION = 2
+VERSION = 3
 Kind = Literal["upload", "download"]
 Precision = Literal["float32", "bfloat16", "int8"]
 KINDS: dict[Kind, int] = {"upload": 1, "download": 2}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 
+from matu_jax.aggregation.storage import pack
 from matu_jax.messages.layout import LENGTH, WireError
 
 
@@ -46,7 +47,7 @@ def implied(
     leaves: Sequence[Shaped[np.ndarray, "..."]],
 ) -> tuple[list[UInt8[np.ndarray, "1 _"]], Float32[np.ndarray, "1"]]:
     """The masks and the scale of a unified of one task, which follow from its vector."""
-    masks = [np.packbits((leaf != 0).reshape(1, -1), axis=1, bitorder="little") for leaf in leaves]
+    masks = [pack((leaf != 0).reshape(1, -1)) for leaf in leaves]
     return masks, np.array([float(any(mask.any() for mask in masks))], np.float32)
 
 

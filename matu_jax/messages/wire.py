@@ -4,7 +4,7 @@ Every number is little-endian. k is the number of tasks in the message.
 
     offset  bytes      what
     0       4          "MATU"
-    4       1          version of this format: 2
+    4       1          version of this format: 3
     5       1          how the vector is written: 0 = every leaf in its own dtype, 1 = bfloat16,
                        2 = int8 in blocks
     6       1          1 = upload (client to server), 2 = download (server to client)
@@ -25,9 +25,11 @@ Every number is little-endian. k is the number of tasks in the message.
                        float32, finite and not negative, for every 256 of them (and one for the
                        rest): a parameter is the product of the two, in float32
     ...     m or c     masks, if not left out: for every leaf, k rows of ceil(parameters / 8) bytes;
-                       bit i % 8 (least significant first) of byte i // 8 belongs to parameter i,
-                       the bits after the last parameter are 0. Compressed: these m bytes as one
-                       zlib stream (RFC 1950), where c + 8 < m
+                       every 1024 parameters have 128 bytes, of which bit i // 128 (0 the least
+                       significant) of byte i % 128 belongs to the i-th of them; the r behind them
+                       have w = ceil(r / 8), of which bit i // w of byte i % w belongs to the i-th;
+                       bits that belong to none are 0. Compressed: these m bytes as one zlib stream
+                       (RFC 1950), where c + 8 < m
     end     4          uint32, CRC-32 (IEEE 802.3, as in zlib) of all bytes before it
 
 Leaves are in the order of JAX's pytrees (dictionaries by sorted keys). Masks and scales are left
@@ -54,6 +56,7 @@ import jax
 import numpy as np
 
 from matu_jax.aggregation import Unified
+from matu_jax.aggregation.storage import TILE, in_tiles, unpack
 from matu_jax.messages.layout import (
     COMPRESSED,
     HEADER,
@@ -333,6 +336,8 @@ def _check_numbers(
                 f"leaf {path}: {bad.size} of {leaf.size} numbers are not finite, the first at "
                 f"position {bad[0]}."
             )
-        unused = -leaf.size % 8
-        if unused and (mask[:, -1] >> (8 - unused)).any():
-            raise WireError(f"masks: leaf {path}: a bit after the last parameter is set.")
+        if leaf.size % 8:
+            behind = mask[:, in_tiles(leaf.size) // 8 :]
+            last = unpack(behind, 8 * behind.shape[1])[:, leaf.size % TILE :]
+            if last.any():
+                raise WireError(f"masks: leaf {path}: a bit after the last parameter is set.")

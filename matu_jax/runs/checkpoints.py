@@ -29,6 +29,7 @@ from matu_jax.json_files import checked, name_inside, read_json, regular_file
 from matu_jax.trees import PyTree, leaf_items
 
 _CHECKSUMS = "checksums.json"
+_FORMAT = 2  # 1: mask bits in the order of parameters; 2: as `matu_jax.Unified` has them
 
 
 _Checksums = dict[Annotated[str, AfterValidator(name_inside)], str]
@@ -40,6 +41,7 @@ _log = logging.getLogger(__name__)
 class _Notes(BaseModel):
     leaves: list[Annotated[list[str], Field(min_length=2, max_length=2)]]  # path and kind
     meta: dict[str, Any]
+    format: int = 1
 
 
 class Checkpoints:
@@ -131,7 +133,7 @@ class Checkpoints:
           TypeError: if `meta` cannot be written as JSON.
         """
         leaves = _by_path(state)
-        notes = {"leaves": list(_kinds(leaves).items()), "meta": meta}
+        notes = {"leaves": list(_kinds(leaves).items()), "meta": meta, "format": _FORMAT}
         json.dumps(notes)  # raises before anything is removed
         arrays = {f"{i:05d}": leaf for i, leaf in enumerate(leaves.values()) if leaf.size}
         if jax.process_count() > 1:
@@ -220,7 +222,14 @@ class Checkpoints:
     def _read(self, round_index: int, target_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
         target = _by_path(target_state)
         notes = self._notes(round_index)
-        _check_leaves(dict(notes["leaves"]), _kinds(target), self._folder(round_index))
+        found = dict(notes["leaves"])
+        _check_leaves(found, _kinds(target), self._folder(round_index))
+        if notes["format"] != _FORMAT and any(kind.startswith("uint8") for kind in found.values()):
+            raise ValueError(
+                f"{self._folder(round_index)}: found format {notes['format']}, expected {_FORMAT}: "
+                "it was saved by another version of matu_jax, which orders the bits of masks "
+                "otherwise. Go on with the version that saved it, or choose another folder."
+            )
         number = {path: f"{i:05d}" for i, (path, _) in enumerate(notes["leaves"])}
         wanted = {number[path]: _placement(leaf) for path, leaf in target.items() if leaf.size}
         arrays = {}

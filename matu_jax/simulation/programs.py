@@ -152,6 +152,10 @@ def programs_of(
     download = _rows(algorithm.download, algorithm.groups, model.base, slots, mesh, sharded)
     at_server, intake_lies = NamedSharding(server, WHOLE), server_shardings(intake, server)
     open_with, end_with = (sums.start, sums.end) if sums else (empty, algorithm.aggregate)
+
+    def train(parameters, downloads, *rest):  # by whose name a profile has it
+        return sent(local.whole(parameters, downloads, *rest), downloads)
+
     return Programs(
         algorithm=algorithm,
         server=server,
@@ -166,11 +170,7 @@ def programs_of(
         finish=jax.jit(
             lambda carry, downloads: sent(local.finish(carry), downloads), donate_argnums=0
         ),
-        train=jax.jit(
-            lambda parameters, downloads, *rest: sent(
-                local.whole(parameters, downloads, *rest), downloads
-            )
-        ),
+        train=jax.jit(train),
         open=jax.jit(open_with, out_shardings=intake_lies),
         take=_take(algorithm, kept, slots, intake_lies),
         noise=functools.partial(_noise, config, changes, server),
@@ -284,7 +284,7 @@ def _take(
     algorithm: Algorithm, kept: Kept, slots: Slots, placement: PyTree
 ) -> Callable[[Any, Trained, Slots, Group], Any]:
     """Makes the function that adds a group to what the server keeps; see `Programs.take`."""
-    # A group has as many clients as slots, then, and what fills it up may be numbered anew.
+    # Then a group may have as many clients as slots, and what fills it up be numbered anew.
     alone = bool((np.bincount(slots.client) <= 1).all())
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=placement)
@@ -293,7 +293,7 @@ def _take(
             return _put("slots", intake, trained.vectors, slots=rows)
         assert algorithm.groups
         own = dataclasses.replace(own, weight=jnp.where(trained.finite, own.weight, 0.0))
-        if alone:
+        if alone and own.num_clients == len(own.task):
             own = dataclasses.replace(own, client=np.arange(own.num_clients, dtype=np.int32))
         uploads = algorithm.upload(trained.vectors, own)
         if kept == "sums":

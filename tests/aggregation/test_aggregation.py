@@ -12,6 +12,7 @@ import pytest
 from programs import CONFIGS
 
 import matu_jax as matu
+from matu_jax.aggregation.storage import pack
 from matu_jax.config import NO_DEFENCE, DefenceConfig, MatuConfig
 
 CLIENT, TASK, WEIGHT = oracle.CLIENT, oracle.TASK, oracle.WEIGHT
@@ -218,7 +219,7 @@ def test_storage_dtypes_are_kept_and_scales_follow_the_stored_vector(magnitude):
     assert [leaf.dtype for leaf in jax.tree.leaves(modulated)] == dtypes
 
 
-def test_masks_are_little_endian_bits_padded_with_zeros():
+def test_masks_are_packed_row_by_row_and_padded_with_zeros():
     values = _values(4)
     unified = matu.unify(_tree(values), _slots())
     assert jax.tree.map(np.shape, unified.masks) == {
@@ -228,10 +229,8 @@ def test_masks_are_little_endian_bits_padded_with_zeros():
     }
     for mask, size in zip(jax.tree.leaves(unified.masks), (15, 1), strict=True):
         assert mask.dtype == np.uint8
-        bits = np.unpackbits(np.asarray(mask), axis=1, bitorder="little")
-        assert not bits[:, size:].any()
-        repacked = np.packbits(bits[:, :size], axis=1, bitorder="little")
-        np.testing.assert_array_equal(repacked, np.asarray(mask))
+        bits = oracle.bits_of(np.asarray(mask), size)
+        np.testing.assert_array_equal(pack(bits.astype(bool)), np.asarray(mask))
 
 
 @pytest.mark.parametrize("magnitude", ["max", "mean"])
@@ -245,9 +244,10 @@ def test_a_leaf_of_many_blocks_is_folded_like_its_pieces(size, dtype, magnitude)
     slots = matu.Slots([2, 0, 0, 1, 2, 2], [0, 1, 2, 0, 1, 2], [1.0, 1, 0, 1, 1, 1], 3, 3)
     one = matu.unify({"w": whole}, slots, magnitude=magnitude)
     four = matu.unify(pieces, slots, magnitude=magnitude)  # three joined, and one alone
-    for part in ("vector", "masks"):
-        joined = np.concatenate(jax.tree.leaves(getattr(four, part)), axis=1)
-        np.testing.assert_array_equal(getattr(one, part)["w"], joined)
+    joined = np.concatenate(jax.tree.leaves(four.vector), axis=1)
+    np.testing.assert_array_equal(one.vector["w"], joined)
+    masks = [oracle.unpacked(x.masks, x.vector) for x in (one, four)]
+    np.testing.assert_array_equal(masks[0], masks[1])
     np.testing.assert_allclose(one.scales, four.scales, rtol=2e-6)
     exact = np.abs(whole[3].astype(np.float64)).sum()
     rebuilt = np.asarray(matu.modulate(one, slots)["w"][3]).astype(np.float64)

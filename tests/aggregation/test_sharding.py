@@ -43,7 +43,10 @@ def tree(seed, rows, dtype="float32", size=1.0):
 
 
 def assert_close(found, expected, rtol=2e-6):
-    """Masks, signs and whole numbers exactly, floats up to the rounding of sums."""
+    """Whole numbers exactly, floats up to the rounding of sums.
+
+    One mask bit in 100,000 may differ: of a number that is 0 but for that rounding.
+    """
 
     floats = [x for x in jax.tree.leaves(expected) if jnp.issubdtype(x.dtype, jnp.floating)]
     largest = max(float(jnp.nanmax(jnp.abs(x), initial=0.0)) for x in floats)
@@ -51,7 +54,9 @@ def assert_close(found, expected, rtol=2e-6):
     def compare(x, y):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
         x, y = (np.asarray(jax.device_get(z)) for z in (x, y))
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if x.dtype == np.uint8:
+            assert np.unpackbits(x ^ y).sum() <= 8e-5 * x.size
+        elif not jnp.issubdtype(x.dtype, jnp.floating):
             np.testing.assert_array_equal(x, y)
         else:
             loose = rtol if x.dtype == np.float32 else 1e-2

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import matu_jax as matu
 from matu_jax import algorithms
+from matu_jax.aggregation.storage import pack
 from matu_jax.config import EvaluationConfig, MatuConfig
 from matu_jax.messages import wire
 from matu_jax.messages.clients import gather, of_client
@@ -94,7 +95,7 @@ def test_the_layout_is_the_documented_one():
     sent = matu.unify(rows, magnitude="max")
     data = wire.encode(sent, [4, 9], client=3, round_number=2)
     tree_hash = hashlib.sha256(b"x float32 3\n").digest()[:16]
-    expected = b"MATU" + bytes([2, 0, 1, 1]) + struct.pack("<III", 2, 3, 2) + tree_hash
+    expected = b"MATU" + bytes([3, 0, 1, 1]) + struct.pack("<III", 2, 3, 2) + tree_hash
     expected += struct.pack("<II", 4, 9)
     expected += struct.pack("<ff", *np.asarray(sent.scales))
     expected += struct.pack("<fff", 3.0, -2.0, 0.5)
@@ -174,7 +175,7 @@ def test_another_language_can_read_it(precision, compress):
     sent = matu.unify(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), vectors))
     data = wire.encode(sent, [4, 9], client=3, precision=precision, compress=compress)
     written = {"float32": 0, "bfloat16": 1, "int8": 2}[precision]
-    assert data[4:8] == bytes([2, written, 1, 1 + compress])
+    assert data[4:8] == bytes([3, written, 1, 1 + compress])
     at, packed = 36, 0
     if compress:
         (packed,), at = struct.unpack_from("<Q", data, at), 44
@@ -194,7 +195,7 @@ def test_another_language_can_read_it(precision, compress):
 
 def with_masks(density, size=40_000, tasks=2, seed=0):
     bits = np.random.default_rng(seed).random((tasks, size)) < density
-    masks = np.packbits(bits, axis=1, bitorder="little")
+    masks = pack(bits)
     return matu.Unified({"x": np.ones(size, np.float32)}, {"x": masks}, jnp.ones(tasks))
 
 
@@ -414,7 +415,7 @@ def first_slots(slots, count):
         (lambda d: b"", "is truncated: found 0 bytes"),
         (lambda d: d + b"x", "is too long: found 153 bytes, expected 152"),
         (lambda d: b"P" + d[1:], "bytes 0 to 3: found b'PATU'"),
-        (lambda d: d[:4] + b"\1" + d[5:], "byte 4: found version 1, expected 2"),
+        (lambda d: d[:4] + b"\1" + d[5:], "byte 4: found version 1, expected 3"),
         (lambda d: d[:5] + b"\3" + d[6:], "byte 5: found 3, expected 0"),
         (lambda d: d[:6] + b"\3" + d[7:], "byte 6: found 3, expected 1 (upload) or 2"),
         (lambda d: d[:7] + b"\0" + d[8:], "byte 7: found 0, expected 1"),
@@ -705,7 +706,7 @@ def test_every_tree_and_every_number_comes_out_as_it_went_in(kinds, tasks, seed,
 
     def masks(x):
         bits = rng.random((tasks, x.size)) < 0.5
-        return np.packbits(bits, axis=1, bitorder="little")
+        return pack(bits)
 
     vector = jax.tree.map(leaf, kinds, is_leaf=is_leaf)
     scales = rng.integers(0, 2**31, tasks, np.uint32).view(np.float32)

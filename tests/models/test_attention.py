@@ -30,10 +30,10 @@ def oracle(query, key, value, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-7)])
 def test_attention_is_that_of_a_float64_loop(dtype, bound, causal):
-    given = inputs(dtype=dtype)
-    found = attention(*given, causal=causal)
+    query, key, value = inputs(dtype=dtype)
+    found = attention(query, key, value, causal=causal)
     assert found.dtype == dtype
-    expected = oracle(*given, causal)
+    expected = oracle(query, key, value, causal)
     assert np.abs(np.asarray(found, np.float64) - expected).max() < bound * np.abs(expected).max()
 
 

@@ -140,6 +140,7 @@ def test_sums_change_no_bit(monkeypatch, name):
     sums = run(config)
     in_groups(monkeypatch, 4)
     chex.assert_trees_all_equal(run(config), sums)
+    assert algorithm.groups
     without = algorithm._replace(groups=algorithm.groups._replace(sums=None))
     monkeypatch.setitem(algorithms.ALGORITHMS, name, lambda config: without)
     chex.assert_trees_all_equal(run(config), sums)
