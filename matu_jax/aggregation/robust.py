@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from matu_jax.aggregation.platforms import where_lowered
 from matu_jax.aggregation.sharding import Axes, largest_over, total_over
 from matu_jax.aggregation.storage import TILE
 
@@ -80,16 +81,7 @@ def vector_lengths(vector: list[Float[Array, "rows _"]], axes: Axes = ()) -> Len
       vector: flat leaves `[rows, n]`, n sharded over `axes`.
       axes: see `ParameterSharding`.
     """
-
-    def of_leaf(leaf):
-        rows = jnp.pad(leaf, ((0, 0), (0, -leaf.shape[1] % TILE)))
-        rows = jnp.abs(rows.reshape(leaf.shape[0], -1, TILE).astype(jnp.float32))
-        lanes = [jnp.square(rows * (1 / unit)).sum(axis=1) for unit in _UNITS]
-        # Kept apart, or XLA would make one running sum of both, which stalls at 2**24 terms.
-        lanes = jax.lax.optimization_barrier(jnp.stack(lanes))
-        return rows.max(axis=(1, 2), initial=0.0), lanes.sum(axis=2)
-
-    found = [of_leaf(leaf) for leaf in vector]
+    found = [_row_sums(leaf) for leaf in vector]
     largest = largest_over(jnp.stack([top for top, _ in found]).max(axis=0), axes)
     squares = total_over(jnp.stack([squares for _, squares in found]).sum(axis=0), axes)
     which = (largest >= 2.0**-40).astype(jnp.int32) + (largest > 2.0**40).astype(jnp.int32)
@@ -99,6 +91,30 @@ def vector_lengths(vector: list[Float[Array, "rows _"]], axes: Axes = ()) -> Len
     return Lengths(
         jnp.isfinite(squares[-1]), unit, length * (jnp.asarray(_UNITS, jnp.float32)[which] / unit)
     )
+
+
+def _plain_row_sums(leaf: Float[Array, "rows n"]) -> list[jax.Array]:
+    """The largest magnitude of rows `[rows]`, and their squares in three units `[3, rows]`."""
+    rows = jnp.abs(leaf.astype(jnp.float32))
+    squares = [jnp.square(rows * (1 / unit)).sum(axis=1) for unit in _UNITS]
+    return [rows.max(axis=1, initial=0.0), jnp.stack(squares)]
+
+
+def _row_sums_in_lanes(leaf: Float[Array, "rows n"]) -> list[jax.Array]:
+    """The same for XLA on CPU, whose one running sum would stall at 2**24 terms."""
+    rows = jnp.pad(leaf, ((0, 0), (0, -leaf.shape[1] % TILE)))
+    rows = jnp.abs(rows.reshape(leaf.shape[0], -1, TILE).astype(jnp.float32))
+    lanes = [jnp.square(rows * (1 / unit)).sum(axis=1) for unit in _UNITS]
+    lanes = jax.lax.optimization_barrier(jnp.stack(lanes))  # else XLA makes one sum of both
+    return [rows.max(axis=(1, 2), initial=0.0), lanes.sum(axis=2)]
+
+
+def _row_sum_shapes(leaf: jax.Array) -> list[jax.ShapeDtypeStruct]:
+    rows = leaf.shape[0]
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows,), (len(_UNITS), rows))]
+
+
+_row_sums = where_lowered("matu_row_sums", _row_sum_shapes, _plain_row_sums, cpu=_row_sums_in_lanes)
 
 
 def _power_of_two(x: Float32[Array, "rows"]) -> Float32[Array, "rows"]:

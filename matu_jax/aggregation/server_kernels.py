@@ -343,6 +343,7 @@ def finish_on_gpu(
     """
     (tasks, size), (count,) = own.shape, task.shape
     clients, tiles, dtype = by_client.starts.shape[0] - 1, size // TILE, own.dtype
+    together = min(tasks, 32)
 
     def kernel(*refs):
         one_order, one_starts, order, starts, task, mixing, own = refs[:7]
@@ -354,18 +355,25 @@ def finish_on_gpu(
         def row_of(ref, row):
             return ref[row, :].reshape(8, LANES).astype(jnp.float32)
 
-        def mix(row, _):
-            def add(lender, total):
-                return total + mixing[row, lender] * row_of(own, lender)
+        def mix(piece, _):
+            # Some tasks at a time, so that what they are made of is read as seldom as can be.
+            borrowers = [jnp.minimum(piece * together + i, tasks - 1) for i in range(together)]
+
+            def add(lender, totals):
+                x = row_of(own, lender)
+                pairs = zip(totals, borrowers, strict=True)
+                return tuple(total + mixing[row, lender] * x for total, row in pairs)
 
             zeros = jnp.zeros((8, LANES), jnp.float32)
-            value = clip_to(jax.lax.fori_loop(0, tasks, add, zeros), dtype)
-            if before:
-                value = clip_to(row_of(before[0], row) + value.astype(jnp.float32), dtype)
-            mixed[row, :] = value.reshape(TILE)
+            totals = jax.lax.fori_loop(0, tasks, add, (zeros,) * together)
+            for row, total in zip(borrowers, totals, strict=True):
+                value = clip_to(total, dtype)
+                if before:
+                    value = clip_to(row_of(before[0], row) + value.astype(jnp.float32), dtype)
+                mixed[row, :] = value.reshape(TILE)
             return _
 
-        jax.lax.fori_loop(0, tasks, mix, ())
+        jax.lax.fori_loop(0, -(-tasks // together), mix, ())
         if not interpret:
             plgpu.debug_barrier()  # other threads read what these have written
         memory = gpu_memory(lambda row: row_of(mixed, row), one, one_masks, one_sums)
